@@ -1,0 +1,12 @@
+"""What a user got wrong, said in one line: the cause, the place and the remedy.
+
+The `ddk` command prints such an error without a traceback and exits with 2. Anything else that is raised is a
+defect of ours (or of the machine) and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Something that the person who runs the project can put right.
+
+    The message names the cause, the place (file and line, field, URL) and the remedy.
+    """

@@ -1,0 +1,141 @@
+"""The values that pass between the stages. All are frozen; none knows where it is stored.
+
+Shape letters, here and everywhere: B blocks in a batch, N blocks in a store, L predictions in a block (`seq_len`),
+K stored teacher entries for a position, V tokens of the tokenizer, D hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseTargets:
+    """What is kept of the teacher's distribution at every position of some blocks.
+
+    Position j of a block predicts the block's token j + 1. Entries are in descending order of probability.
+    """
+
+    ids_BLK: Int32Array
+    """Token ids of the K most probable tokens."""
+    logprobs_BLK: Float32Array
+    """Their log-probabilities under the teacher's full distribution (natural log, temperature 1)."""
+    tail_mass_BL: Float32Array
+    """Probability outside the K entries, in [0, 1]."""
+    true_logprobs_BL: Float32Array
+    """Log-probability of the token that does come next."""
+
+    def __post_init__(self) -> None:
+        blocks, positions, _ = self.ids_BLK.shape
+        for name, shape, wanted in (
+            ("logprobs", self.logprobs_BLK.shape, self.ids_BLK.shape),
+            ("tail_mass", self.tail_mass_BL.shape, (blocks, positions)),
+            ("true_logprobs", self.true_logprobs_BL.shape, (blocks, positions)),
+        ):
+            if shape != wanted:
+                raise ValueError(f"{name} has shape {shape}; beside ids of shape {self.ids_BLK.shape} it must be {wanted}")
+
+    def __len__(self) -> int:
+        return len(self.ids_BLK)
+
+    # The names without shape letters, for readers outside this project.
+    @property
+    def ids(self) -> Int32Array:
+        return self.ids_BLK
+
+    @property
+    def logprobs(self) -> Float32Array:
+        return self.logprobs_BLK
+
+    @property
+    def tail_mass(self) -> Float32Array:
+        return self.tail_mass_BL
+
+    @property
+    def true_logprobs(self) -> Float32Array:
+        return self.true_logprobs_BL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainGap:
+    """How far the student lags the teacher on one domain's validation blocks."""
+
+    domain: str
+    student_ppl: float
+    """exp(mean cross-entropy per token, natural log)."""
+    teacher_ppl: float
+
+    @property
+    def ratio(self) -> float:
+        """ℓ_S/ℓ_T: 1 where the student has caught up."""
+        return self.student_ppl / self.teacher_ppl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """A probability for each domain (the paper's domain discrepancy factor r). Sums to 1."""
+
+    probabilities: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.probabilities:
+            raise ValueError("a mixture needs at least one domain")
+        for domain, probability in self.probabilities.items():
+            if not (math.isfinite(probability) and 0.0 <= probability <= 1.0):
+                raise ValueError(f"the probability of domain '{domain}' is {probability}; it must lie in [0, 1]")
+        total = math.fsum(self.probabilities.values())
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(f"the probabilities of a mixture must sum to 1; these sum to {total!r}")
+        object.__setattr__(self, "probabilities", MappingProxyType(dict(self.probabilities)))
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self.probabilities)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One block that a training step reads."""
+
+    domain: str
+    index: int
+    """Row of the block in the domain's train split."""
+
+
+class BlockReader(Protocol):
+    """Token blocks of one domain and split; what a store's view, or a list in a test, must offer."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Int32Array:
+        """Tokens [n, L + 1] int32 of the given blocks, in the given order."""
+        ...
+
+
+class TargetReader(Protocol):
+    """Teacher targets of one domain and split."""
+
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> SparseTargets:
+        """Targets of the given blocks, in the given order."""
+        ...
