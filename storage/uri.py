@@ -1,0 +1,127 @@
+"""URLs of files and folders: a local path, `file://`, `s3://` or anything else that fsspec opens.
+
+A URL stays a `str` from the configuration to the last call: `pathlib.Path` would collapse the double slash of
+`s3://`. Every small file of the project (manifests, records, checkpoints' states) is written through
+`write_bytes`, which is atomic: a reader sees the old content, the new content or nothing, never half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system behind `url` and the path in it. Credentials and endpoint come from the environment."""
+    fs, path = fsspec.core.url_to_fs(url)
+    return fs, path
+
+
+def is_local(url: str) -> bool:
+    return isinstance(open_fs(url)[0], LocalFileSystem)
+
+
+def join(url: str, *parts: str) -> str:
+    """`join('s3://bucket/root/', 'runs', 'a')` → `'s3://bucket/root/runs/a'`."""
+    return "/".join([url.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+
+
+def absolute(url: str, base: str) -> str:
+    """`url` itself where it names a protocol or an absolute path; else the path below the folder `base`."""
+    if "://" in url or "::" in url:
+        return url
+    url = os.path.expanduser(url)
+    return url if os.path.isabs(url) else join(base, url)
+
+
+def exists(url: str) -> bool:
+    fs, path = open_fs(url)
+    fs.invalidate_cache()
+    return bool(fs.exists(path))
+
+
+def read_bytes(url: str) -> bytes | None:
+    """The content, or None where there is no such file."""
+    fs, path = open_fs(url)
+    try:
+        return bytes(fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+
+
+def read_json(url: str) -> Any | None:
+    """The parsed content, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is not JSON (it is named).
+    """
+    content = read_bytes(url)
+    if content is None:
+        return None
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{url} is not valid JSON ({error})") from None
+
+
+def write_bytes(url: str, content: bytes) -> None:
+    """Write the whole file in one atomic step: a rename on a local disk, a single PUT on an object store."""
+    fs, path = open_fs(url)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, content)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(url: str, value: Any) -> None:
+    """Canonical form: sorted keys, so that equal values are equal bytes."""
+    write_bytes(url, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def list_names(url: str) -> list[str]:
+    """Names of the files and folders directly below `url`, sorted; empty where there is no such folder.
+
+    Temporary files of an interrupted `write_bytes` are left out.
+    """
+    fs, path = open_fs(url)
+    fs.invalidate_cache()
+    try:
+        entries = fs.ls(path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != path.rstrip("/")}
+    return sorted(name for name in names if not name.endswith(".tmp"))
+
+
+def size_of(url: str) -> int | None:
+    """Bytes of the file, or None where there is none."""
+    fs, path = open_fs(url)
+    fs.invalidate_cache()
+    try:
+        return int(fs.size(path))
+    except FileNotFoundError:
+        return None
+
+
+def remove_tree(url: str) -> None:
+    """Remove the folder and all below it; nothing where there is none."""
+    fs, path = open_fs(url)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
