@@ -46,7 +46,9 @@ class SparseTargets:
             ("true_logprobs", self.true_logprobs_BL.shape, (blocks, positions)),
         ):
             if shape != wanted:
-                raise ValueError(f"{name} has shape {shape}; beside ids of shape {self.ids_BLK.shape} it must be {wanted}")
+                raise ValueError(
+                    f"{name} has shape {shape}; beside ids of shape {self.ids_BLK.shape} it must be {wanted}"
+                )
 
     def __len__(self) -> int:
         return len(self.ids_BLK)

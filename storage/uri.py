@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import fsspec
@@ -125,3 +128,57 @@ def remove_tree(url: str) -> None:
     fs, path = open_fs(url)
     with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
+
+
+def remove_file(url: str) -> None:
+    """Remove one file; nothing where there is none."""
+    fs, path = open_fs(url)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def put_file(local: str, url: str) -> None:
+    """Copy a local file, in one atomic step as `write_bytes` does; large ones never pass through memory whole."""
+    fs, path = open_fs(url)
+    if not isinstance(fs, LocalFileSystem):
+        fs.put_file(local, path)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        shutil.copyfile(local, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def local_copy(url: str) -> Iterator[str | None]:
+    """A local path with the file's content while the context lasts; the file itself where it is local already.
+
+    None where there is no such file.
+    """
+    fs, path = open_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        yield path if os.path.isfile(path) else None
+        return
+    with tempfile.TemporaryDirectory(prefix="ddk-") as folder:
+        target = os.path.join(folder, path.rsplit("/", 1)[-1])
+        try:
+            fs.get_file(path, target)
+        except FileNotFoundError:
+            yield None
+        else:
+            yield target
+
+
+def put_folder(local: str, url: str) -> None:
+    """Copy every file of a local folder (and of those below it), each atomically."""
+    for folder, _, names in os.walk(local):
+        for name in sorted(names):
+            source = os.path.join(folder, name)
+            put_file(source, join(url, os.path.relpath(source, local)))

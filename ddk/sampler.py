@@ -1,0 +1,120 @@
+"""Which blocks a training step reads: a pure function of (mixture history, seed, step).
+
+What happens at a step:
+
+1. The mixture decides how many of the batch's blocks each domain gives, by systematic sampling: one uniform number
+   u, and point (i + u)/B of the cumulated mixture for each i. A domain with probability r gives ⌊B·r⌋ or ⌈B·r⌉
+   blocks, B·r on average: unbiased, with the smallest possible scatter from step to step.
+2. The n-th block that a domain gives in a run is entry n mod N of that domain's permutation number ⌊n/N⌋: without
+   replacement until the domain is exhausted, then reshuffled and cycled.
+3. The batch is shuffled, so that a rank's share `batch[rank::world_size]` is no single domain's.
+
+No random state is carried: every number comes from a generator keyed by (seed, step) or (seed, domain, epoch). A
+resumed run therefore draws exactly what an uninterrupted one would, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from ddk.types import Draw, Mixture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerState:
+    """Where a run's sampling stands: what steps 0 to `step` − 1 have drawn."""
+
+    step: int
+    drawn: Mapping[str, int]
+    """Blocks drawn so far, by domain."""
+
+
+def initial_state(sizes: Mapping[str, int]) -> SamplerState:
+    """Nothing drawn yet.
+
+    Args:
+        sizes: number of train blocks by domain; each at least 1.
+    """
+    for domain, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"domain '{domain}' has {size} blocks; sampling needs at least one")
+    return SamplerState(step=0, drawn=dict.fromkeys(sizes, 0))
+
+
+def draw(
+    mixture: Mixture, sizes: Mapping[str, int], seed: int, state: SamplerState, batch_size: int
+) -> tuple[tuple[Draw, ...], SamplerState]:
+    """The batch of step `state.step`, and the state after it.
+
+    Args:
+        mixture: the one in force at this step.
+        sizes: number of train blocks by domain.
+        seed: of the run, non-negative.
+        batch_size: blocks a step, over all ranks.
+    """
+    # Sorted, so that the order in which a configuration names its domains does not matter.
+    domains = sorted(mixture.domains)
+    if domains != sorted(sizes):
+        raise ValueError(f"the mixture has domains {domains}, the data {sorted(sizes)}")
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, state.step], dtype=np.uint64)))
+    counts = _systematic_counts(
+        np.array([mixture.probabilities[domain] for domain in domains]), float(random.random()), batch_size
+    )
+    drawn = dict(state.drawn)
+    batch: list[Draw] = []
+    for domain, count in zip(domains, counts, strict=True):
+        batch += [
+            Draw(domain=domain, index=_nth_block(seed, domain, sizes[domain], drawn[domain] + i)) for i in range(count)
+        ]
+        drawn[domain] += int(count)
+    order = random.permutation(len(batch))
+    return tuple(batch[i] for i in order), SamplerState(step=state.step + 1, drawn=drawn)
+
+
+def draws_at(
+    history: Sequence[Mixture], interval: int, sizes: Mapping[str, int], seed: int, step: int, batch_size: int
+) -> tuple[Draw, ...]:
+    """The batch of any step, from nothing but the mixtures that the intervals used.
+
+    Args:
+        history: mixture of interval 0, 1, …; interval i holds the steps from i·`interval` on.
+        interval: optimizer steps under one mixture, K.
+        step: from 0.
+
+    Replays all earlier steps' counts; a trainer keeps the `SamplerState` instead and gets the same.
+    """
+    state = initial_state(sizes)
+    while True:
+        batch, after = draw(history[state.step // interval], sizes, seed, state, batch_size)
+        if state.step == step:
+            return batch
+        state = after
+
+
+def _systematic_counts(probabilities: npt.NDArray[np.float64], u: float, batch_size: int) -> npt.NDArray[np.int64]:
+    """How many of the points (i + u)/B, i < B, fall into each domain's stretch of the cumulated probabilities.
+
+    Example: probabilities [0.5, 0.3, 0.2], u = 0.5, B = 4: points .125, .375, .625, .875 → [2, 1, 1].
+    """
+    edges = np.cumsum(probabilities)
+    # Rounding may leave the last edge beside 1, or lift the last point to 1: a point would then fall behind the last
+    # domain, or into one of probability 0 at the end.
+    edges /= edges[-1]
+    points = np.minimum((np.arange(batch_size) + u) / batch_size, np.nextafter(1.0, 0.0))
+    return np.bincount(np.searchsorted(edges, points, side="right"), minlength=len(probabilities)).astype(np.int64)
+
+
+def _nth_block(seed: int, domain: str, size: int, n: int) -> int:
+    return int(_permutation(seed, domain, n // size, size)[n % size])
+
+
+@lru_cache(maxsize=128)
+def _permutation(seed: int, domain: str, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    name = int.from_bytes(hashlib.blake2b(domain.encode(), digest_size=8).digest(), "little")
+    return np.random.default_rng([seed, name, epoch]).permutation(size)

@@ -1,0 +1,245 @@
+"""The `ddk` command.
+
+    ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
+    ddk distill CONFIG          everything: pack, cache, train, report
+    ddk pack|cache|train|gap|report CONFIG      one stage
+    ddk inspect URL             what a store or a run holds
+
+Exit codes: 0 done, 1 something failed, 2 something to put right in the call, the configuration or the data (one
+line says what; `--debug` shows the traceback).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from typing import Annotated, Any
+
+import typer
+
+# Everything heavy (torch, vLLM, Prefect) is imported inside the commands: `ddk --help` answers at once.
+
+app = typer.Typer(
+    name="ddk",
+    help="Distil a large language model into a small one, domain by domain.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Replace one field of the file; may be repeated."),
+]
+Root = Annotated[str | None, typer.Option("--root", help="Store everything here instead of the file's `root`.")]
+Run = Annotated[str | None, typer.Option("--run", help="Name the run so, instead of the file's `run`.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and the logs of Prefect and vLLM.")] = False,
+) -> None:
+    _set_up(debug)
+
+
+@app.command()
+def quickstart(
+    root: Annotated[str, typer.Option("--root", help="Folder for the stores and the run.")] = "quickstart-run",
+    overrides: Overrides = None,
+    run: Run = None,
+) -> None:
+    """Distil a small student from a small teacher on five domains, here and now: about four minutes on two cores.
+
+    The models, the corpora and the configuration come with the project; vLLM captures the teacher, as in a large
+    run. A second call finds everything done.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with resources.as_file(resources.files("flows.presets")) as presets:
+        path = os.path.join(presets, "quickstart.yaml")
+        config = _load(path, overrides, root, run)
+        _run_flow("distill", config)
+    _show_result(config, f"ddk distill {os.path.relpath(path)} --root {root}")
+
+
+@app.command()
+def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
+    """Everything in order: pack, cache, train, report. What is complete is skipped."""
+    loaded = _load(config, overrides, root, run)
+    _run_flow("distill", loaded)
+    _show_result(loaded, f"ddk distill {config}")
+
+
+@app.command()
+def pack(config: ConfigPath, overrides: Overrides = None, root: Root = None) -> None:
+    """Turn every domain's documents into token blocks."""
+    loaded = _load(config, overrides, root, None)
+    for done in _run_flow("pack_corpus", loaded):
+        _say(f"{done['domain']}: {done['train_blocks']} train, {done['validation_blocks']} validation  {done['url']}")
+
+
+@app.command()
+def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None) -> None:
+    """Capture the teacher's targets for every block, with vLLM; goes on where it stopped."""
+    loaded = _load(config, overrides, root, None)
+    for done in _run_flow("cache_teacher", loaded):
+        _say(
+            f"{done['domain']}: {done['shards_written']} shards written, teacher perplexity "
+            f"{done['teacher_ppl']:.3f}, {100 * done['retained_mass']:.2f}% of its probability kept  {done['url']}"
+        )
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
+    """Train the student on the cached targets; goes on at its newest checkpoint."""
+    loaded = _load(config, overrides, root, run)
+    _run_flow("train_student", loaded)
+    _show_result(loaded, f"ddk distill {config}")
+
+
+@app.command()
+def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
+    """Measure the newest checkpoint against the teacher, and append the mixture that follows."""
+    record = _run_flow("rebalance", _load(config, overrides, root, run))
+    _say(f"version {record['version']} at step {record['step']}")
+    for domain, both in record["perplexities"].items():
+        _say(
+            f"  {domain}: student {both['student']:.3f}, teacher {both['teacher']:.3f}, "
+            f"ratio {both['student'] / both['teacher']:.3f}, probability {record['probabilities'][domain]:.3f}"
+        )
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
+    """Write a run's report, finished or not."""
+    _say(_run_flow("report", _load(config, overrides, root, run))["index.html"])
+
+
+@app.command()
+def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr) or of a run.")]) -> None:
+    """Say what a store or a run holds: dimensions, blocks, bytes, inputs."""
+    from flows.inspect import describe
+
+    for line in describe(url):
+        _say(line)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    debug = "--debug" in sys.argv
+    # The option is global and is wanted most after something has failed: accept it anywhere.
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(_exit_code(lambda: app(["--debug", *arguments] if debug else arguments, standalone_mode=True), debug))
+
+
+def _exit_code(call: Callable[[], Any], debug: bool) -> int:
+    from ddk.errors import UserError
+
+    try:
+        call()
+    except UserError as error:
+        if debug:
+            raise
+        typer.secho(f"ddk: {error}", fg=typer.colors.RED, err=True)
+        return 2
+    except KeyboardInterrupt:
+        typer.secho("ddk: interrupted; the same command goes on where it stopped", err=True)
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        typer.secho(f"ddk: {type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(
+            "ddk: this is no mistake of yours; --debug shows the traceback. What was complete is kept, and the same "
+            "command goes on from there.",
+            err=True,
+        )
+        return 1
+    return 0
+
+
+def _load(path: str, overrides: list[str] | None, root: str | None, run: str | None) -> Any:
+    from flows.config import load_config
+
+    return load_config(path, overrides or (), root, run)
+
+
+def _run_flow(name: str, config: Any) -> Any:
+    """Run one flow with those of the configuration's sections that it takes."""
+    import inspect as introspection
+
+    from flows import stages
+
+    flow = getattr(stages, name)
+    parameters = stages.flow_parameters(config)
+    taken = introspection.signature(flow.fn).parameters
+    with _quiet_exit():
+        return flow(**{key: value for key, value in parameters.items() if key in taken})
+
+
+@contextmanager
+def _quiet_exit() -> Iterator[None]:
+    """An interrupted flow must not be told twice."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logging.getLogger("ddk").debug("interrupted")
+        raise
+
+
+def _show_result(config: Any, command: str) -> None:
+    """The gap before and after, the mixture's path, and where everything lies."""
+    from rich.console import Console
+
+    from storage.runs import RunFolder
+    from tasks.finish_run import interval_records
+    from tasks.report_page import mixture_path, terminal_table
+
+    folder = RunFolder(config.root, config.run)
+    records = interval_records(folder)
+    console = Console()
+    console.print(terminal_table(records))
+    console.print(mixture_path(records))
+    _say(f"report    {folder.report_url}/index.html")
+    _say(f"student   {folder.student_url}   (an ordinary Hugging Face folder)")
+    _say("next      " + _next_step(config, command))
+
+
+def _next_step(config: Any, command: str) -> str:
+    if config.method == "ddk":
+        return f"{command} --run equal --set method=kd   (the same with equal sampling; the cache is reused)"
+    return "ddk report CONFIG for this report again; ddk inspect URL for any store"
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+def _set_up(debug: bool) -> None:
+    """Before anything heavy is imported: no outside calls, quiet libraries, our own log on stderr."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "ddk")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not debug:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("ddk")
+    ours.addHandler(handler)
+    ours.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

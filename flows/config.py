@@ -1,0 +1,207 @@
+"""One YAML file for a run: read, checked as a whole, and split into the sections that the components own.
+
+    run: my-run                      # name of the run, below <root>/runs
+    root: s3://bucket/ddk            # where everything is stored: a folder, or anything fsspec opens
+    method: ddk                      # ddk, ddk_no_smoothing, kd or cpt
+    seed: 0
+    domains: {math: {train: [...], validation: [...]}, ...}
+    packing: {seq_len: 1024}
+    teacher: {model: ..., k: 64}
+    student: {model: ...}
+    loss: {gamma: 0.2}
+    train: {steps: 30000, batch_size: 512}
+    mixture: {interval: 1000, alpha: 0.5}
+
+Relative paths are relative to the file's own folder. Secrets have no place here: credentials come from the
+environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ddk.errors import UserError
+from ddk.loss import LossConfig
+from ddk.methods import MethodName
+from ddk.mixture import MixtureConfig
+from ddk.packing import PackingConfig
+from ddk.student import StudentConfig
+from ddk.trainer import TrainConfig
+from storage.corpus import DomainConfig
+from storage.uri import absolute
+from tasks.train_student import RunSettings
+from tasks.vllm_teacher import TeacherConfig
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""Of runs and domains: they become names of files."""
+
+
+class Config(BaseModel):
+    """A whole run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run: Name
+    """Name of the run. Another run in the same root reuses blocks and targets."""
+    root: str
+    """Where everything is stored: a folder, or a URL such as s3://bucket/prefix."""
+    method: MethodName = "ddk"
+    """'ddk', 'ddk_no_smoothing', 'kd' (equal sampling) or 'cpt' (no teacher in the loss)."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of the sampler and of dropout."""
+    domains: dict[Name, DomainConfig] = Field(min_length=1)
+    """The corpora, by domain."""
+    packing: PackingConfig = PackingConfig()
+    """How documents become blocks."""
+    teacher: TeacherConfig
+    """The teacher, and what is kept of it."""
+    student: StudentConfig
+    """The model that is trained."""
+    loss: LossConfig = LossConfig()
+    """CE + γ·KL."""
+    train: TrainConfig
+    """Steps, batches, learning rate."""
+    mixture: MixtureConfig = MixtureConfig()
+    """How the sampling follows the gap."""
+
+    @model_validator(mode="after")
+    def _names_differ_in_more_than_case(self) -> Config:
+        # On a file system that ignores case, two such domains would share a store.
+        folded = [name.casefold() for name in self.domains]
+        if len(set(folded)) < len(folded):
+            raise ValueError("two domains have names that differ in upper and lower case only; rename one")
+        return self
+
+    @property
+    def settings(self) -> RunSettings:
+        return RunSettings(
+            root=self.root,
+            run=self.run,
+            method=self.method,
+            seed=self.seed,
+            student=self.student,
+            loss=self.loss,
+            train=self.train,
+            mixture=self.mixture,
+        )
+
+
+def load_config(path: str, overrides: Sequence[str] = (), root: str | None = None, run: str | None = None) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        path: of the YAML file.
+        overrides: `section.field=value` each, the value in YAML; they replace what the file says.
+        root, run: replace the file's.
+
+    Raises:
+        UserError: the file is not there, not YAML, or a field is wrong; the place and what is wrong with it are
+            named, for every field at once.
+    """
+    data = _read_yaml(path)
+    for override in overrides:
+        _apply(data, override)
+    for key, value in (("root", root), ("run", run)):
+        if value is not None:
+            data[key] = os.path.abspath(value) if key == "root" and "://" not in value else value
+    try:
+        return Config.model_validate(_with_absolute_paths(data, os.path.dirname(os.path.abspath(path))))
+    except ValidationError as error:
+        raise UserError(_readable(error, path)) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else path
+        raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of sections (run, root, domains, teacher, …)")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    match = re.fullmatch(r"([\w.-]+)=(.*)", override, flags=re.DOTALL)
+    if match is None:
+        raise UserError(f"--set takes section.field=value, not '{override}'")
+    *path, last = match[1].split(".")
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override}: '{part}' is not a section")
+    try:
+        data[last] = yaml.safe_load(match[2])
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+
+
+def _with_absolute_paths(data: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Relative paths of files, folders and models made absolute; what is wrongly typed is left to validation."""
+    resolved = dict(data)
+    if isinstance(root := data.get("root"), str):
+        resolved["root"] = absolute(root, folder)
+    for section in ("teacher", "student"):
+        part = data.get(section)
+        if isinstance(part, dict) and isinstance(model := part.get("model"), str):
+            resolved[section] = {**part, "model": _model_path(model, folder)}
+    if isinstance(domains := data.get("domains"), dict):
+        resolved["domains"] = {name: _domain_paths(domain, folder) for name, domain in domains.items()}
+    return resolved
+
+
+def _model_path(model: str, folder: str) -> str:
+    """A folder beside the configuration where there is one; else a name on the hub is left as it is."""
+    place = absolute(model, folder)
+    return place if os.path.isdir(place) or model.startswith((".", "~")) else model
+
+
+def _domain_paths(domain: Any, folder: str) -> Any:
+    if not isinstance(domain, dict):
+        return domain
+    resolved = dict(domain)
+    for split in ("train", "validation"):
+        urls = domain.get(split)
+        if isinstance(urls, str):
+            urls = [urls]
+        if isinstance(urls, list):
+            resolved[split] = [absolute(url, folder) if isinstance(url, str) else url for url in urls]
+    return resolved
+
+
+def _readable(error: ValidationError, path: str) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the configuration"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"there is no such field{_similar(problem['loc'])}"
+        elif problem["type"] == "missing":
+            message = "this field is missing"
+        elif isinstance(problem["input"], str | int | float | bool):
+            message = f"{message} (it is {problem['input']!r})"
+        lines.append(f"{place}: {message}")
+    return f"{path}: " + "; ".join(lines)
+
+
+def _similar(location: tuple[int | str, ...]) -> str:
+    """' (did you mean …?)' for a misspelt field."""
+    model: Any = Config
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        model = DomainConfig if part == "domains" else annotation or model
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
+    return f" (did you mean {close[0]}?)" if close else f"; there are {', '.join(model.model_fields)}"

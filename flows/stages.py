@@ -1,0 +1,188 @@
+"""The pipelines as Prefect flows. Each takes the configuration's sections as parameters of its own.
+
+    pack_corpus    documents → blocks            cache_teacher   blocks → teacher targets
+    train          intervals of training, each followed by gap and mixture; ends with student and report
+    rebalance      gap of the newest checkpoint → the next mixture
+    report         a run's report, at any time   distill         all of it, in order
+
+Every stage plans its stores afresh and skips what is complete, so that any of them may be run again, alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from ddk.errors import UserError
+from ddk.loss import LossConfig
+from ddk.methods import MethodName
+from ddk.mixture import MixtureConfig, caught_up
+from ddk.packing import PackingConfig
+from ddk.student import StudentConfig
+from ddk.trainer import TrainConfig
+from flows.config import Config
+from storage.corpus import DomainConfig
+from storage.mixtures import MixtureRecord
+from tasks.cache_targets import cache_targets
+from tasks.finish_run import report_run, save_final_student
+from tasks.pack_corpus import pack_corpus as pack_domain
+from tasks.plan import Plan, plan_stores
+from tasks.progress import logger
+from tasks.train_student import StudentSession, evaluate_gap, train_interval, update_mixture
+from tasks.vllm_teacher import TeacherConfig, VllmTeacher
+
+
+@flow(name="pack-corpus", persist_result=False)
+def pack_corpus(
+    root: str, domains: dict[str, DomainConfig], teacher: TeacherConfig, packing: PackingConfig
+) -> list[dict[str, Any]]:
+    """Documents of every domain → token blocks.
+
+    Returns:
+        What `tasks.pack_corpus.pack_corpus` says of each domain.
+    """
+    plan = plan_stores(root, domains, packing, teacher)
+    return [pack_domain(plan, domain) for domain in plan.domains]
+
+
+@flow(name="cache-teacher", persist_result=False)
+def cache_teacher(
+    root: str, domains: dict[str, DomainConfig], teacher: TeacherConfig, packing: PackingConfig
+) -> list[dict[str, Any]]:
+    """Token blocks of every domain → teacher targets, with one engine for all.
+
+    Returns:
+        What `tasks.cache_targets.cache_targets` says of each domain.
+    """
+    plan = plan_stores(root, domains, packing, teacher)
+    with VllmTeacher(
+        teacher.model_copy(update={"model": plan.teacher_folder, "revision": None}),
+        seq_len=packing.seq_len,
+        vocab_size=plan.vocab_size,
+    ) as engine:
+        return [cache_targets(plan, domain, engine) for domain in plan.domains]
+
+
+@flow(name="train-student", flow_run_name="train {run}", persist_result=False)
+def train_student(
+    run: str,
+    root: str,
+    domains: dict[str, DomainConfig],
+    teacher: TeacherConfig,
+    student: StudentConfig,
+    train: TrainConfig,
+    packing: PackingConfig,
+    loss: LossConfig,
+    mixture: MixtureConfig,
+    method: MethodName = "ddk",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train the student interval by interval; needs complete stores of blocks and targets.
+
+    Returns:
+        `{"student", "report", "done_before"}`: the URLs of the final student and of the report's page.
+    """
+    session = _open_session(Config(**locals()))
+    done_before = session.run.summary() is not None
+    if done_before:
+        logger.info("train %s: complete already", run)
+        student_url = session.run.student_url
+    else:
+        stopped_early = _train_to_the_end(session)
+        student_url = save_final_student(session, stopped_early)
+    urls = report_run(root, run)
+    return {"student": student_url, "report": urls["index.html"], "done_before": done_before}
+
+
+@flow(name="rebalance", flow_run_name="rebalance {run}", persist_result=False)
+def rebalance(
+    run: str,
+    root: str,
+    domains: dict[str, DomainConfig],
+    teacher: TeacherConfig,
+    student: StudentConfig,
+    train: TrainConfig,
+    packing: PackingConfig,
+    loss: LossConfig,
+    mixture: MixtureConfig,
+    method: MethodName = "ddk",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure the newest checkpoint's gap and append the mixture that follows; a second time changes nothing.
+
+    Returns:
+        The mixture record as plain data.
+    """
+    session = _open_session(Config(**locals()))
+    found = session.history.at_step(session.step)
+    if found is not None:
+        logger.info("rebalance %s: step %d is measured already (version %d)", run, found.step, found.version)
+    return (found or _measure(session)).model_dump()
+
+
+@flow(name="report", flow_run_name="report {run}", persist_result=False)
+def report(run: str, root: str) -> dict[str, str]:
+    """Write the report of a run, finished or not.
+
+    Returns:
+        The URL of each file by its name.
+    """
+    return report_run(root, run)
+
+
+@flow(name="distill", flow_run_name="distill {run}", persist_result=False)
+def distill(
+    run: str,
+    root: str,
+    domains: dict[str, DomainConfig],
+    teacher: TeacherConfig,
+    student: StudentConfig,
+    train: TrainConfig,
+    packing: PackingConfig,
+    loss: LossConfig,
+    mixture: MixtureConfig,
+    method: MethodName = "ddk",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All stages in order; what is complete is skipped.
+
+    Returns:
+        What `train_student` says.
+    """
+    config = Config(**locals())
+    pack_corpus(root, domains, teacher, packing)
+    cache_teacher(root, domains, teacher, packing)
+    result: dict[str, Any] = train_student(**flow_parameters(config))
+    return result
+
+
+def flow_parameters(config: Config) -> dict[str, Any]:
+    """The sections as the parameters of `train_student`, `rebalance` and `distill`."""
+    return {name: getattr(config, name) for name in Config.model_fields}
+
+
+def _open_session(config: Config) -> StudentSession:
+    plan: Plan = plan_stores(config.root, config.domains, config.packing, config.teacher)
+    return StudentSession(config.settings, plan, config.model_dump(mode="json"))
+
+
+def _measure(session: StudentSession) -> MixtureRecord:
+    step = session.step
+    return update_mixture(session, step, evaluate_gap(session, step))
+
+
+def _train_to_the_end(session: StudentSession) -> str | None:
+    """Interval by interval. Returns why it stopped before its last step, or None."""
+    stop_ratio = session.settings.mixture.stop_ratio
+    while True:
+        # A record of this very step was left by an earlier attempt: the same student, so the same measurement.
+        record = session.history.at_step(session.step) or _measure(session)
+        if session.trainer.done:
+            return None
+        if caught_up(record.gaps, stop_ratio):
+            return f"every domain's ratio is at or below mixture.stop_ratio {stop_ratio} at step {record.step}"
+        try:
+            train_interval(session, record, session.step)
+        except FloatingPointError as error:
+            raise UserError(str(error)) from error

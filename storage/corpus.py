@@ -1,0 +1,143 @@
+"""A domain's corpus: which files it is made of, and which of their documents are held out for validation.
+
+`resolve_files` turns the patterns of a `DomainConfig` into a sorted list of files; `in_validation` splits the
+documents where a domain has no validation files of its own. What lies in the files is read by `storage.documents`;
+`storage.digests` gives the content hashes that a store's fingerprint covers.
+
+A file's suffix says what is in it:
+
+- `.jsonl`, `.json`: one JSON object a line; the document is one field of it. Blank lines hold no document.
+- `.txt`: a document ends at a blank line (or at the file's end). Its lines are joined by a line feed.
+- `.parquet`: a document is one row of a string column.
+
+The first two may end in `.gz` or `.zst` as well.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ddk.errors import UserError
+from storage import uri
+
+_SUFFIXES = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+_COMPRESSIONS = (".gz", ".zst")
+_ACCEPTED = ".jsonl, .json (one object a line) or .txt, each plain or with .gz or .zst behind it, or .parquet"
+
+Urls = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class DomainConfig(BaseModel):
+    """One domain of the corpus: where its documents lie and how they are split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    train: Urls = Field(min_length=1)
+    """Files to train on: paths, URLs (s3://bucket/key) or globs of .jsonl, .json, .txt (each also .gz or .zst) or
+    .parquet files."""
+    validation: Urls = []
+    """Files to measure the gap on, of the same kinds. Leave empty to hold out a fraction of the train files."""
+    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the train files' documents that is held out for validation (0.01: one in a hundred), chosen by a hash.
+    Give either this or validation files."""
+    text_field: str = Field(default="text", min_length=1)
+    """Name of the JSON field or Parquet column that holds the text. Text files need none."""
+    max_train_blocks: int | None = Field(default=None, ge=1)
+    """Stop after so many train blocks. Empty: all of them."""
+    max_validation_blocks: int | None = Field(default=None, ge=1)
+    """Stop after so many validation blocks. Empty: all of them."""
+
+    @model_validator(mode="after")
+    def _one_source_of_validation(self) -> DomainConfig:
+        if bool(self.validation) == (self.validation_fraction > 0):
+            found = "both are given" if self.validation else "neither is given"
+            raise ValueError(
+                f"a domain needs either `validation` (files) or `validation_fraction` above 0, and {found}: "
+                "name validation files, or set for example validation_fraction: 0.01"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusFile:
+    """One file of a domain."""
+
+    url: str
+    name: str
+    """Base name: what stays the same when a corpus moves."""
+    size: int
+    """Bytes as stored (compressed); 0 where the server does not tell."""
+
+
+def resolve_files(patterns: Sequence[str], domain: str) -> list[CorpusFile]:
+    """The files that the patterns match: sorted by URL, each once, local ones as absolute paths.
+
+    Raises:
+        UserError: a pattern matches no file, names a folder or cannot be listed, or a file's suffix is unknown.
+    """
+    found = {file.url: file for pattern in patterns for file in _expand(pattern, domain)}
+    for file in found.values():
+        file_format(file, f"domain '{domain}': ")
+    return [found[url] for url in sorted(found)]
+
+
+def _expand(pattern: str, domain: str) -> list[CorpusFile]:
+    place = f"domain '{domain}', pattern '{pattern}'"
+    try:
+        fs, path = uri.open_fs(pattern)
+        fs.invalidate_cache()
+        entries: dict[str, Any] = fs.glob(path, detail=True) if glob.has_magic(path) else {}
+        if not entries and fs.exists(path):  # plain, or a name that holds a bracket
+            entries = {path: fs.info(path)}
+    except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
+        raise UserError(f"{place} cannot be listed ({error}); check the URL and the credentials") from error
+    files = {path: info for path, info in entries.items() if info["type"] == "file"}
+    if entries and not files:
+        raise UserError(f"{place} names a folder; name the files in it, for example '{pattern.rstrip('/')}/*.jsonl'")
+    if not files:
+        raise UserError(f"{place} matches no file; check the path (relative ones start at the working folder)")
+    if "::" in pattern and glob.has_magic(path):
+        raise UserError(f"{place}: a chained URL ('::') cannot be a glob; name its files one by one")
+    return [
+        CorpusFile(
+            url=pattern if "::" in pattern else path if uri.is_local(pattern) else fs.unstrip_protocol(path),
+            name=path.rsplit("/", 1)[-1],
+            size=int(info.get("size") or 0),
+        )
+        for path, info in files.items()
+    ]
+
+
+def file_format(file: CorpusFile, place: str = "") -> tuple[str, str]:
+    """`('json', '.gz')` for `a.jsonl.gz`.
+
+    Raises:
+        UserError: the suffix is unknown; the message begins with `place`.
+    """
+    stem, suffix = os.path.splitext(file.name.lower())
+    compression = suffix if suffix in _COMPRESSIONS else ""
+    kind = _SUFFIXES.get(os.path.splitext(stem)[1] if compression else suffix)
+    if kind is None or (kind == "parquet" and compression):
+        raise UserError(f"{place}{file.url} has an unknown suffix; accepted are {_ACCEPTED}")
+    return kind, compression
+
+
+def domain_seed(domain: str) -> int:
+    """A number for each domain's name, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(domain.encode(), digest_size=8).digest())
+
+
+def in_validation(domain_seed: int, file_name: str, record: int, fraction: float) -> bool:
+    """Whether a document is held out: a hash of its place, so that each split can be read without the other.
+
+    A larger fraction holds out all that a smaller one does. Moving a file changes nothing; renaming it does.
+    """
+    key = f"{domain_seed}\0{file_name}\0{record}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < fraction * 2**64

@@ -1,0 +1,264 @@
+"""Reading a domain's documents: from one file to a stream of texts, each with its record number.
+
+`iter_documents` streams one file, whatever its suffix says is in it (see `storage.corpus`). The **record number** is
+the index, from 0, of the line on which the document begins, or of the row: an error that names line 7 means record 6,
+and reading can go on at the record where it stopped. Blank lines count. Documents of white space alone are left out.
+Memory is bounded by the longest document, not by the file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import zstandard
+
+from ddk.errors import UserError
+from storage import uri
+from storage.corpus import CorpusFile, file_format
+
+_BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+_CHUNK = 1 << 20
+
+OnBytes = Callable[[int], None]
+
+
+def iter_documents(
+    file: CorpusFile, text_field: str, start: int = 0, on_bytes: OnBytes | None = None
+) -> Iterator[tuple[int, str]]:
+    """Record number and text of every document whose record number is at least `start`.
+
+    What lies before `start` is passed over unparsed: lines are only counted, Parquet row groups not even read.
+    `on_bytes` hears how many stored bytes were read since its last call (a Parquet file is not read whole, so their
+    sum may differ from the file's size).
+
+    Raises:
+        UserError: with file and line or row: broken JSON, no object, a missing field or column, a field that is no
+            text, not UTF-8, a truncated or corrupt file, a file that is no longer there.
+    """
+    kind, compression = file_format(file)
+    try:
+        with _open(file, on_bytes) as stored:
+            if kind == "parquet":
+                documents = _parquet_rows(stored, file, text_field, start)
+            elif kind == "json":
+                documents = _json_records(_lines(stored, file, compression), file, text_field, start)
+            else:
+                documents = _paragraphs(_lines(stored, file, compression), file, start)
+            for record, text in documents:
+                if text and not text.isspace():
+                    yield record, text
+    except FileNotFoundError:
+        raise UserError(f"{file.url} is no longer there; restore it, or run again to list the corpus anew") from None
+    except PermissionError as error:
+        raise UserError(f"{file.url} may not be read ({error}); check its permissions or the credentials") from None
+
+
+def _json_records(
+    lines: Iterator[tuple[int, bytes]], file: CorpusFile, text_field: str, start: int
+) -> Iterator[tuple[int, str]]:
+    for number, line in lines:
+        if number >= start and not line.isspace():
+            yield number, _json_text(_decode(line, file, number), _place(file, number), text_field)
+
+
+def _json_text(line: str, place: str, text_field: str) -> str:
+    remedy = "each line must be one JSON object (`jq -c '.[]' array.json > lines.jsonl` turns an array into lines)"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: broken JSON ({error}); {remedy}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: not a JSON object but {_named(record)}; {remedy}")
+    if text_field not in record:
+        raise UserError(f"{place}: no field '{text_field}'; set text_field to one that is there: {_listed(record)}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{place}: field '{text_field}' is not a string but {_named(text)}; mend or remove the record")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud800"
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise UserError(f"{place}: field '{text_field}' holds {half}, half a character; mend the record") from None
+    return text
+
+
+def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int) -> Iterator[tuple[int, str]]:
+    first = 0
+    document: list[str] = []
+    inside = False
+    for number, line in lines:
+        if line.isspace():
+            if document:
+                yield first, "\n".join(document)
+            document, inside = [], False
+            continue
+        if not inside:
+            first, inside = number, True
+        if first >= start:
+            document.append(_decode(line, file, number).rstrip("\r\n"))
+    if document:
+        yield first, "\n".join(document)
+
+
+def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, column: str, start: int) -> Iterator[tuple[int, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(io.BufferedReader(stored))
+        _check_column(parquet.schema_arrow, file, column)
+        row, groups = 0, list(range(parquet.num_row_groups))
+        while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= start:
+            row += parquet.metadata.row_group(groups.pop(0)).num_rows
+        # Few rows a batch: a row may be a whole book.
+        for batch in parquet.iter_batches(batch_size=64, row_groups=groups, columns=[column]):
+            for cell in batch.column(0):
+                if row >= start:
+                    yield row, _cell_text(cell, _place(file, row, "row"), column)
+                row += 1
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        cause = " ".join(str(error).split())
+        raise UserError(f"{file.url} is not a readable Parquet file ({cause}); fetch or write it again") from error
+
+
+def _check_column(schema: Any, file: CorpusFile, column: str) -> None:
+    import pyarrow.types as pt
+
+    if column not in schema.names:
+        raise UserError(
+            f"{file.url}: no column '{column}'; set text_field to one that is there: {_listed(schema.names)}"
+        )
+    kind = schema.field(column).type
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)):
+        raise UserError(f"{file.url}: column '{column}' holds {kind}, not strings; name a text column as text_field")
+
+
+def _cell_text(cell: Any, place: str, column: str) -> str:
+    try:
+        text = cell.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: column '{column}' is not UTF-8 at byte {error.start}; mend the row") from None
+    if text is None:
+        raise UserError(f"{place}: column '{column}' is null; fill or remove such rows")
+    return str(text)
+
+
+def _lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> Iterator[tuple[int, bytes]]:
+    """Index and bytes of every line, its line feed included, the byte order mark of some editors not."""
+    number = 0
+    try:
+        with _decompressed(stored, compression) as stream:
+            for line in stream:
+                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+                number += 1
+    except _BROKEN_COMPRESSION as error:
+        raise UserError(
+            f"{file.url} is truncated or corrupt after line {number} ({error}); fetch or compress it again"
+        ) from error
+
+
+def _decompressed(stored: io.RawIOBase, compression: str) -> io.BufferedIOBase:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=io.BufferedReader(stored, _CHUNK))
+    return io.BufferedReader(_ZstdReader(stored) if compression else stored, _CHUNK)
+
+
+class _ZstdReader(io.RawIOBase):
+    """The content of one zstd frame after another. Unlike zstandard's own stream reader it notices a cut-off end."""
+
+    def __init__(self, stored: io.RawIOBase) -> None:
+        self._stored = stored
+        # Archives made with `zstd --long=31` need the widest window.
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame = self._zstd.decompressobj()
+        self._begun = False  # within a frame
+        self._compressed, self._content = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            # Little at a time, since a few bytes can unfold to much.
+            self._compressed = self._compressed or self._stored.read(1 << 12) or b""
+            if not self._compressed:
+                if self._begun:
+                    raise EOFError("the last zstd frame has no end")
+                return 0
+            self._content = memoryview(self._frame.decompress(self._compressed))
+            self._compressed, self._begun = self._frame.unused_data, not self._frame.eof
+            if self._frame.eof:
+                self._frame = self._zstd.decompressobj()
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
+
+
+class _Counted(io.RawIOBase):
+    """A file that tells how much of it has been read, whatever decompresses or seeks on top of it."""
+
+    def __init__(self, file_system: Any, file: Any, on_bytes: OnBytes | None) -> None:
+        # The file system is kept as well: an archive's closes its files when it is let go of.
+        self._file_system, self._file, self._on_bytes = file_system, file, on_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        size = int(self._file.readinto(buffer))
+        if self._on_bytes is not None and size:
+            self._on_bytes(size)
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _open(file: CorpusFile, on_bytes: OnBytes | None) -> _Counted:
+    fs, path = uri.open_fs(file.url)
+    return _Counted(fs, fs.open(path, "rb", block_size=8 * _CHUNK), on_bytes)
+
+
+def _decode(line: bytes, file: CorpusFile, number: int) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{_place(file, number)}: not UTF-8 at byte offset {error.start} of the line "
+            f"(0x{line[error.start]:02x}); convert the file, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
+
+
+def _place(file: CorpusFile, number: int, unit: str = "line") -> str:
+    return f"{file.url}, {unit} {number + 1}"
+
+
+def _named(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _listed(names: Any) -> str:
+    shown = [f"'{name}'" for name in names]
+    return ", ".join(shown[:20]) + (", …" if len(shown) > 20 else "") if shown else "(none)"

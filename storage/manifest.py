@@ -1,0 +1,202 @@
+"""Which shards of a store count, and how a store comes to be complete.
+
+Written in this order, each file in one atomic step:
+
+1. `manifest.json` with `"complete": false`: what the store is (its inputs and dimensions).
+2. For each shard: its objects (one an array), then `commits/<split>-<shard>.json` with their sizes and digests.
+   A shard counts when its commit record is there, so a kill leaves at most the shards in flight to redo.
+3. Zarr's own metadata, then `manifest.json` with `"complete": true` and all the records folded in; `commits/` goes.
+
+So a complete store is opened with one read, however many shards it has, and an incomplete one is resumed with one
+listing. Writers of different shards do not meet: they write different files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ddk.types import SPLITS, Split
+from storage import uri
+from storage.errors import FormatVersionError, StoreDamagedError, StoreMissingError
+from storage.fingerprint import differences, fingerprint
+from storage.layout import FORMAT_VERSION, Kind, array_specs, encode_shard, group_metadata, shard_key
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ObjectRecord(_Frozen):
+    """One written object: how large it is and what it must hash to."""
+
+    bytes: int
+    sha256: str
+
+
+class ShardRecord(_Frozen):
+    """One committed shard."""
+
+    blocks: int
+    objects: dict[str, ObjectRecord]
+    """By the array's name."""
+    facts: dict[str, Any] = {}
+    """What else its writer wants to find again, e.g. where in the corpus the next shard starts."""
+
+
+class SplitManifest(_Frozen):
+    blocks: int
+    shards: tuple[ShardRecord, ...]
+
+
+class Manifest(_Frozen):
+    """The content of `manifest.json`."""
+
+    format_version: int
+    kind: Kind
+    fingerprint: str
+    inputs: dict[str, Any]
+    """Everything that the fingerprint covers."""
+    dims: dict[str, int]
+    """`seq_len`, `vocab_size`, `shard_blocks`; for targets also `k`."""
+    complete: bool
+    splits: dict[Split, SplitManifest] = {}
+    facts: dict[str, Any] = {}
+    """Measured while writing, and no part of the fingerprint: documents read, tokens, seconds."""
+
+
+def read_manifest(url: str) -> Manifest | None:
+    """The manifest of the store at `url`, complete or not; None where there is none.
+
+    Raises:
+        FormatVersionError: written by a newer version.
+        StoreDamagedError: there, but not readable.
+    """
+    place = uri.join(url, "manifest.json")
+    try:
+        content = uri.read_json(place)
+    except ValueError as error:
+        raise StoreDamagedError(f"{error}; remove the folder {url} and run the stage again") from None
+    if content is None:
+        return None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{place} has format version {version}, and this version of ddk reads up to {FORMAT_VERSION}; update ddk"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StoreDamagedError(
+            f"{place} is not a manifest ({where}: {first['msg']}); remove the folder {url} and run the stage again"
+        ) from None
+
+
+def require_complete(url: str, kind: Kind) -> Manifest:
+    """The manifest of a complete store of this kind.
+
+    Raises:
+        StoreMissingError: none there, not finished, or of the other kind.
+    """
+    stage = {"blocks": "ddk pack", "targets": "ddk cache"}[kind]
+    manifest = read_manifest(url)
+    if manifest is None:
+        raise StoreMissingError(f"there is no store at {url}; run `{stage}` first, or correct the URL")
+    if manifest.kind != kind:
+        raise StoreMissingError(f"the store at {url} holds {manifest.kind}, not {kind}; correct the URL")
+    if not manifest.complete:
+        raise StoreMissingError(f"the store at {url} is not finished; run `{stage}` again, it resumes where it stopped")
+    return manifest
+
+
+class StoreWriter:
+    """Writes one store, or completes one that was left unfinished.
+
+    Args:
+        url: the store's folder.
+        inputs: everything that determines the store's bytes; see `storage.fingerprint`.
+        dims: see `Manifest.dims`.
+    """
+
+    def __init__(self, url: str, kind: Kind, inputs: Mapping[str, Any], dims: Mapping[str, int]) -> None:
+        self.url = url
+        self._specs = array_specs(kind, dims)
+        self._shard_blocks = dims["shard_blocks"]
+        header = Manifest(
+            format_version=FORMAT_VERSION,
+            kind=kind,
+            fingerprint=fingerprint(inputs),
+            inputs=dict(inputs),
+            dims=dict(dims),
+            complete=False,
+        )
+        found = read_manifest(url)
+        if found is None:
+            uri.write_json(uri.join(url, "manifest.json"), header.model_dump())
+            found = header
+        # A store's folder is named by its fingerprint, so this is a foreign or an edited manifest.
+        what = {"inputs", "dims", "kind"}
+        if differing := differences(found.model_dump(include=what), header.model_dump(include=what)):
+            raise StoreDamagedError(f"{url} holds another store ({'; '.join(differing)}); remove that folder")
+        self.manifest = found
+
+    def committed(self, split: Split) -> dict[int, ShardRecord]:
+        """The shards that count, by number."""
+        if self.manifest.complete:
+            return dict(enumerate(self.manifest.splits[split].shards))
+        found: dict[int, ShardRecord] = {}
+        for name in uri.list_names(uri.join(self.url, "commits")):
+            stem = name.removesuffix(".json")
+            if stem.startswith(f"{split}-"):
+                content = uri.read_json(uri.join(self.url, "commits", name))
+                found[int(stem.removeprefix(f"{split}-"))] = ShardRecord.model_validate(content)
+        return found
+
+    def write_shard(
+        self,
+        split: Split,
+        shard: int,
+        arrays: Mapping[str, np.ndarray[Any, Any]],
+        facts: Mapping[str, Any] | None = None,
+    ) -> ShardRecord:
+        """Encode, write and commit one shard.
+
+        Args:
+            arrays: for each array of the store, its blocks [n, …] of this shard.
+        """
+        objects: dict[str, ObjectRecord] = {}
+        blocks = {len(data) for data in arrays.values()}
+        if set(arrays) != {spec.name for spec in self._specs} or len(blocks) != 1:
+            raise ValueError(f"a shard takes {[s.name for s in self._specs]}, all of equal length; got {list(arrays)}")
+        for spec in self._specs:
+            content = encode_shard(spec, arrays[spec.name], self._shard_blocks)
+            uri.write_bytes(uri.join(self.url, split, spec.name, shard_key(spec, shard)), content)
+            objects[spec.name] = ObjectRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        record = ShardRecord(blocks=blocks.pop(), objects=objects, facts=dict(facts or {}))
+        uri.write_json(uri.join(self.url, "commits", f"{split}-{shard:08d}.json"), record.model_dump())
+        return record
+
+    def finish(self, facts: Mapping[str, Any] | None = None) -> Manifest:
+        """Declare the store complete; every shard from 0 to the last must be committed, full but for the last."""
+        splits: dict[Split, SplitManifest] = {}
+        for split in SPLITS:
+            records = self.committed(split)
+            shards = tuple(records[i] for i in sorted(records))
+            if sorted(records) != list(range(len(records))) or any(s.blocks != self._shard_blocks for s in shards[:-1]):
+                raise ValueError(f"{self.url} lacks shards of '{split}'; committed are {sorted(records)}")
+            splits[split] = SplitManifest(blocks=sum(s.blocks for s in shards), shards=shards)
+        manifest = self.manifest.model_copy(update={"complete": True, "splits": splits, "facts": dict(facts or {})})
+        attributes = {"ddk": {"format_version": FORMAT_VERSION, "kind": manifest.kind, "dims": manifest.dims}}
+        counts = {split: splits[split].blocks for split in SPLITS}
+        for key, content in group_metadata(self._specs, counts, self._shard_blocks, attributes).items():
+            uri.write_bytes(uri.join(self.url, key), content)
+        uri.write_json(uri.join(self.url, "manifest.json"), manifest.model_dump())
+        uri.remove_tree(uri.join(self.url, "commits"))
+        self.manifest = manifest
+        return manifest

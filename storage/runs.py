@@ -1,0 +1,80 @@
+"""The folder of a run, and the promise that it holds one run only.
+
+<root>/runs/<name>/config.json     the resolved configuration
+                   identity.json   what determines the trained student; another one is refused
+                   mixtures/       see storage.mixtures
+                   checkpoints/    see storage.checkpoints
+                   metrics/        a file an interval: loss, speed and share of waiting, step by step
+                   student/        the final model, an ordinary Hugging Face folder
+                   report/         what a person looks at
+                   summary.json    written last: the run is complete
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from storage import uri
+from storage.errors import RunMismatchError
+from storage.fingerprint import differences
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, root: str, name: str) -> None:
+        self.name = name
+        self.url = uri.join(root, "runs", name)
+
+    @property
+    def student_url(self) -> str:
+        return uri.join(self.url, "student")
+
+    @property
+    def report_url(self) -> str:
+        return uri.join(self.url, "report")
+
+    def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Begin the run, or go on with it.
+
+        Args:
+            identity: plain JSON data that determines the student: data, models, method, loss, training, mixture.
+            config: the whole resolved configuration, kept for the reader.
+
+        Raises:
+            RunMismatchError: the folder holds another run; the fields that differ are named.
+        """
+        place = uri.join(self.url, "identity.json")
+        found = uri.read_json(place)
+        if found is not None and found != identity:
+            raise RunMismatchError(
+                f"run '{self.name}' in {self.url} was started with other settings "
+                f"({'; '.join(differences(found, identity))}); choose another name (run: …) or remove that folder"
+            )
+        uri.write_json(uri.join(self.url, "config.json"), dict(config))
+        if found is None:
+            uri.write_json(place, dict(identity))
+
+    def config(self) -> dict[str, Any] | None:
+        """The resolved configuration; None where the run has not begun."""
+        content = uri.read_json(uri.join(self.url, "config.json"))
+        return dict(content) if content is not None else None
+
+    def write_metrics(self, first_step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Measurements of the steps of one interval, which begins after `first_step` steps."""
+        uri.write_json(uri.join(self.url, "metrics", f"step-{first_step:08d}.json"), [dict(row) for row in rows])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Measurements of all steps, in order."""
+        folder = uri.join(self.url, "metrics")
+        return [row for name in uri.list_names(folder) for row in uri.read_json(uri.join(folder, name)) or []]
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Declare the run complete."""
+        uri.write_json(uri.join(self.url, "summary.json"), dict(summary))
+
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` wrote; None while the run is not complete."""
+        content = uri.read_json(uri.join(self.url, "summary.json"))
+        return dict(content) if content is not None else None

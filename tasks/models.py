@@ -1,0 +1,89 @@
+"""Models as folders of files: where they lie, and what of them goes into a fingerprint."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import huggingface_hub
+
+from ddk.errors import UserError
+from ddk.student import load_tokenizer
+from storage.digests import DigestCache
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def local_folder(model: str, revision: str | None, field: str) -> str:
+    """The local folder of a model; one on the hub is fetched first (or found in the hub's cache).
+
+    Args:
+        field: of the configuration, for the error.
+
+    Raises:
+        UserError: no such folder, and no such model on the hub or no way to reach it.
+    """
+    if os.path.isdir(model):
+        return model
+    if os.path.isabs(model) or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UserError(f"{field} is '{model}', and there is no such folder; correct the path")
+    try:
+        return str(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
+        )
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{field} is '{model}': no such folder, and not to be had from the hub ({first})") from error
+
+
+def weight_digests(folder: str, digests: DigestCache, field: str) -> dict[str, str]:
+    """sha256 of the model's config and of every weight file, by name.
+
+    Raises:
+        UserError: there are no safetensors weights.
+    """
+    names = sorted(name for name in os.listdir(folder) if name == "config.json" or name.endswith(".safetensors"))
+    if "config.json" not in names or len(names) < 2:
+        raise UserError(
+            f"{field} is '{folder}', which lacks config.json or *.safetensors; other formats (pickles) are not read: "
+            f"convert the model with save_pretrained"
+        )
+    return _digests(folder, names, digests)
+
+
+def tokenizer_digests(folder: str, digests: DigestCache) -> dict[str, str]:
+    """sha256 of the tokenizer's files, by name."""
+    return _digests(folder, [name for name in _TOKENIZER_FILES if os.path.exists(os.path.join(folder, name))], digests)
+
+
+def check_same_tokenizer(teacher_folder: str, student_folder: str) -> None:
+    """That both models read the same token ids.
+
+    A student's folder without a tokenizer passes: the teacher's is used for it.
+
+    Raises:
+        UserError: the vocabularies differ; an example is given.
+    """
+    if not os.path.exists(os.path.join(student_folder, "tokenizer.json")):
+        return
+    teacher, student = (_vocabulary(folder) for folder in (teacher_folder, student_folder))
+    differing = sorted({token for token, index in (teacher.items() ^ student.items())})
+    if differing:
+        token = differing[0]
+        raise UserError(
+            f"teacher and student have different tokenizers ({len(differing)} tokens differ, e.g. {token!r}: "
+            f"{teacher.get(token)} and {student.get(token)}); targets are token ids, so choose models that share one"
+        )
+
+
+def _vocabulary(folder: str) -> dict[str, int]:
+    vocabulary: dict[str, int] = load_tokenizer(folder).get_vocab()
+    return vocabulary
+
+
+def _digests(folder: str, names: list[str], digests: DigestCache) -> dict[str, Any]:
+    paths = {name: os.path.join(os.path.abspath(folder), name) for name in names}
+    found = digests.get_all(list(paths.values()))
+    return {name: found[path] for name, path in paths.items()}

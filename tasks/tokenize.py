@@ -1,0 +1,138 @@
+"""From a domain's files to token ids, document by document, in order.
+
+Texts are read here and handed, a batch at a time, to a thread that tokenises them; the tokenizer's own threads share
+a batch among the cores and let go of Python meanwhile. So while one batch is tokenised, the consumer packs the one
+before and this module reads the one after.
+
+No special tokens are added; text that spells one (`<|endoftext|>`) becomes that token, as it does in chat corpora by
+intention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ddk.types import Int32Array, Split
+from storage.corpus import CorpusFile, DomainConfig, domain_seed, in_validation
+from storage.documents import iter_documents
+
+DocumentKey = tuple[int, int]
+"""File index and record number: where a document lies, and in which order it comes."""
+
+Tokenized = list[tuple[DocumentKey, Int32Array]]
+
+MAX_BATCH_CHARACTERS = 1 << 22
+"""A batch of long documents is closed early, so that memory stays bounded."""
+
+
+def tokenize_documents(
+    files: Sequence[CorpusFile],
+    config: DomainConfig,
+    split: Split,
+    tokenizer: Any,
+    *,
+    domain: str,
+    start: DocumentKey = (0, 0),
+    on_progress: Callable[[int], None] | None = None,
+    batch_documents: int = 256,
+) -> Iterator[tuple[DocumentKey, Int32Array]]:
+    """Key and token ids [n] int32 (n ≥ 1, no EOS) of the split's documents from `start` on.
+
+    `files` are the ones that hold the split: the validation files where the config names some, else the train files,
+    of which `validation_fraction` is held out. `tokenizer` is a Hugging Face tokenizer, best a fast one; truncation
+    and padding that it may have set are turned off. `on_progress` hears the stored bytes that were passed since its
+    last call; over all files these sum to the files' sizes. It is called on the consumer's thread.
+
+    Raises:
+        UserError: a file cannot be read (see `storage.documents.iter_documents`).
+    """
+    encode = _encoder(tokenizer)
+    seed, fraction = domain_seed(domain), config.validation_fraction
+
+    def wanted(file: CorpusFile, record: int) -> bool:
+        return not fraction or in_validation(seed, file.name, record, fraction) == (split == "validation")
+
+    documents = _documents(files, config.text_field, wanted, start, on_progress or (lambda _: None))
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize") as executor:
+        ahead: Future[Tokenized] | None = None
+        for batch in _batches(documents, batch_documents):
+            ready, ahead = ahead, executor.submit(_tokenize, encode, batch)
+            if ready is not None:
+                yield from ready.result()
+        if ahead is not None:
+            yield from ahead.result()
+
+
+def _documents(
+    files: Sequence[CorpusFile],
+    text_field: str,
+    wanted: Callable[[CorpusFile, int], bool],
+    start: DocumentKey,
+    on_progress: Callable[[int], None],
+) -> Iterator[tuple[DocumentKey, str]]:
+    for index, file in enumerate(files):
+        progress = _FileProgress(file.size, on_progress)
+        if index >= start[0]:
+            first = start[1] if index == start[0] else 0
+            for record, text in iter_documents(file, text_field, first, progress.read):
+                if wanted(file, record):
+                    yield (index, record), text
+        progress.finish()
+
+
+class _FileProgress:
+    """Passes on the bytes read of one file, so that they sum to its size whatever its reader leaves out or rereads."""
+
+    def __init__(self, size: int, on_progress: Callable[[int], None]) -> None:
+        self._left, self._on_progress = size, on_progress
+
+    def read(self, size: int) -> None:
+        size = min(size, self._left)
+        if size:
+            self._left -= size
+            self._on_progress(size)
+
+    def finish(self) -> None:
+        self.read(self._left)
+
+
+def _batches(
+    documents: Iterator[tuple[DocumentKey, str]], batch_documents: int
+) -> Iterator[list[tuple[DocumentKey, str]]]:
+    batch: list[tuple[DocumentKey, str]] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[1])
+        if len(batch) >= batch_documents or characters >= MAX_BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenize(encode: Callable[[list[str]], list[Int32Array]], batch: list[tuple[DocumentKey, str]]) -> Tokenized:
+    keys, texts = zip(*batch, strict=True)
+    return [(key, ids) for key, ids in zip(keys, encode(list(texts)), strict=True) if len(ids)]
+
+
+def _encoder(tokenizer: Any) -> Callable[[list[str]], list[Int32Array]]:
+    """Texts to token ids: by the Rust tokenizer where there is one, past the wrapper's masks and length warnings."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda texts: [
+            np.asarray(ids, dtype=np.int32)
+            for ids in tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ]
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return lambda texts: [
+        np.asarray(encoding.ids, dtype=np.int32)
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
+    ]

