@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from typing import Any
 
@@ -109,6 +110,9 @@ def save_student(model: Any, tokenizer: Any, folder: str) -> None:
     first_names = {name for name, _ in model.named_parameters()}
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name not in again}
-    model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    # save_pretrained names the live model's dtype, float32; whoever loads with dtype 'auto' would get that.
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

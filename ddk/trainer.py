@@ -147,6 +147,9 @@ class Trainer:
         data: train blocks and, where the loss reads them, targets of every domain.
         vocab_size: tokens of the tokenizer; the model's rows beyond it are padding.
         seed: of the sampler and of whatever the model draws (dropout).
+
+    Raises:
+        ValueError: the loss has a KL term and the data no targets.
     """
 
     def __init__(
@@ -159,9 +162,11 @@ class Trainer:
         vocab_size: int,
         seed: int,
     ) -> None:
+        if loss.gamma > 0.0 and data.targets is None:
+            raise ValueError(f"loss.gamma is {loss.gamma} and there are no targets to take the KL with; set it to 0")
         self.config = config
         self.loss = loss
-        self.data = data
+        self.data = data if loss.gamma > 0.0 else replace(data, targets=None)
         self.vocab_size = vocab_size
         self.seed = seed
         self.device = resolve_device(config)
@@ -190,7 +195,7 @@ class Trainer:
         steps: int,
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
-        """Train `steps` steps under one mixture (fewer where the training ends before).
+        """Train `steps` steps under one mixture (fewer where the training ends before; no interval once it has).
 
         Args:
             mixture: in force for the whole interval.
@@ -201,6 +206,8 @@ class Trainer:
             FloatingPointError: the loss is no longer finite; nothing has been changed by that step.
         """
         steps = min(steps, self.config.steps - self.state.step)
+        if steps < 1:
+            return
         plans, states = self._plan(mixture, steps)
         batches = prefetch(plans, self.data)
         with contextlib.closing(batches):  # type: ignore[type-var]
@@ -237,8 +244,9 @@ class Trainer:
     def _step(self, batch: Batch) -> tuple[float, float, float, float]:
         """Returns mean CE, mean KL, the gradient's norm before clipping, and the learning rate."""
         step = self.state.step
-        # Keyed by the step, so that a model with dropout resumes with the same draws.
-        torch.manual_seed(((self.seed << 32) ^ step) % 2**64)
+        # Keyed by the step, so that a model with dropout resumes with the same draws. Hashed, because torch's
+        # generator on the CPU takes the low 32 bits only: a seed in the high ones would change nothing.
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)[0]))
         rate = learning_rate(self.config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate

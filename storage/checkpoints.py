@@ -13,16 +13,37 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage import uri
 from storage.errors import FormatVersionError, StoreDamagedError
 
 FORMAT_VERSION = 1
 _COMMIT = "state.json"
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _FileRecord(_Frozen):
+    bytes: int
+    sha256: str
+
+
+class _Commit(_Frozen):
+    """The content of `state.json`."""
+
+    format_version: int
+    step: int
+    files: dict[str, _FileRecord]
+    state: dict[str, Any]
 
 
 class CheckpointFolder:
@@ -33,8 +54,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that count, oldest first."""
-        names = [name for name in uri.list_names(self._url) if name.startswith("step-")]
-        return [int(name[5:]) for name in names if uri.exists(uri.join(self._url, name, _COMMIT))]
+        return [step for step in self._folders() if uri.exists(uri.join(self.url(step), _COMMIT))]
 
     def url(self, step: int) -> str:
         return uri.join(self._url, f"step-{step:08d}")
@@ -46,15 +66,15 @@ class CheckpointFolder:
             files: for each file's name, what writes it to a given local path.
             state: plain JSON data.
         """
-        records: dict[str, dict[str, Any]] = {}
+        # One that is written again must not count while its files change.
+        uri.remove_file(uri.join(self.url(step), _COMMIT))
+        records: dict[str, _FileRecord] = {}
         for name, write in files.items():
-            with tempfile.TemporaryDirectory(prefix="ddk-checkpoint-") as folder:
-                path = os.path.join(folder, name)
+            with uri.writing(uri.join(self.url(step), name)) as path:
                 write(path)
-                records[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
-                uri.put_file(path, uri.join(self.url(step), name))
-        commit = {"format_version": FORMAT_VERSION, "step": step, "files": records, "state": dict(state)}
-        uri.write_json(uri.join(self.url(step), _COMMIT), commit)
+                records[name] = _FileRecord(bytes=os.path.getsize(path), sha256=_sha256(path))
+        commit = _Commit(format_version=FORMAT_VERSION, step=step, files=records, state=dict(state))
+        uri.write_json(uri.join(self.url(step), _COMMIT), commit.model_dump())
 
     def state(self, step: int) -> dict[str, Any]:
         """The small state of a checkpoint that counts.
@@ -62,7 +82,7 @@ class CheckpointFolder:
         Raises:
             FormatVersionError, StoreDamagedError: it cannot be read.
         """
-        return dict(self._commit(step)["state"])
+        return self._commit(step).state
 
     @contextmanager
     def file(self, step: int, name: str) -> Iterator[str]:
@@ -71,36 +91,52 @@ class CheckpointFolder:
         Raises:
             StoreDamagedError: it is missing, or its bytes are not those that were written.
         """
-        record = self._commit(step)["files"][name]
+        record = self._commit(step).files[name]
         place = uri.join(self.url(step), name)
         with uri.local_copy(place) as path:
-            if path is None or os.path.getsize(path) != record["bytes"] or _sha256(path) != record["sha256"]:
-                raise StoreDamagedError(
-                    f"{place} is missing or damaged; remove the folder {self.url(step)} and resume from the "
-                    f"checkpoint before it"
-                )
+            if path is None or os.path.getsize(path) != record.bytes or _sha256(path) != record.sha256:
+                raise StoreDamagedError(f"{place} is missing or damaged; {self._remedy(step)}")
             yield path
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints that count, the commit first: a half-removed one is none."""
-        for step in self.steps()[:-keep]:
-            uri.remove_file(uri.join(self.url(step), _COMMIT))
-            uri.remove_tree(self.url(step))
+        """Remove all but the newest `keep` checkpoints that count, and what older ones left unfinished.
 
-    def _commit(self, step: int) -> dict[str, Any]:
+        The commit goes first: a half-removed one is none.
+        """
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; the newest checkpoint always stays")
+        kept = self.steps()[-keep:]
+        for step in self._folders():
+            if kept and step < kept[0]:
+                uri.remove_file(uri.join(self.url(step), _COMMIT))
+                uri.remove_tree(self.url(step))
+
+    def _folders(self) -> list[int]:
+        return sorted(int(match[1]) for name in uri.list_names(self._url) if (match := _FOLDER.fullmatch(name)))
+
+    def _commit(self, step: int) -> _Commit:
         place = uri.join(self.url(step), _COMMIT)
         try:
-            commit = uri.read_json(place)
-        except ValueError as error:
-            raise StoreDamagedError(f"{error}; remove the folder {self.url(step)}") from None
-        if not isinstance(commit, dict):
+            content = uri.read_json(place)
+        except StoreDamagedError as error:
+            raise StoreDamagedError(f"{error}; {self._remedy(step)}") from None
+        if content is None:
             raise StoreDamagedError(f"there is no checkpoint at {self.url(step)}")
-        if commit["format_version"] > FORMAT_VERSION:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise FormatVersionError(
-                f"{place} has format version {commit['format_version']}, and this version of ddk reads up to "
-                f"{FORMAT_VERSION}; update ddk"
+                f"{place} has format version {version}, and this version of ddk reads up to {FORMAT_VERSION}; "
+                f"update ddk"
             )
-        return commit
+        try:
+            return _Commit.model_validate(content)
+        except ValidationError as error:
+            raise StoreDamagedError(
+                f"{place} is not a checkpoint's state ({error.errors()[0]['msg']}); {self._remedy(step)}"
+            ) from None
+
+    def _remedy(self, step: int) -> str:
+        return f"remove the folder {self.url(step)} and resume from the checkpoint before it"
 
 
 def _sha256(path: str) -> str:

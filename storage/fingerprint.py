@@ -17,15 +17,22 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+_ABSENT = object()
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Which fields differ between two descriptions, as `field: old → new`, nested fields with dots."""
     lines: list[str] = []
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
         if before == after:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, f"{prefix}{key}.")
         else:
-            lines.append(f"{prefix}{key}: {before!r} → {after!r}")
+            lines.append(f"{prefix}{key}: {_shown(before)} → {_shown(after)}")
     return lines
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is _ABSENT else repr(value)

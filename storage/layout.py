@@ -23,11 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
 from ddk.types import SPLITS, Split
@@ -80,6 +82,12 @@ def create_array(group: zarr.Group, spec: ArraySpec, blocks: int, shard_blocks: 
     )
 
 
+def array_metadata(spec: ArraySpec, blocks: int, shard_blocks: int) -> ArrayV3Metadata:
+    """What the array's `zarr.json` says, from this table."""
+    array = create_array(zarr.create_group(store=MemoryStore()), spec, blocks, shard_blocks)
+    return cast(ArrayV3Metadata, array.metadata)
+
+
 def group_metadata(
     specs: tuple[ArraySpec, ...], blocks: Mapping[Split, int], shard_blocks: int, attributes: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -98,17 +106,27 @@ def encode_shard(spec: ArraySpec, data: np.ndarray[Any, Any], shard_blocks: int)
 
     Args:
         data: [n, *spec.block_shape] with 1 ≤ n ≤ shard_blocks (fewer in the last shard of a split).
+
+    Raises:
+        ValueError: another shape or dtype, or values that mean 'never written' (negative ids, NaN).
     """
     if data.shape[1:] != spec.block_shape or not 0 < len(data) <= shard_blocks or data.dtype != np.dtype(spec.dtype):
         raise ValueError(
             f"shard of '{spec.name}' has shape {data.shape} and dtype {data.dtype}; "
             f"it must be [1 to {shard_blocks}, {', '.join(map(str, spec.block_shape))}] {spec.dtype}"
         )
+    if is_absent(data).any():
+        raise ValueError(f"shard of '{spec.name}' holds {'negative ids' if spec.dtype == 'int32' else 'NaN'}")
     memory = MemoryStore()
     # One shard long, however few blocks it holds: absent inner chunks are marked so in the shard's index.
     array = create_array(zarr.create_group(store=memory), spec, shard_blocks, shard_blocks)
     array[: len(data)] = data
     return bytes(memory._store_dict[f"{spec.name}/{shard_key(spec, 0)}"].to_bytes())
+
+
+def is_absent(data: np.ndarray[Any, Any]) -> npt.NDArray[np.bool_]:
+    """Where an array holds what no data is: the fill value, or any other negative integer."""
+    return np.asarray(data < 0 if data.dtype.kind == "i" else np.isnan(data))
 
 
 def shard_key(spec: ArraySpec, shard: int) -> str:

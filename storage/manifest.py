@@ -141,22 +141,35 @@ class StoreWriter:
             uri.write_json(uri.join(url, "manifest.json"), header.model_dump())
             found = header
         # A store's folder is named by its fingerprint, so this is a foreign or an edited manifest.
-        what = {"inputs", "dims", "kind"}
-        if differing := differences(found.model_dump(include=what), header.model_dump(include=what)):
+        what = {"kind", "fingerprint", "inputs", "dims"}
+        # Both as JSON, where a tuple is a list.
+        stored, wanted = (m.model_dump(mode="json", include=what) for m in (found, header))
+        if differing := differences(stored, wanted):
             raise StoreDamagedError(f"{url} holds another store ({'; '.join(differing)}); remove that folder")
         self.manifest = found
 
     def committed(self, split: Split) -> dict[int, ShardRecord]:
-        """The shards that count, by number."""
+        """The shards that count, by number.
+
+        Raises:
+            StoreDamagedError: a commit record cannot be read.
+        """
         if self.manifest.complete:
             return dict(enumerate(self.manifest.splits[split].shards))
-        found: dict[int, ShardRecord] = {}
-        for name in uri.list_names(uri.join(self.url, "commits")):
-            stem = name.removesuffix(".json")
-            if stem.startswith(f"{split}-"):
-                content = uri.read_json(uri.join(self.url, "commits", name))
-                found[int(stem.removeprefix(f"{split}-"))] = ShardRecord.model_validate(content)
-        return found
+        places = {
+            int(name.removeprefix(f"{split}-").removesuffix(".json")): uri.join(self.url, "commits", name)
+            for name in uri.list_names(uri.join(self.url, "commits"))
+            if name.startswith(f"{split}-")
+        }
+        try:
+            contents = uri.read_jsons(list(places.values()))
+            return {shard: ShardRecord.model_validate(c) for shard, c in zip(places, contents, strict=True)}
+        except (StoreDamagedError, ValidationError) as error:
+            why = str(error) if isinstance(error, StoreDamagedError) else error.errors()[0]["msg"]
+            raise StoreDamagedError(
+                f"{self.url}/commits holds what is no commit record ({why}); remove the folder {self.url} and run "
+                f"the stage again"
+            ) from None
 
     def write_shard(
         self,
@@ -169,7 +182,12 @@ class StoreWriter:
 
         Args:
             arrays: for each array of the store, its blocks [n, …] of this shard.
+
+        Raises:
+            ValueError: the arrays are not those of the store, or the store is complete.
         """
+        if self.manifest.complete:
+            raise ValueError(f"{self.url} is complete; its shards are never written again")
         objects: dict[str, ObjectRecord] = {}
         blocks = {len(data) for data in arrays.values()}
         if set(arrays) != {spec.name for spec in self._specs} or len(blocks) != 1:
@@ -183,7 +201,13 @@ class StoreWriter:
         return record
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> Manifest:
-        """Declare the store complete; every shard from 0 to the last must be committed, full but for the last."""
+        """Declare the store complete; every shard from 0 to the last must be committed, full but for the last.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if self.manifest.complete:
+            return self.manifest
         splits: dict[Split, SplitManifest] = {}
         for split in SPLITS:
             records = self.committed(split)
@@ -192,10 +216,13 @@ class StoreWriter:
                 raise ValueError(f"{self.url} lacks shards of '{split}'; committed are {sorted(records)}")
             splits[split] = SplitManifest(blocks=sum(s.blocks for s in shards), shards=shards)
         manifest = self.manifest.model_copy(update={"complete": True, "splits": splits, "facts": dict(facts or {})})
-        attributes = {"ddk": {"format_version": FORMAT_VERSION, "kind": manifest.kind, "dims": manifest.dims}}
+        # Sorted: the dimensions of a store that was resumed come in the order in which JSON had them.
+        dims = dict(sorted(manifest.dims.items()))
+        attributes = {"ddk": {"format_version": FORMAT_VERSION, "kind": manifest.kind, "dims": dims}}
         counts = {split: splits[split].blocks for split in SPLITS}
         for key, content in group_metadata(self._specs, counts, self._shard_blocks, attributes).items():
             uri.write_bytes(uri.join(self.url, key), content)
+        uri.remove_temporaries(self.url)
         uri.write_json(uri.join(self.url, "manifest.json"), manifest.model_dump())
         uri.remove_tree(uri.join(self.url, "commits"))
         self.manifest = manifest

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk.types import DomainGap, Mixture
 from storage import uri
-from storage.errors import StoreDamagedError
+from storage.errors import FormatVersionError, StoreDamagedError
 
 FORMAT_VERSION = 1
+_REMEDY = "restore it, or remove it and the versions after it: the gap is then measured again"
 
 
 class _Perplexities(BaseModel):
@@ -69,13 +70,17 @@ def make_record(
     mixture: Mixture,
     blocks_drawn: Mapping[str, int],
 ) -> MixtureRecord:
+    """A record of domains in alphabetical order, in which it is stored and comes back."""
     return MixtureRecord(
         version=version,
         step=step,
         tokens_seen=tokens_seen,
-        perplexities={gap.domain: _Perplexities(student=gap.student_ppl, teacher=gap.teacher_ppl) for gap in gaps},
-        probabilities=dict(mixture.probabilities),
-        blocks_drawn=dict(blocks_drawn),
+        perplexities={
+            gap.domain: _Perplexities(student=gap.student_ppl, teacher=gap.teacher_ppl)
+            for gap in sorted(gaps, key=lambda gap: gap.domain)
+        },
+        probabilities=dict(sorted(mixture.probabilities.items())),
+        blocks_drawn=dict(sorted(blocks_drawn.items())),
     )
 
 
@@ -90,11 +95,17 @@ class MixtureHistory:
 
         Raises:
             StoreDamagedError: a record is missing or cannot be read.
+            FormatVersionError: written by a newer version.
         """
         names = [name for name in uri.list_names(self._url) if name.endswith(".json")]
-        records = [self._parse(name, uri.read_json(uri.join(self._url, name))) for name in names]
+        places = [uri.join(self._url, name) for name in names]
+        try:
+            contents = uri.read_jsons(places)
+        except StoreDamagedError as error:
+            raise StoreDamagedError(f"{error}; {_REMEDY}") from None
+        records = [_parse(place, content) for place, content in zip(places, contents, strict=True)]
         if [record.version for record in records] != list(range(len(records))):
-            raise StoreDamagedError(f"{self._url} lacks a version: it holds {', '.join(names)}; remove what follows it")
+            raise StoreDamagedError(f"{self._url} lacks a version: it holds {', '.join(names)}; {_REMEDY}")
         return records
 
     def at_step(self, step: int) -> MixtureRecord | None:
@@ -113,10 +124,14 @@ class MixtureHistory:
             raise ValueError(f"{self._url} expects version {expected}; this record is version {record.version}")
         uri.write_json(uri.join(self._url, f"{record.version:05d}.json"), record.model_dump())
 
-    def _parse(self, name: str, content: Any) -> MixtureRecord:
-        try:
-            return MixtureRecord.model_validate(content)
-        except ValidationError as error:
-            raise StoreDamagedError(
-                f"{uri.join(self._url, name)} is not a mixture record ({error.errors()[0]['msg']})"
-            ) from None
+
+def _parse(place: str, content: Any) -> MixtureRecord:
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{place} has format version {version}, and this version of ddk reads up to {FORMAT_VERSION}; update ddk"
+        )
+    try:
+        return MixtureRecord.model_validate(content)
+    except ValidationError as error:
+        raise StoreDamagedError(f"{place} is not a mixture record ({error.errors()[0]['msg']}); {_REMEDY}") from None

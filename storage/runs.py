@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ class RunFolder:
             RunMismatchError: the folder holds another run; the fields that differ are named.
         """
         place = uri.join(self.url, "identity.json")
+        identity = json.loads(json.dumps(identity))  # as it is read again: a tuple is a list
         found = uri.read_json(place)
         if found is not None and found != identity:
             raise RunMismatchError(
@@ -68,7 +70,8 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """Measurements of all steps, in order."""
         folder = uri.join(self.url, "metrics")
-        return [row for name in uri.list_names(folder) for row in uri.read_json(uri.join(folder, name)) or []]
+        contents = uri.read_jsons([uri.join(folder, name) for name in uri.list_names(folder)])
+        return [row for rows in contents for row in rows or []]
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Declare the run complete."""

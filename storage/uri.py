@@ -13,11 +13,13 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from storage.errors import StoreDamagedError
 
 
 def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -32,7 +34,10 @@ def is_local(url: str) -> bool:
 
 def join(url: str, *parts: str) -> str:
     """`join('s3://bucket/root/', 'runs', 'a')` → `'s3://bucket/root/runs/a'`."""
-    return "/".join([url.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+    parts = tuple(part.strip("/") for part in parts)
+    if url.endswith("://") or not url.rstrip("/"):  # `s3://` and `/` keep their slashes
+        return url + "/".join(parts)
+    return "/".join([url.rstrip("/"), *parts])
 
 
 def absolute(url: str, base: str) -> str:
@@ -53,24 +58,46 @@ def read_bytes(url: str) -> bytes | None:
     """The content, or None where there is no such file."""
     fs, path = open_fs(url)
     try:
-        return bytes(fs.cat_file(path))
-    except FileNotFoundError:
+        return bytes(fs.cat_file(path, **whole_file_options(fs)))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def whole_file_options(fs: fsspec.AbstractFileSystem) -> dict[str, Any]:
+    """What makes s3fs read a file in one request; it would ask for the size first, if need be of a stale listing."""
+    return {"max_concurrency": 1} if "s3" in fs.protocol else {}
 
 
 def read_json(url: str) -> Any | None:
     """The parsed content, or None where there is no such file.
 
     Raises:
-        ValueError: the file is not JSON (it is named).
+        StoreDamagedError: the file is not JSON (it is named).
     """
-    content = read_bytes(url)
+    return _parsed(url, read_bytes(url))
+
+
+def read_jsons(urls: Sequence[str]) -> list[Any | None]:
+    """`read_json` of many files of one place; from an object store many at a time."""
+    if not urls or is_local(urls[0]):
+        return [read_json(url) for url in urls]
+    fs = open_fs(urls[0])[0]
+    contents = fs.cat_ranges([open_fs(url)[1] for url in urls], None, None, on_error="return", **whole_file_options(fs))
+    found: list[Any | None] = []
+    for url, content in zip(urls, contents, strict=True):
+        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+            raise content
+        found.append(_parsed(url, None if isinstance(content, Exception) else content))
+    return found
+
+
+def _parsed(url: str, content: bytes | None) -> Any | None:
     if content is None:
         return None
     try:
         return json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{url} is not valid JSON ({error})") from None
+        raise StoreDamagedError(f"{url} is not valid JSON ({error})") from None
 
 
 def write_bytes(url: str, content: bytes) -> None:
@@ -79,18 +106,8 @@ def write_bytes(url: str, content: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, content)
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with writing(url) as temporary, open(temporary, "wb") as file:
+        file.write(content)
 
 
 def write_json(url: str, value: Any) -> None:
@@ -126,8 +143,19 @@ def size_of(url: str) -> int | None:
 def remove_tree(url: str) -> None:
     """Remove the folder and all below it; nothing where there is none."""
     fs, path = open_fs(url)
+    fs.invalidate_cache()
     with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
+
+
+def remove_temporaries(url: str) -> None:
+    """Remove what interrupted writes left below a local folder; nothing may be writing there. Others hold none."""
+    fs, path = open_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        for folder, _, names in os.walk(path):
+            for name in names:
+                if name.endswith(".tmp"):
+                    os.unlink(os.path.join(folder, name))
 
 
 def remove_file(url: str) -> None:
@@ -143,10 +171,28 @@ def put_file(local: str, url: str) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.put_file(local, path)
         return
+    with writing(url) as temporary:
+        shutil.copyfile(local, temporary)
+
+
+@contextlib.contextmanager
+def writing(url: str) -> Iterator[str]:
+    """A local path to write a file to, which is put at `url` in one atomic step when the context ends.
+
+    On a local disk that path lies beside the file, so that a large one is written once only. Nothing changes at
+    `url` where the context ends with an error.
+    """
+    fs, path = open_fs(url)
+    if not isinstance(fs, LocalFileSystem):
+        with tempfile.TemporaryDirectory(prefix="ddk-") as folder:
+            local = os.path.join(folder, path.rsplit("/", 1)[-1])
+            yield local
+            fs.put_file(local, path)
+        return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        shutil.copyfile(local, temporary)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -13,21 +13,22 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore, LocalStore, StorePath
 
 from ddk.types import Float32Array, Int32Array, SparseTargets, Split
 from storage import uri
 from storage.errors import StoreDamagedError
-from storage.layout import Kind, array_specs
+from storage.layout import Kind, array_metadata, array_specs, is_absent
 from storage.manifest import Manifest, require_complete
 
 Indices = Sequence[int] | npt.NDArray[np.int64]
 
 
 def _zarr_store(url: str) -> Store:
+    fs, path = uri.open_fs(url)
     if uri.is_local(url):
-        return LocalStore(uri.open_fs(url)[1], read_only=True)
-    return FsspecStore.from_url(url, read_only=True)
+        return LocalStore(path, read_only=True)
+    return FsspecStore.from_url(url, storage_options=uri.whole_file_options(fs), read_only=True)
 
 
 class _View:
@@ -41,8 +42,17 @@ class _View:
         self.manifest: Manifest = require_complete(url, self.kind)
         self._blocks = self.manifest.splits[split].blocks
         store = _zarr_store(url)
-        specs = array_specs(self.kind, self.manifest.dims)
-        self._arrays = {spec.name: zarr.open_array(store, mode="r", path=f"{split}/{spec.name}") for spec in specs}
+        # The arrays are described by the format's table, not by their `zarr.json`: nothing else is read to open a
+        # store, and nothing else can be damaged.
+        self._arrays: dict[str, zarr.Array[Any]] = {
+            spec.name: zarr.Array(
+                zarr.AsyncArray(
+                    metadata=array_metadata(spec, self._blocks, self.manifest.dims["shard_blocks"]),
+                    store_path=StorePath(store, f"{split}/{spec.name}"),
+                )
+            )
+            for spec in array_specs(self.kind, self.manifest.dims)
+        }
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -62,22 +72,42 @@ class _View:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"blocks {wanted.min()} to {wanted.max()} of {self.url} ({self.split}), of {len(self)}")
-        array = self._arrays[name]
         try:
-            # A run of blocks as one slice: zarr plans it much faster than a list of indices.
-            contiguous = wanted.size > 0 and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + wanted.size))
-            data = np.asarray(array[int(wanted[0]) : int(wanted[-1]) + 1] if contiguous else array.oindex[wanted])
-        except (ValueError, RuntimeError, OSError, IndexError) as error:
-            raise self._damaged(name, wanted, str(error)) from error
-        missing = (data < 0) if data.dtype.kind == "i" else np.isnan(data)
-        if missing.any():
-            raise self._damaged(name, wanted[np.unique(np.nonzero(missing)[0])], "never written, or lost")
+            data = self._fetch(name, wanted)
+        except (ValueError, RuntimeError) as error:
+            raise self._damaged(name, self._unreadable(name, wanted), str(error)) from error
+        absent = is_absent(data)
+        if absent.any():
+            lost = wanted[absent.reshape(len(absent), -1).any(axis=1)]
+            raise self._damaged(name, self._shards(lost), "never written, or lost")
         return data
 
-    def _damaged(self, name: str, blocks: npt.NDArray[np.int64], why: str) -> StoreDamagedError:
-        shards = sorted({int(block) // self.manifest.dims["shard_blocks"] for block in blocks})
+    def _fetch(self, name: str, blocks: npt.NDArray[np.int64]) -> np.ndarray[Any, Any]:
+        array = self._arrays[name]
+        if blocks.size and np.array_equal(blocks, np.arange(blocks[0], blocks[0] + blocks.size)):
+            # A run of blocks as one slice: zarr plans it much faster than a list of indices.
+            return np.asarray(array[int(blocks[0]) : int(blocks[-1]) + 1])
+        return np.asarray(array.oindex[blocks])
+
+    def _shards(self, blocks: npt.NDArray[np.int64]) -> list[int]:
+        return sorted({int(block) // self.manifest.dims["shard_blocks"] for block in blocks})
+
+    def _unreadable(self, name: str, blocks: npt.NDArray[np.int64]) -> list[int]:
+        """Which of the shards it is that cannot be read."""
+        shards = self._shards(blocks)
+        if len(shards) == 1:
+            return shards
+        found = []
+        for shard in shards:
+            try:
+                self._fetch(name, np.unique(blocks[blocks // self.manifest.dims["shard_blocks"] == shard]))
+            except (ValueError, RuntimeError):
+                found.append(shard)
+        return found or shards
+
+    def _damaged(self, name: str, shards: list[int], why: str) -> StoreDamagedError:
         return StoreDamagedError(
-            f"{self.url}: array '{self.split}/{name}' is damaged in shard {' or '.join(map(str, shards))} ({why}); "
+            f"{self.url}: array '{self.split}/{name}' is damaged in shard {', '.join(map(str, shards))} ({why}); "
             f"remove the store and run `ddk {'pack' if self.kind == 'blocks' else 'cache'}` again"
         )
 

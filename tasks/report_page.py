@@ -134,8 +134,8 @@ def duration(seconds: float) -> str:
 def terminal_table(records: Sequence[IntervalRecord]) -> Table:
     """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold."""
     table = Table(title="Gap to the teacher, before → after", title_justify="left")
-    table.add_column("domain", overflow="fold")
-    for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "share of tokens"):
+    table.add_column("domain", no_wrap=True)
+    for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     worst = worst_domain(records[-1])
     for row in gap_table(records):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ FONT = "DejaVu Sans"  # comes with matplotlib: the same letters on every machine
 DPI = 140
 LEGEND_ROWS = 20
 LABEL_LENGTH = 24
+NARROW_LABEL_LENGTH = 36
 LOG_FROM = 10.0
 """Ratios that span more than this factor are drawn on a logarithmic axis."""
 
@@ -46,14 +47,19 @@ class Theme:
     narrow: bool = False
     """Upright, with the legend below the axes, for a phone; else wide, with the legend at the right."""
 
-    def legend_columns(self, domains: int) -> int:
-        return 2 if self.narrow else -(-domains // LEGEND_ROWS)
+    def labels(self, domains: Iterable[str]) -> list[str]:
+        """The domains' names as the legend has room for them."""
+        return [drawable(domain, NARROW_LABEL_LENGTH if self.narrow else LABEL_LENGTH) for domain in domains]
 
-    def inches(self, domains: int) -> tuple[float, float]:
-        """Width and height that leave the axes their size, however long the legend is."""
+    def legend_columns(self, labels: Sequence[str]) -> int:
         if self.narrow:
-            return 4.4, 3.9 + 0.2 * -(-domains // 2)
-        return 5.6 + 2.4 * self.legend_columns(domains), 4.4
+            return 2 if max(map(len, labels)) <= NARROW_LABEL_LENGTH // 2 else 1
+        return -(-len(labels) // LEGEND_ROWS)
+
+    def inches(self, labels: Sequence[str]) -> tuple[float, float]:
+        """Width and height that leave the axes their size, however long the legend is."""
+        columns = self.legend_columns(labels)
+        return (4.4, 3.9 + 0.2 * -(-len(labels) // columns)) if self.narrow else (5.6 + 2.4 * columns, 4.4)
 
 
 LIGHT = Theme(ground="#ffffff", ink="#24292f", grid="#d9dee3")
@@ -77,7 +83,7 @@ def ratio_figure(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> 
         ValueError: as `domains_of`.
     """
     ratios = {domain: [record.gap(domain).ratio for record in records] for domain in domains_of(records)}
-    figure, axes = _canvas(len(ratios), theme)
+    figure, axes = _canvas(ratios, theme)
     _curves(figure, axes, records, ratios, theme, drawstyle="default")
     axes.axhline(1.0, color=theme.ink, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1.5, gid="caught-up")
     axes.set_ylabel("student / teacher perplexity (1 = caught up)")
@@ -96,7 +102,7 @@ def mixture_figure(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -
     probabilities = {
         domain: [record.mixture.probabilities[domain] for record in records] for domain in domains_of(records)
     }
-    figure, axes = _canvas(len(probabilities), theme)
+    figure, axes = _canvas(probabilities, theme)
     _curves(figure, axes, records, probabilities, theme, drawstyle="steps-post")
     axes.set_ylabel("sampling probability (%)")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
@@ -104,9 +110,9 @@ def mixture_figure(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -
     return figure
 
 
-def _canvas(domains: int, theme: Theme) -> tuple[Figure, Axes]:
+def _canvas(domains: Iterable[str], theme: Theme) -> tuple[Figure, Axes]:
     """An empty figure, large enough for the legend outside the axes."""
-    figure = Figure(figsize=theme.inches(domains), dpi=DPI, facecolor=theme.ground)
+    figure = Figure(figsize=theme.inches(theme.labels(domains)), dpi=DPI, facecolor=theme.ground)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)  # inches
     axes = figure.add_subplot(facecolor=theme.ground)
     axes.grid(visible=True, color=theme.grid, linewidth=0.7)
@@ -133,7 +139,7 @@ def _curves(
     drawstyle: str,
 ) -> None:
     """One line a domain (points that are not finite are left out), and their legend at the right."""
-    tokens = [record.tokens_seen for record in records]
+    tokens, labels = [record.tokens_seen for record in records], theme.labels(values)
     lines = [
         axes.plot(
             tokens,
@@ -154,9 +160,9 @@ def _curves(
         axes.set_xticks([tokens[0]])
     legend = figure.legend(
         lines,
-        [drawable(domain, 18 if theme.narrow else LABEL_LENGTH) for domain in values],
+        labels,
         loc="outside lower center" if theme.narrow else "outside right upper",
-        ncols=theme.legend_columns(len(lines)),
+        ncols=theme.legend_columns(labels),
         frameon=False,
         labelcolor=theme.ink,
         prop=FontProperties(family=FONT, size=8.5),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import s3fs
+import zarr.core.sync
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +41,18 @@ def s3_server() -> Iterator[str]:
             s3fs.S3FileSystem.clear_instance_cache()
             s3fs.S3FileSystem().mkdir("ddk-tests")
             yield "s3://ddk-tests"
+            _close_the_sessions_of_zarr()
             s3fs.S3FileSystem.clear_instance_cache()
     finally:
         server.kill()
         server.wait()
+
+
+def _close_the_sessions_of_zarr() -> None:
+    # s3fs closes those of its own event loop when they are let go of; these run in zarr's.
+    for fs in s3fs.S3FileSystem._cache.values():
+        if fs.asynchronous and fs._s3 is not None:
+            zarr.core.sync.sync(fs._s3creator.__aexit__(None, None, None))
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
@@ -58,3 +67,20 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
         else:
             return
     raise RuntimeError("the S3 server did not answer within 60 s")
+
+
+@pytest.fixture(scope="session")
+def teacher_folder() -> str:
+    """The quickstart's teacher: small, but a real model."""
+    return os.path.join(os.path.dirname(__file__), "..", "flows", "presets", "quickstart", "teacher")
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server of its own, with an empty database; flows called within it report to it."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        with prefect_test_harness(server_startup_timeout=120):
+            yield

@@ -1,8 +1,8 @@
-"""What the tests of the tasks share: a Prefect server, and a small run to report on."""
+"""What the tests of the tasks share: a small run to report on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -10,19 +10,6 @@ from ddk.types import DomainGap, Mixture
 from tasks.report_data import IntervalRecord, RunSummary
 
 MakeRecords = Callable[..., list[IntervalRecord]]
-
-
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """A Prefect server of its own, with an empty database; flows called within it report to it."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DO_NOT_TRACK", "1")
-        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        with prefect_test_harness(server_startup_timeout=120):
-            yield
 
 
 @pytest.fixture

@@ -1,0 +1,211 @@
+"""The main path, end to end: packing, the real vLLM engine, training, gap, mixture, report, student."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from small_run import DOMAINS, Ddk, SmallRun, files_below, write_config
+
+from ddk.mixture import initial_mixture, update_mixture
+from flows.config import load_config
+from storage.blocks import open_blocks
+from storage.mixtures import MixtureHistory
+from storage.runs import RunFolder
+from storage.targets import open_targets, teacher_perplexity
+from tasks.plan import plan_stores
+
+SEQ_LEN, K, VOCAB = 96, 16, 4090
+
+
+def test_the_output_says_what_came_out(small_run: SmallRun) -> None:
+    assert "Traceback" not in small_run.output.err
+    for words in (*DOMAINS, "report", "student", "next", str(small_run.run)):
+        assert words in small_run.output.out
+
+
+def test_stores_hold_every_block_and_its_targets(small_run: SmallRun, teacher_folder: str) -> None:
+    plan = plan_stores(*_sections(small_run.config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
+    for domain in DOMAINS:
+        store = plan[domain]
+        for split, count in (("train", 40), ("validation", 6)):
+            blocks, targets = open_blocks(store.blocks_url, split), open_targets(store.targets_url, split)
+            assert len(blocks) == len(targets) == count
+            assert (targets.k, targets.vocab_size) == (K, VOCAB)
+            tokens, stored = blocks.read(range(count)), targets.read(range(count))
+            assert tokens.shape == (count, SEQ_LEN + 1)
+            with torch.no_grad():
+                logits = model(torch.from_numpy(tokens[:, :-1].astype(np.int64))).logits[..., :VOCAB]
+            truth = logits.double().log_softmax(-1)
+            assert (stored.ids == truth.topk(K).indices.numpy()).mean() >= 0.999
+            np.testing.assert_allclose(stored.logprobs, truth.topk(K).values.numpy(), atol=1e-4)
+            labels = torch.from_numpy(tokens[:, 1:].astype(np.int64))
+            true = truth.gather(-1, labels[..., None])[..., 0].numpy()
+            np.testing.assert_allclose(stored.true_logprobs, true, atol=1e-4)
+        assert teacher_perplexity(store.targets_url) == pytest.approx(np.exp(-true.mean()), rel=1e-5)
+
+
+def test_the_history_follows_equations_1_and_2(small_run: SmallRun) -> None:
+    records = MixtureHistory(str(small_run.run)).records()
+    assert [(record.version, record.step) for record in records] == [(0, 0), (1, 2), (2, 4), (3, 6)]
+    ppl = [
+        ({g.domain: g.student_ppl for g in record.gaps}, {g.domain: g.teacher_ppl for g in record.gaps})
+        for record in records
+    ]
+    assert records[0].probabilities == pytest.approx(dict(initial_mixture(*ppl[0]).probabilities), abs=1e-12)
+    for before, after, (student, teacher) in zip(records, records[1:], ppl[1:], strict=False):
+        expected = update_mixture(before.mixture, student, teacher, 0.5).probabilities
+        assert after.probabilities == pytest.approx(dict(expected), abs=1e-12)
+        assert after.tokens_seen == after.step * 8 * SEQ_LEN == sum(after.blocks_drawn.values()) * SEQ_LEN
+
+
+def test_the_student_learns(small_run: SmallRun) -> None:
+    records = MixtureHistory(str(small_run.run)).records()
+    losses = [row["ce"] for row in RunFolder(str(small_run.root), "small").metrics()]
+    assert len(losses) == 6
+    before, after = ({g.domain: g.ratio for g in record.gaps} for record in (records[0], records[-1]))
+    worst = max(before, key=before.__getitem__)
+    assert after[worst] < before[worst]
+
+
+def test_the_report_is_there_and_agrees_with_the_history(small_run: SmallRun) -> None:
+    report = small_run.run / "report"
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") >= 2
+    assert (report / "ratio.png").read_bytes().startswith(b"\x89PNG")
+    with open(report / "gap.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    records = MixtureHistory(str(small_run.run)).records()
+    assert len(rows) == len(records) * len(DOMAINS)
+    stored = {(r.version, g.domain): g.student_ppl for r in records for g in r.gaps}
+    for row in rows:
+        assert float(row["student_ppl"]) == pytest.approx(stored[int(row["t"]), row["domain"]])
+    assert json.loads((report / "report.json").read_text())["summary"]["steps"] == 6
+
+
+def test_the_student_is_an_ordinary_folder_for_transformers(small_run: SmallRun) -> None:
+    folder = str(small_run.run / "student")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("def main():", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert model(inputs).logits.isfinite().all()
+    card = (small_run.run / "student" / "README.md").read_text(encoding="utf-8")
+    assert all(domain in card for domain in DOMAINS)
+    # What is saved is what was measured: perplexity on a validation set, to bf16's rounding.
+    record = MixtureHistory(str(small_run.run)).records()[-1]
+    plan = plan_stores(*_sections(small_run.config))
+    tokens = torch.from_numpy(open_blocks(plan["math"].blocks_url, "validation").read(range(6)).astype(np.int64))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits[..., :VOCAB]
+    ppl = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).exp().item()
+    measured = {gap.domain: gap.student_ppl for gap in record.gaps}
+    assert ppl == pytest.approx(measured["math"], rel=0.01)
+
+
+def test_the_student_loads_in_vllm(small_run: SmallRun, tmp_path: Path) -> None:
+    script = tmp_path / "generate.py"
+    script.write_text(
+        "import os, sys\n"
+        "os.environ.update(VLLM_CPU_KVCACHE_SPACE='1', VLLM_LOGGING_LEVEL='ERROR')\n"
+        "from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        "    llm = LLM(sys.argv[1], dtype='float32', max_model_len=64, enforce_eager=True)\n"
+        "    out = llm.generate(['Question:'], SamplingParams(max_tokens=5, temperature=0), use_tqdm=False)\n"
+        "    print('TOKENS', list(out[0].outputs[0].token_ids))\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(small_run.run / "student")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    vllm_tokens = json.loads(done.stdout.rpartition("TOKENS ")[2])
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(small_run.run / "student"), dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(small_run.run / "student"))
+    inputs = tokenizer("Question:", return_tensors="pt")["input_ids"]
+    for token in vllm_tokens:
+        with torch.no_grad():
+            logits = model(inputs).logits[0, -1]
+        assert logits.max() - logits[token] < 1e-3, "vLLM must have chosen the most probable token"
+        inputs = torch.cat([inputs, torch.tensor([[token]])], dim=1)
+
+
+def test_a_second_call_does_nothing(small_run: SmallRun, ddk: Ddk) -> None:
+    before = {path: path.stat().st_mtime_ns for path in small_run.root.rglob("*.zarr/**/*") if path.is_file()}
+    student = files_below(small_run.run / "student")
+    started = time.monotonic()
+    output = ddk("distill", small_run.config)
+    seconds = time.monotonic() - started
+    assert output.code == 0, output.err
+    assert "complete already" in output.err
+    assert {path: path.stat().st_mtime_ns for path in small_run.root.rglob("*.zarr/**/*") if path.is_file()} == before
+    assert files_below(small_run.run / "student") == student
+    assert "captured" not in output.err
+    assert seconds < 120, "no engine may start for a complete store"
+
+
+@pytest.mark.parametrize(("method", "reads"), [("kd", True), ("cpt", False)])
+def test_other_methods_run_on_the_same_cache(small_run: SmallRun, ddk: Ddk, method: str, reads: bool) -> None:
+    stores = files_below(small_run.root / "targets")
+    output = ddk("distill", small_run.config, "--set", f"method={method}", "--run", method)
+    assert output.code == 0, output.err
+    assert files_below(small_run.root / "targets") == stores
+    run = RunFolder(str(small_run.root), method)
+    records = MixtureHistory(run.url).records()
+    assert all(p == pytest.approx(1 / 3) for record in records for p in record.probabilities.values())
+    assert all((row["kl"] > 0) == reads for row in run.metrics())
+    # Equal sampling to within one block of each step's batch.
+    drawn = records[-1].blocks_drawn
+    assert max(drawn.values()) - min(drawn.values()) <= 6
+
+
+def test_the_same_run_name_with_other_settings_is_refused(small_run: SmallRun, ddk: Ddk) -> None:
+    output = ddk("train", small_run.config, "--set", "loss.gamma=0.5")
+    assert output.code == 2
+    assert "loss.gamma: 0.2 → 0.5" in output.err
+    assert "Traceback" not in output.err
+
+
+def test_single_stages_on_a_complete_run(small_run: SmallRun, ddk: Ddk, tmp_path: Path) -> None:
+    history = files_below(small_run.run / "mixtures")
+    gap = ddk("gap", small_run.config)
+    assert gap.code == 0, gap.err
+    assert "version 3 at step 6" in gap.out
+    assert files_below(small_run.run / "mixtures") == history, "measured already: nothing may be appended"
+    (small_run.run / "report" / "index.html").unlink()
+    report = ddk("report", small_run.config)
+    assert report.code == 0, report.err
+    assert (small_run.run / "report" / "index.html").exists()
+    plan = plan_stores(*_sections(small_run.config))
+    store = ddk("inspect", plan["math"].targets_url)
+    assert store.code == 0
+    assert "train: 40 blocks, 3,840 positions, 5 shards" in store.out
+    assert "small, method ddk, complete" in ddk("inspect", str(small_run.run)).out
+
+
+def test_changing_one_domains_data_recomputes_that_domain_alone(small_run: SmallRun, tmp_path: Path) -> None:
+    before = plan_stores(*_sections(small_run.config))
+    changed = write_config(tmp_path, root=str(small_run.root))
+    root, domains, packing, teacher = _sections(changed)
+    domains = {**domains, "math": domains["math"].model_copy(update={"max_train_blocks": 39})}
+    after = plan_stores(root, domains, packing, teacher)
+    assert after["math"].targets_url != before["math"].targets_url
+    assert [after[d].targets_url for d in ("code", "zh_books")] == [before[d].targets_url for d in ("code", "zh_books")]
+
+
+def _sections(path: str) -> tuple:
+    config = load_config(path)
+    return config.root, config.domains, config.packing, config.teacher

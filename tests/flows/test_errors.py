@@ -1,0 +1,173 @@
+"""What a user gets wrong: one line that names the cause, the place and the remedy; exit code 2; nothing lost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import ASSETS, write_config
+
+from flows.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
+    """Exit code and what stood on stderr besides the log."""
+    monkeypatch.setattr(sys, "argv", ["ddk", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), capsys.readouterr().err
+
+
+@pytest.fixture
+def ddk_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def check(*arguments: str) -> str:
+        code, err = call(capsys, monkeypatch, *arguments)
+        assert code == 2, err
+        assert "Traceback" not in err
+        lines = [line for line in err.splitlines() if line.startswith("ddk: ")]
+        assert len(lines) == 1, err
+        return lines[0]
+
+    return check
+
+
+def config_with(folder: Path, **changes: Any) -> str:
+    """A configuration with one domain, 'mine', as given, and no other."""
+    import yaml
+
+    path = write_config(folder, **{key: value for key, value in changes.items() if key != "mine"})
+    if "mine" in changes:
+        data = yaml.safe_load(Path(path).read_text())
+        data["domains"] = {"mine": {"validation": f"{ASSETS}/corpora/math/validation.jsonl.gz", **changes["mine"]}}
+        Path(path).write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": {"steps": 0}}, "train.steps: Input should be greater than or equal to 1 (it is 0)"),
+        ({"train": {"step": 5}}, "train.step: there is no such field (did you mean steps?)"),
+        ({"methd": "ddk"}, "methd: there is no such field (did you mean method?)"),
+        ({"method": "magic"}, "method: Input should be 'ddk', 'ddk_no_smoothing', 'kd' or 'cpt' (it is 'magic')"),
+        ({"loss": {"temperature": 2.0}}, "set tail: renormalise, or temperature: 1.0"),
+        ({"train": {"micro_batch_size": 3}}, "micro_batch_size 3 does not divide batch_size 8"),
+        ({"run": "../escape"}, "run: String should match pattern"),
+    ],
+)
+def test_a_wrong_field_is_named(ddk_error: Any, tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    message = ddk_error("pack", config_with(tmp_path, **({"loss": {}} | changes)))
+    assert expected in message
+    assert "config.yaml" in message
+
+
+def test_all_wrong_fields_are_named_at_once(ddk_error: Any, tmp_path: Path) -> None:
+    message = ddk_error("pack", config_with(tmp_path, train={"steps": 0}, mixture={"alpha": 2}))
+    assert "train.steps" in message
+    assert "mixture.alpha" in message
+
+
+def test_broken_yaml_names_line_and_column(ddk_error: Any, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("run: a\ndomains: {math: [\n")
+    assert "broken.yaml:3:1: not valid YAML" in ddk_error("pack", str(path))
+
+
+def test_a_missing_configuration(ddk_error: Any, tmp_path: Path) -> None:
+    assert "there is no configuration file" in ddk_error("distill", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (b'{"text": "fine"}\n{"text": \n', "mine.jsonl, line 2"),
+        (b'{"text": "fine"}\n{"body": "x"}\n', "mine.jsonl, line 2"),
+        (b'{"text": "fine"}\n{"text": "\xff"}\n', "mine.jsonl, line 2"),
+        (b"", "domain 'mine'"),
+        (b'{"text": "too short"}\n', "domain 'mine' has fewer train tokens than one block of 97"),
+    ],
+)
+def test_bad_data_names_file_and_line_and_leaves_no_complete_store(
+    ddk_error: Any, tmp_path: Path, lines: bytes, expected: str
+) -> None:
+    (tmp_path / "mine.jsonl").write_bytes(lines)
+    message = ddk_error("pack", config_with(tmp_path, mine={"train": "mine.jsonl"}))
+    assert expected in message
+    assert not list((tmp_path / "root").glob("blocks/*/*.zarr/zarr.json"))
+
+
+def test_too_little_validation_text(ddk_error: Any, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "too short"}\n')
+    train = f"{ASSETS}/corpora/math/train.jsonl.gz"
+    mine = {"train": train, "validation": "short.jsonl", "max_train_blocks": 5}
+    message = ddk_error("pack", config_with(tmp_path, mine=mine))
+    assert "domain 'mine' has fewer validation tokens than one block of 97" in message
+    assert "give it more validation text" in message
+
+
+def test_the_same_file_for_training_and_validation(ddk_error: Any, tmp_path: Path) -> None:
+    both = f"{ASSETS}/corpora/math/validation.jsonl.gz"
+    assert "for training and for validation" in ddk_error("pack", config_with(tmp_path, mine={"train": both}))
+
+
+@pytest.mark.parametrize("command", ["cache", "train"])
+def test_a_stage_before_its_time_names_the_one_before(ddk_error: Any, tmp_path: Path, command: str) -> None:
+    message = ddk_error(command, config_with(tmp_path))
+    assert "run `ddk pack` first" in message or "run `ddk cache` first" in message
+
+
+def test_a_report_of_no_run(ddk_error: Any, tmp_path: Path) -> None:
+    assert "has measured nothing yet" in ddk_error("report", config_with(tmp_path))
+
+
+def test_inspecting_nothing(ddk_error: Any, tmp_path: Path) -> None:
+    assert "is neither a store" in ddk_error("inspect", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"teacher": {"model": "./no-teacher"}}, "no-teacher', and there is no such folder; correct the path"),
+        ({"teacher": {"k": 5000}}, "teacher.k is 5000"),
+        ({"packing": {"seq_len": 2000}}, "packing.seq_len is 2000"),
+    ],
+)
+def test_models_that_do_not_fit(ddk_error: Any, tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    assert expected in ddk_error("pack", config_with(tmp_path, **changes))
+
+
+def test_a_pickled_model_is_not_read(ddk_error: Any, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(ASSETS / "teacher", tmp_path / "pickled")
+    for weights in (tmp_path / "pickled").glob("*.safetensors"):
+        weights.rename(weights.with_name("pytorch_model.bin"))
+    assert "lacks config.json or *.safetensors" in ddk_error(
+        "pack", config_with(tmp_path, teacher={"model": "./pickled"})
+    )
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["ddk", "pack", str(tmp_path / "none.yaml"), "--debug"])
+    with pytest.raises(ValueError, match="there is no configuration file"):
+        main()
+
+
+def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = call(capsys, monkeypatch, "distil")
+    assert code == 2
+    assert "No such command" in err
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["ddk", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("quickstart", "distill", "pack", "cache", "train", "gap", "report", "inspect"):
+        assert command in out

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from ddk.types import DomainGap, Mixture
+from storage import uri
+from storage.errors import FormatVersionError, StoreDamagedError
+from storage.mixtures import MixtureHistory, MixtureRecord, make_record
+
+
+def record(version: int, step: int | None = None) -> MixtureRecord:
+    random_ = random.Random(version)  # noqa: S311
+    weights = [random_.random() for _ in range(3)]
+    domains = ["math", "数学", "a.b/c"]
+    return make_record(
+        version=version,
+        step=10 * version if step is None else step,
+        tokens_seen=2**40 + version,
+        gaps=[
+            DomainGap(domain=domain, student_ppl=math.exp(random_.uniform(0, 10)), teacher_ppl=1 + random_.random())
+            for domain in domains
+        ],
+        mixture=Mixture(probabilities={d: w / sum(weights) for d, w in zip(domains, weights, strict=True)}),
+        blocks_drawn={"math": version * 3, "数学": 0},
+    )
+
+
+@pytest.fixture
+def history(place: str) -> MixtureHistory:
+    return MixtureHistory(f"{place}/runs/a")
+
+
+def test_a_history_grows_version_by_version(history: MixtureHistory) -> None:
+    assert history.records() == []
+    assert history.at_step(0) is None
+    written = [record(version) for version in range(12)]
+    for one in written:
+        history.append(one)
+    assert history.records() == written
+
+
+def test_numbers_are_read_exactly_as_they_were_written(history: MixtureHistory) -> None:
+    odd = record(0).model_copy(
+        update={"probabilities": {"a": 0.1 + 0.2, "b": 5e-324, "c": 1 - (0.1 + 0.2)}, "tokens_seen": 2**62 + 1}
+    )
+    history.append(odd)
+    (found,) = history.records()
+    # Order included: what is summed over the domains comes out the same.
+    assert [(d, p.hex()) for d, p in found.probabilities.items()] == [
+        (d, p.hex()) for d, p in odd.probabilities.items()
+    ]
+    assert [gap.student_ppl.hex() for gap in found.gaps] == [gap.student_ppl.hex() for gap in odd.gaps]
+    assert found.tokens_seen == 2**62 + 1
+    assert found.gaps == odd.gaps
+    assert [gap.domain for gap in found.gaps] == ["a.b/c", "math", "数学"]
+    assert found.mixture == odd.mixture
+
+
+def test_only_the_next_version_may_be_added(history: MixtureHistory, place: str) -> None:
+    history.append(record(0))
+    before = uri.read_bytes(f"{place}/runs/a/mixtures/00000.json")
+    for version in (0, 2):
+        with pytest.raises(ValueError, match=f"expects version 1; this record is version {version}"):
+            history.append(record(version, step=99))
+    history.append(record(1))
+    assert uri.read_bytes(f"{place}/runs/a/mixtures/00000.json") == before
+    assert uri.list_names(f"{place}/runs/a/mixtures") == ["00000.json", "00001.json"]
+
+
+def test_another_process_sees_what_was_added(history: MixtureHistory, place: str) -> None:
+    other = MixtureHistory(f"{place}/runs/a")
+    assert other.records() == []
+    history.append(record(0))
+    assert other.records() == [record(0)]
+
+
+def test_the_newest_record_of_a_step(history: MixtureHistory) -> None:
+    for version, step in enumerate((0, 50, 50, 100)):
+        history.append(record(version, step))
+    assert [found.version if (found := history.at_step(step)) else None for step in (0, 50, 100, 75)] == [0, 2, 3, None]
+
+
+def test_a_missing_version_is_named(history: MixtureHistory, place: str) -> None:
+    for version in range(3):
+        history.append(record(version))
+    uri.remove_file(f"{place}/runs/a/mixtures/00001.json")
+    with pytest.raises(
+        StoreDamagedError, match=r"mixtures lacks a version: it holds 00000\.json, 00002\.json; restore"
+    ):
+        history.records()
+    with pytest.raises(StoreDamagedError, match="lacks a version"):
+        history.append(record(2))
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"version": 1', b"\xff", b"{}", b"[]", b'"a"'])
+def test_a_damaged_record_is_named(history: MixtureHistory, place: str, damaged: bytes) -> None:
+    for version in range(2):
+        history.append(record(version))
+    uri.write_bytes(f"{place}/runs/a/mixtures/00001.json", damaged)
+    with pytest.raises(StoreDamagedError, match=r"mixtures/00001\.json is not .*; restore it, or remove it and the"):
+        history.records()
+
+
+def test_a_newer_record_is_refused(history: MixtureHistory, place: str) -> None:
+    history.append(record(0))
+    url = f"{place}/runs/a/mixtures/00000.json"
+    uri.write_json(url, {**uri.read_json(url), "format_version": 2, "something_new": 1})
+    with pytest.raises(FormatVersionError, match=r"00000\.json has format version 2, .* reads up to 1; update ddk"):
+        history.records()

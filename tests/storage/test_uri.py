@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from storage import uri
+from storage.errors import StoreDamagedError
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("url", "parts", "joined"),
+    [
+        ("s3://bucket/root", ("runs", "a"), "s3://bucket/root/runs/a"),
+        ("s3://bucket/root/", ("/runs/", "a.json"), "s3://bucket/root/runs/a.json"),
+        ("s3://bucket", ("a/b",), "s3://bucket/a/b"),
+        ("s3://", ("bucket", "a"), "s3://bucket/a"),
+        ("memory://", ("a",), "memory://a"),
+        ("file:///tmp", ("a",), "file:///tmp/a"),
+        ("/", ("a", "b"), "/a/b"),
+        ("/tmp/", ("a",), "/tmp/a"),  # noqa: S108
+        ("relative", ("a",), "relative/a"),
+        ("s3://bucket/root/", (), "s3://bucket/root"),
+    ],
+)
+def test_join(url: str, parts: tuple[str, ...], joined: str) -> None:
+    assert uri.join(url, *parts) == joined
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("s3://other/a", "s3://other/a"),
+        ("zip://a::s3://other/b.zip", "zip://a::s3://other/b.zip"),
+        ("file:///a", "file:///a"),
+        ("/a/b", "/a/b"),
+        ("a/b.jsonl", "s3://bucket/base/a/b.jsonl"),
+    ],
+)
+def test_absolute(url: str, found: str) -> None:
+    assert uri.absolute(url, "s3://bucket/base/") == found
+
+
+def test_absolute_knows_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert uri.absolute("~/a", "/base") == "/home/someone/a"
+    assert uri.absolute("a", "/base") == "/base/a"
+
+
+# Files, the same on every kind of storage
+
+
+def test_what_is_written_is_read(place: str) -> None:
+    url = uri.join(place, "folder/deeper", "a.bin")
+    for content in (b"", b"one", bytes(range(256)) * 1000):
+        uri.write_bytes(url, content)
+        assert uri.read_bytes(url) == content
+        assert uri.size_of(url) == len(content)
+    assert uri.exists(url)
+    uri.write_json(url, {"b": [1, None, 0.1], "a": "ü"})
+    assert uri.read_json(url) == {"a": "ü", "b": [1, None, 0.1]}
+    before = uri.read_bytes(url)
+    uri.write_json(url, {"a": "ü", "b": [1, None, 0.1]})
+    assert uri.read_bytes(url) == before
+
+
+def test_what_is_not_there(place: str) -> None:
+    url = uri.join(place, "none.json")
+    assert uri.read_bytes(url) is None
+    assert uri.read_json(url) is None
+    assert uri.size_of(url) is None
+    assert not uri.exists(url)
+    assert uri.list_names(place) == []
+    with uri.local_copy(url) as path:
+        assert path is None
+    uri.remove_file(url)
+    uri.remove_tree(place)
+    uri.remove_temporaries(place)
+    uri.write_bytes(url, b"")
+    assert uri.read_bytes(uri.join(url, "below-a-file")) is None
+    assert uri.list_names(uri.join(url, "below-a-file")) == []
+
+
+def test_what_is_no_json_is_named(place: str) -> None:
+    for content in (b"{", b"\xff", b""):
+        uri.write_bytes(uri.join(place, "a.json"), content)
+        with pytest.raises(StoreDamagedError, match=r"/a\.json is not valid JSON"):
+            uri.read_json(uri.join(place, "a.json"))
+
+
+def test_names_are_listed_in_order_and_afresh(place: str) -> None:
+    for name in ("b", "a/1", "a/2", "c.json"):
+        uri.write_bytes(uri.join(place, name), b"x")
+    assert uri.list_names(place) == ["a", "b", "c.json"]
+    assert uri.list_names(place + "/") == ["a", "b", "c.json"]
+    assert uri.list_names(uri.join(place, "b")) == []
+    # Another process adds and removes: nothing that was listed before is taken for the present.
+    code = """
+import sys
+from storage import uri
+uri.write_bytes(sys.argv[1] + "/d", b"x")
+uri.remove_tree(sys.argv[1] + "/a")
+"""
+    subprocess.run([sys.executable, "-c", code, place], check=True, cwd=Path(__file__).parents[2])
+    assert uri.read_bytes(uri.join(place, "d")) == b"x"
+    assert uri.exists(uri.join(place, "d"))
+    assert uri.read_jsons([uri.join(place, "e"), uri.join(place, "a/1")]) == [None, None]
+    assert uri.list_names(place) == ["b", "c.json", "d"]
+    assert not uri.exists(uri.join(place, "a/1"))
+
+
+def test_removing(place: str) -> None:
+    for name in ("a/1", "a/b/2", "ab"):
+        uri.write_bytes(uri.join(place, name), b"x")
+    uri.remove_tree(uri.join(place, "a"))
+    assert uri.list_names(place) == ["ab"]
+    uri.remove_file(uri.join(place, "ab"))
+    assert uri.list_names(place) == []
+
+
+def test_many_records_at_once(place: str) -> None:
+    urls = [uri.join(place, f"{number}.json") for number in range(40)]
+    for number, url in enumerate(urls):
+        if number != 7:
+            uri.write_json(url, number)
+    assert uri.read_jsons(urls) == [None if number == 7 else number for number in range(40)]
+    assert uri.read_jsons(urls[:1]) == [0]
+    assert uri.read_jsons([]) == []
+    uri.write_bytes(urls[3], b"{")
+    with pytest.raises(StoreDamagedError, match=r"/3\.json is not valid JSON"):
+        uri.read_jsons(urls)
+
+
+def test_files_and_folders_are_copied(place: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "below").mkdir(parents=True)
+    (source / "a").write_bytes(b"one")
+    (source / "below" / "b").write_bytes(b"two")
+    uri.put_folder(str(source), uri.join(place, "copy"))
+    assert uri.read_bytes(uri.join(place, "copy/below/b")) == b"two"
+    uri.put_file(str(source / "below" / "b"), uri.join(place, "copy/a"))
+    with uri.local_copy(uri.join(place, "copy/a")) as path:
+        assert Path(path).read_bytes() == b"two"
+        if place.startswith("s3://"):
+            assert os.path.basename(path) == "a"
+    assert Path(path).exists() == (not place.startswith("s3://"))
+
+
+def test_an_error_while_writing_leaves_the_old_file(place: str) -> None:
+    url = uri.join(place, "a")
+    uri.write_bytes(url, b"old")
+    with pytest.raises(OSError, match="disk full"), uri.writing(url) as path:  # noqa: PT012
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+    assert uri.read_bytes(url) == b"old"
+    if not place.startswith("s3://"):
+        assert os.listdir(place) == ["a"]
+
+
+# Killed
+
+WRITING_FOR_EVER = """
+import sys
+from storage import uri
+size = int(sys.argv[2])
+while True:
+    for letter in (b"a", b"b", b"c"):
+        uri.write_bytes(sys.argv[1] + "/big", letter * size)
+        print("written", flush=True)
+"""
+
+
+def test_a_reader_never_sees_a_torn_file(place: str, killed_after_lines: Callable[..., None]) -> None:
+    size = 200_000 if place.startswith("s3://") else 8_000_000
+    for lines in (3,) if place.startswith("s3://") else (1, 2, 4):
+        killed_after_lines(WRITING_FOR_EVER, place, str(size), lines=lines)
+        content = uri.read_bytes(uri.join(place, "big"))
+        assert len(content) == size
+        assert len(set(content)) == 1
+        assert uri.list_names(place) == ["big"]
+
+
+def test_a_reader_beside_the_writer_never_sees_a_torn_file(place: str) -> None:
+    size, reads, seen = (200_000, 12, set()) if place.startswith("s3://") else (2_000_000, 40, set())
+    command = [sys.executable, "-c", WRITING_FOR_EVER, place, str(size)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as writer:
+        writer.stdout.readline()
+        for _ in range(reads):
+            content = uri.read_bytes(uri.join(place, "big"))
+            assert len(content) == size
+            assert len(set(content)) == 1
+            seen.add(content[:1])
+            writer.stdout.readline()
+        writer.kill()
+    assert len(seen) > 1
+
+
+def test_killed_between_writing_and_renaming(tmp_path: Path, killed_at_each_rename: Callable[..., list[int]]) -> None:
+    code = """
+from storage import uri
+for letter in (b"a", b"b"):
+    uri.write_bytes(folder + "/file", letter * 3_000_000)
+"""
+    assert killed_at_each_rename(code, f"{tmp_path}/out") == [1, 2]
+    for number, content in ((1, None), (2, b"a"), (3, b"b")):
+        folder = f"{tmp_path}/out/{number}"
+        found = uri.read_bytes(f"{folder}/file")
+        assert found == (None if content is None else content * 3_000_000)
+        assert uri.list_names(folder) == ([] if content is None else ["file"])
+        assert len([name for name in os.listdir(folder) if name.endswith(".tmp")]) == (number < 3)
+        uri.remove_temporaries(folder)
+        assert os.listdir(folder) == uri.list_names(folder)
+
+
+def test_canonical_json_is_readable_by_others(tmp_path: Path) -> None:
+    uri.write_json(f"{tmp_path}/a.json", {"b": 1, "a": {"d": 2, "c": "三"}})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert list(json.loads(text)) == ["a", "b"]
+    assert "三" in text
+    assert text.endswith("}\n")

@@ -1,0 +1,120 @@
+"""A small run as a user starts it: the real command in a process of its own, the real engine, real files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ASSETS = Path(__file__).parents[2] / "flows" / "presets" / "quickstart"
+DOMAINS = ("math", "code", "zh_books")
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+class Ddk:
+    """Runs `ddk`, with a Prefect home of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self._environment = {**os.environ, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "2"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows", *arguments],
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that a kill takes the engine and the ephemeral server along
+        )
+
+    def __call__(self, *arguments: str, timeout: float = 240) -> Finished:
+        process = self.start(*arguments)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            raise AssertionError(f"ddk {arguments} hung:\n{out}\n{err}") from None
+        return Finished(process.returncode, out, err)
+
+    def kill_when(self, condition: Callable[[], bool], *arguments: str, timeout: float = 180) -> None:
+        """Start the command, kill -9 it and all it has started as soon as the condition holds."""
+        process = self.start(*arguments)
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if process.poll() is not None or time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise AssertionError(f"ddk {arguments} ended before it could be killed:\n{process.communicate()}")
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def small_config(**changes: Any) -> dict[str, Any]:
+    """Three domains of the quickstart, a few blocks each, six steps in three intervals."""
+    suffixes = {"code": "zst"}
+    config: dict[str, Any] = {
+        "run": "small",
+        "root": "./root",
+        "domains": {
+            domain: {
+                "train": f"{ASSETS}/corpora/{domain}/train.jsonl.{suffixes.get(domain, 'gz')}",
+                "validation": f"{ASSETS}/corpora/{domain}/validation.jsonl.{suffixes.get(domain, 'gz')}",
+                "max_train_blocks": 40,
+                "max_validation_blocks": 6,
+            }
+            for domain in DOMAINS
+        },
+        "packing": {"seq_len": 96},
+        "teacher": {"model": str(ASSETS / "teacher"), "k": 16, "dtype": "float32", "shard_blocks": 8},
+        "student": {"model": str(ASSETS / "student")},
+        "train": {
+            "steps": 6,
+            "batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-3,
+            "min_learning_rate": 1e-4,
+            "warmup_steps": 2,
+            "keep_checkpoints": 9,
+        },
+        "mixture": {"interval": 2, "alpha": 0.5},
+    }
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) and key in config else value
+    return config
+
+
+def write_config(folder: Path, **changes: Any) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(small_config(**changes)), encoding="utf-8")
+    return str(path)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Content of every file, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    config: str
+    root: Path
+    output: Finished
+
+    @property
+    def run(self) -> Path:
+        return self.root / "runs" / "small"

@@ -1,0 +1,163 @@
+"""The reduction inside the engine, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks import vllm_worker
+from tasks.vllm_worker import LABEL_KEY, ROW_KEY, CaptureExtension, ResultBuffer, reduce_logits
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(2, 300), st.integers(0, 2**31), st.floats(0.1, 30.0), st.data())
+def test_reduction_equals_float64(rows: int, vocab: int, seed: int, scale: float, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, vocab))
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocab, generator=generator) * scale
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    truth = logits.double().log_softmax(-1)
+
+    ids, logprobs, tail, true = reduce_logits(logits.clone(), labels, k)
+
+    assert ids.shape == logprobs.shape == (rows, k)
+    assert (logprobs.diff(dim=-1) <= 0).all(), "descending"
+    torch.testing.assert_close(logprobs.double(), truth.gather(-1, ids), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(true.double(), truth.gather(-1, labels[:, None])[:, 0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs.double(), truth.topk(k).values, atol=2e-5, rtol=1e-5)
+    outside = truth.exp().scatter(-1, ids, 0.0).sum(-1)
+    # Relative: a tail of 1e-20 is right to five digits, which 1 − Σ p would lose altogether.
+    torch.testing.assert_close(tail.double(), outside, atol=1e-37, rtol=1e-4)
+
+
+def test_nothing_is_outside_when_everything_is_stored() -> None:
+    tail = reduce_logits(torch.randn(4, 33), torch.zeros(4, dtype=torch.int64), 33)[2]
+    assert (tail == 0.0).all()
+
+
+def test_minus_infinity_and_large_logits_stay_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0, -torch.inf]])
+    ids, logprobs, tail, true = reduce_logits(logits, torch.tensor([1]), 2)
+    assert ids.tolist() == [[0, 2]]
+    assert logprobs.tolist() == [[0.0, -1e4]]
+    assert tail.tolist() == [0.0]
+    assert true.tolist() == [-2e4]
+
+
+def make_worker(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    """A worker as vLLM would make it, with the parts that the extension looks at."""
+    import vllm.distributed
+
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda: 0)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(enable_prefix_caching=changes.get("prefix", False)),
+        speculative_config=changes.get("speculative"),
+        lora_config=changes.get("lora"),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=changes.get("pipeline", 1)),
+    )
+
+    class Worker(CaptureExtension):
+        def __init__(self) -> None:
+            self.vllm_config = config
+            self.model_runner = SimpleNamespace(
+                execute_model_state=None,
+                input_batch=SimpleNamespace(req_ids=[]),
+                model=SimpleNamespace(compute_logits=lambda hidden: hidden),
+            )
+
+        def execute_model(self, scheduler_output: Any) -> str:
+            return "executed"
+
+        def sample_tokens(self, grammar: Any) -> str:
+            return "sampled"
+
+    return Worker()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefix": True}, "prefix caching"),
+        ({"speculative": object()}, "speculative decoding"),
+        ({"lora": object()}, "LoRA"),
+        ({"pipeline": 2}, "pipeline parallelism"),
+    ],
+)
+def test_engines_that_would_miss_positions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        make_worker(monkeypatch, **change).ddk_install(10, 2, 1024)
+
+
+def test_a_vllm_without_the_needed_names_is_refused_with_the_tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = make_worker(monkeypatch)
+    del worker.model_runner.execute_model_state
+    with pytest.raises(RuntimeError, match=r"lacks \['execute_model_state'\].*tested with 0\.32\.0"):
+        worker.ddk_install(10, 2, 1024)
+
+
+def test_the_tested_version_is_the_installed_one() -> None:
+    import vllm
+
+    assert vllm.__version__.split("+")[0] in vllm_worker.TESTED_VERSIONS
+
+
+def test_rows_of_chunked_mixed_and_foreign_requests_land_where_they_belong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Two of our requests in pieces, one of somebody else's between them, a decoded token that is no prompt row."""
+    vocab, length = 11, 5
+    worker = make_worker(monkeypatch)
+    worker.ddk_install(vocab, 3, chunk_bytes=4 * vocab * 2)  # two rows a chunk
+    path = str(tmp_path / "buffer")
+    front = ResultBuffer(path, 3, length, 3, create=True)
+    worker.ddk_map(path, 3, length)
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(3, length, vocab + 2, generator=generator)  # two padded columns
+    truth[..., vocab:] = 100.0
+    prompts = {"a": [1, 2, 3, 4, 5], "b": [6, 7, 8, 9, 10]}
+    rows = {"a": 2, "b": 0}
+
+    def new(name: str) -> Any:
+        extra = {ROW_KEY: rows[name], LABEL_KEY: 0} if name in rows else None
+        return SimpleNamespace(
+            req_id=name,
+            prompt_token_ids=prompts.get(name, [1, 1]),
+            num_computed_tokens=0,
+            sampling_params=SimpleNamespace(extra_args=extra),
+        )
+
+    def step(order: list[str], news: list[str], cached: dict[str, int], counts: dict[str, int], hidden: Any) -> None:
+        output = SimpleNamespace(
+            finished_req_ids=set(),
+            scheduled_new_reqs=[new(name) for name in news],
+            scheduled_cached_reqs=SimpleNamespace(req_ids=list(cached), num_computed_tokens=list(cached.values())),
+            num_scheduled_tokens=counts,
+        )
+        assert worker.execute_model(output) == "executed"
+        worker.model_runner.execute_model_state = SimpleNamespace(hidden_states=hidden)
+        worker.model_runner.input_batch.req_ids = order
+        assert worker.sample_tokens(None) == "sampled"
+
+    first = torch.cat([truth[2, :3], torch.zeros(2, vocab + 2), truth[0, :1]])
+    step(["a", "x", "b"], ["a", "x", "b"], {}, {"a": 3, "x": 2, "b": 1}, first)
+    step(["b", "a"], [], {"a": 3, "b": 1}, {"b": 4, "a": 2}, torch.cat([truth[0, 1:], truth[2, 3:]]))
+    # A decoding step behind the prompt: nothing of it may be written.
+    step(["a"], [], {"a": 5}, {"a": 1}, torch.full((1, vocab + 2), 7.0))
+
+    assert front.arrays["done"].tolist() == [[1] * length, [0] * length, [1] * length]
+    for name, row in rows.items():
+        expected = truth[row, :, :vocab].double().log_softmax(-1)
+        labels = torch.tensor([*prompts[name][1:], 0])
+        np.testing.assert_array_equal(front.arrays["ids"][row], expected.topk(3).indices.numpy())
+        np.testing.assert_allclose(front.arrays["logprobs"][row], expected.topk(3).values.numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            front.arrays["true_logprobs"][row], expected.gather(-1, labels[:, None])[:, 0].numpy(), atol=1e-5
+        )
