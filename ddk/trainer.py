@@ -322,12 +322,19 @@ class Trainer:
         """Take up where `state` and `tensors` were saved.
 
         Raises:
-            ValueError: the tensors are of another model (the first name that differs is given), or the state is of
-                other domains.
+            ValueError: the tensors are of another model (the first name that differs is given), the optimizer's do
+                not cover it, or the state is of other domains.
         """
         if set(state.sampler.drawn) != set(self.data.sizes):
             raise ValueError(
                 f"the checkpoint is of domains {sorted(state.sampler.drawn)}, this run has {sorted(self.data.sizes)}"
+            )
+        trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
+        # A missing moment would restart at zero, and nobody would notice.
+        wanted = {f"{what}.{name}" for name in trained for what in ("exp_avg", "exp_avg_sq", "step")}
+        if state.step > 0 and (differing := sorted(wanted ^ set(tensors["optimizer"]))):
+            raise ValueError(
+                f"the checkpoint's optimizer is of another model: '{differing[0]}' is in only one of the two"
             )
         load_weights(self._parameters, tensors["model"])
         self._optimizer.state.clear()

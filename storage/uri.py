@@ -41,11 +41,16 @@ def join(url: str, *parts: str) -> str:
 
 
 def absolute(url: str, base: str) -> str:
-    """`url` itself where it names a protocol or an absolute path; else the path below the folder `base`."""
+    """`url` itself where it names a protocol or an absolute path; else the path below the folder `base`.
+
+    Example: `absolute('./data/../a', '/home/me')` → `'/home/me/a'`.
+    """
     if "://" in url or "::" in url:
         return url
     url = os.path.expanduser(url)
-    return url if os.path.isabs(url) else join(base, url)
+    if "://" in base and not os.path.isabs(url):
+        return join(base, url)
+    return os.path.normpath(os.path.join(base, url))
 
 
 def exists(url: str) -> bool:

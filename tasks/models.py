@@ -11,6 +11,8 @@ from ddk.errors import UserError
 from ddk.student import load_tokenizer
 from storage.digests import DigestCache
 
+_PROBE = "  Hello, World!\n\tdef f(x): return x**2 + 3.14159  # naïve café\r\n你好，世界。 １２３ 😀 don't can't 10,000.50"
+"""Text on which tokenizers part: spaces, line ends, digits, accents, full-width forms, contractions."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -68,7 +70,8 @@ def check_same_tokenizer(teacher_folder: str, student_folder: str) -> None:
     """
     if not os.path.exists(os.path.join(student_folder, "tokenizer.json")):
         return
-    teacher, student = (_vocabulary(folder) for folder in (teacher_folder, student_folder))
+    tokenizers = [load_tokenizer(folder) for folder in (teacher_folder, student_folder)]
+    teacher, student = (dict(tokenizer.get_vocab()) for tokenizer in tokenizers)
     differing = sorted({token for token, index in (teacher.items() ^ student.items())})
     if differing:
         token = differing[0]
@@ -76,11 +79,13 @@ def check_same_tokenizer(teacher_folder: str, student_folder: str) -> None:
             f"teacher and student have different tokenizers ({len(differing)} tokens differ, e.g. {token!r}: "
             f"{teacher.get(token)} and {student.get(token)}); targets are token ids, so choose models that share one"
         )
-
-
-def _vocabulary(folder: str) -> dict[str, int]:
-    vocabulary: dict[str, int] = load_tokenizer(folder).get_vocab()
-    return vocabulary
+    # Equal vocabularies may still be applied differently (merges, normalisation, splitting).
+    first, second = (tokenizer(_PROBE, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers)
+    if first != second:
+        raise UserError(
+            "teacher and student have the same vocabulary, and split text differently with it; targets are token ids, "
+            "so choose models that share one tokenizer"
+        )
 
 
 def _digests(folder: str, names: list[str], digests: DigestCache) -> dict[str, Any]:

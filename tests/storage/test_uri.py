@@ -25,7 +25,7 @@ from storage.errors import StoreDamagedError
         ("memory://", ("a",), "memory://a"),
         ("file:///tmp", ("a",), "file:///tmp/a"),
         ("/", ("a", "b"), "/a/b"),
-        ("/tmp/", ("a",), "/tmp/a"),  # noqa: S108
+        ("/tmp/", ("a",), "/tmp/a"),
         ("relative", ("a",), "relative/a"),
         ("s3://bucket/root/", (), "s3://bucket/root"),
     ],

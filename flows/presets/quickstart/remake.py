@@ -170,7 +170,7 @@ def compress(data: bytes, suffix: str) -> bytes:
 def read_corpus(path: Path) -> list[str]:
     data = path.read_bytes()
     raw = zstandard.ZstdDecompressor().decompress(data) if path.suffix == ".zst" else gzip.decompress(data)
-    return [json.loads(line)["text"] for line in raw.decode().splitlines()]
+    return [json.loads(line)["text"] for line in raw.decode().split("\n") if line]
 
 
 def write_sources(source: Path, out: Path) -> None:
