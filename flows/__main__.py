@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import resources
 from typing import Annotated, Any
 
@@ -145,14 +144,17 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        typer.secho(f"ddk: {error}", fg=typer.colors.RED, err=True)
-        return 2
+        return _refusal(error)
     except KeyboardInterrupt:
         typer.secho("ddk: interrupted; the same command goes on where it stopped", err=True)
         return 1
     except Exception as error:
+        from storage.errors import explained
+
         if debug:
             raise
+        if (known := explained(error)) is not None:
+            return _refusal(known)
         typer.secho(f"ddk: {type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
         typer.secho(
             "ddk: this is no mistake of yours; --debug shows the traceback. What was complete is kept, and the same "
@@ -161,6 +163,11 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
         )
         return 1
     return 0
+
+
+def _refusal(error: Exception) -> int:
+    typer.secho(f"ddk: {error}", fg=typer.colors.RED, err=True)
+    return 2
 
 
 def _load(path: str, overrides: list[str] | None, root: str | None, run: str | None) -> Any:
@@ -178,18 +185,7 @@ def _run_flow(name: str, config: Any) -> Any:
     flow = getattr(stages, name)
     parameters = stages.flow_parameters(config)
     taken = introspection.signature(flow.fn).parameters
-    with _quiet_exit():
-        return flow(**{key: value for key, value in parameters.items() if key in taken})
-
-
-@contextmanager
-def _quiet_exit() -> Iterator[None]:
-    """An interrupted flow must not be told twice."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        logging.getLogger("ddk").debug("interrupted")
-        raise
+    return flow(**{key: value for key, value in parameters.items() if key in taken})
 
 
 def _show_result(config: Any, command: str) -> None:
@@ -231,6 +227,8 @@ def _set_up(debug: bool) -> None:
     if not debug:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_LOGS", "-all")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")

@@ -11,7 +11,9 @@ from ddk.errors import UserError
 from ddk.student import load_tokenizer
 from storage.digests import DigestCache
 
-_PROBE = "  Hello, World!\n\tdef f(x): return x**2 + 3.14159  # naïve café\r\n你好，世界。 １２３ 😀 don't can't 10,000.50"
+_PROBE = (
+    "  Hello, World!\n\tdef f(x): return x**2 + 3.14159  # naïve café\r\n你好，世界。 １２３ 😀 don't can't 10,000.50"
+)
 """Text on which tokenizers part: spaces, line ends, digits, accents, full-width forms, contractions."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -130,6 +130,7 @@ class VllmTeacher:
                 load_format="safetensors",
                 trust_remote_code=self.config.trust_remote_code,
                 worker_extension_cls=WORKER_EXTENSION,
+                use_tqdm_on_load=False,
                 disable_log_stats=True,
                 seed=0,
             )

@@ -7,15 +7,15 @@ from small_run import Ddk, SmallRun, write_config
 
 
 @pytest.fixture(scope="session")
-def ddk(tmp_path_factory: pytest.TempPathFactory) -> Ddk:
-    return Ddk(tmp_path_factory.mktemp("prefect"))
+def ddk(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Ddk:
+    return Ddk(tmp_path_factory.mktemp("prefect"), prefect_server)
 
 
 @pytest.fixture(scope="session")
-def small_run(ddk: Ddk, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    """An uninterrupted `ddk distill`."""
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """An uninterrupted `ddk distill`, with no server to report to."""
     folder = tmp_path_factory.mktemp("small")
     config = write_config(folder)
-    output = ddk("distill", config)
+    output = Ddk(tmp_path_factory.mktemp("prefect"))("distill", config)
     assert output.code == 0, output.err
     return SmallRun(config, folder / "root", output)

@@ -17,6 +17,7 @@ from small_run import DOMAINS, Ddk, SmallRun, files_below, write_config
 
 from ddk.mixture import initial_mixture, update_mixture
 from flows.config import load_config
+from storage import uri
 from storage.blocks import open_blocks
 from storage.mixtures import MixtureHistory
 from storage.runs import RunFolder
@@ -209,3 +210,31 @@ def test_changing_one_domains_data_recomputes_that_domain_alone(small_run: Small
 def _sections(path: str) -> tuple:
     config = load_config(path)
     return config.root, config.domains, config.packing, config.teacher
+
+
+def test_everything_on_s3(ddk: Ddk, s3_server: str, small_run: SmallRun, tmp_path: Path) -> None:
+    """The same stores as on a local disk, byte for byte; the run and its student beside them."""
+    root = f"{s3_server}/distill"
+    config = write_config(tmp_path, root=root, domains={"code": None, "zh_books": None}, train={"steps": 2})
+    output = ddk("distill", config)
+    assert output.code == 0, output.err
+    plan = plan_stores(*_sections(config))
+    theirs = plan_stores(*_sections(small_run.config))["math"]
+    for remote, local in ((plan["math"].blocks_url, theirs.blocks_url), (plan["math"].targets_url, theirs.targets_url)):
+        for name, content in files_below(Path(local)).items():
+            if name != "manifest.json":
+                assert uri.read_bytes(f"{remote}/{name}") == content, name
+    assert uri.read_bytes(f"{root}/runs/small/student/model.safetensors") is not None
+    assert b"data:image/png" in (uri.read_bytes(f"{root}/runs/small/report/index.html") or b"")
+    again = ddk("distill", config)
+    assert again.code == 0, again.err
+    assert "train small: complete already" in again.err
+
+
+def test_it_stops_early_where_the_student_has_caught_up(small_run: SmallRun, ddk: Ddk) -> None:
+    output = ddk("train", small_run.config, "--set", "mixture.stop_ratio=99", "--run", "early")
+    assert output.code == 0, output.err
+    summary = RunFolder(str(small_run.root), "early").summary()
+    assert summary is not None
+    assert summary["steps"] == 0
+    assert summary["stopped_early"] == "every domain's ratio is at or below mixture.stop_ratio 99.0 at step 0"

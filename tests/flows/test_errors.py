@@ -171,3 +171,31 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     out = capsys.readouterr().out
     for command in ("quickstart", "distill", "pack", "cache", "train", "gap", "report", "inspect"):
         assert command in out
+
+
+def test_a_failure_that_is_no_mistake_of_the_user_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("the engine fell over")
+
+    monkeypatch.setattr("flows.stages.plan_stores", broken)
+    code, err = call(capsys, monkeypatch, "pack", config_with(tmp_path))
+    assert code == 1
+    assert "ddk: RuntimeError: the engine fell over" in err
+    assert "the same command goes on from there" in err
+
+
+def test_missing_credentials_are_explained(ddk_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert "no credentials for S3 were found; set AWS_ACCESS_KEY_ID" in ddk_error(
+        "pack", config_with(tmp_path, root="s3://nowhere/ddk")
+    )
+    s3fs.S3FileSystem.clear_instance_cache()

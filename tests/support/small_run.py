@@ -26,15 +26,19 @@ class Finished:
 
 
 class Ddk:
-    """Runs `ddk`, with a Prefect home of its own."""
+    """Runs `ddk`, with a Prefect home of its own.
 
-    def __init__(self, home: Path) -> None:
-        self._environment = {**os.environ, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "2"}
+    Args:
+        api_url: of a server to report to; without one every call starts its own for its time, as for a newcomer.
+    """
+
+    def __init__(self, home: Path, api_url: str | None = None) -> None:
+        self._prefect = {"PREFECT_HOME": str(home)} | ({"PREFECT_API_URL": api_url} if api_url else {})
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "flows", *arguments],
-            env=self._environment,
+            env={**os.environ, **self._prefect, "OMP_NUM_THREADS": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -65,7 +69,10 @@ class Ddk:
 
 
 def small_config(**changes: Any) -> dict[str, Any]:
-    """Three domains of the quickstart, a few blocks each, six steps in three intervals."""
+    """Three domains of the quickstart, a few blocks each, six steps in three intervals.
+
+    `changes` replace or extend sections; a domain that is None is left out.
+    """
     suffixes = {"code": "zst"}
     config: dict[str, Any] = {
         "run": "small",
@@ -95,6 +102,7 @@ def small_config(**changes: Any) -> dict[str, Any]:
     }
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) and key in config else value
+    config["domains"] = {name: domain for name, domain in config["domains"].items() if domain is not None}
     return config
 
 
