@@ -4,6 +4,7 @@
     ddk distill CONFIG          everything: pack, cache, train, report
     ddk pack|cache|train|gap|report CONFIG      one stage
     ddk inspect URL             what a store or a run holds
+    ddk verify URL              whether every byte of a store, or of all stores of a root, is what was written
 
 Exit codes: 0 done, 1 something failed, 2 something to put right in the call, the configuration or the data (one
 line says what; `--debug` shows the traceback).
@@ -126,6 +127,23 @@ def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (
 
     for line in describe(url):
         _say(line)
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr), or of a root with many.")],
+    fast: Annotated[bool, typer.Option("--fast", help="Only that objects are there, with the right size.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Mark damaged shards to be made again.")] = False,
+) -> None:
+    """Read every byte of a store and name what is damaged; exits with 1 where something is.
+
+    With --repair the damaged shards are taken out, so that the next `ddk pack` or `ddk cache` makes these again and
+    no others.
+    """
+    from flows.verify import verify_all
+
+    if not verify_all(url, full=not fast, repair=repair, say=_say):
+        raise typer.Exit(1)
 
 
 def main() -> None:

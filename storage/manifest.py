@@ -115,6 +115,18 @@ def require_complete(url: str, kind: Kind) -> Manifest:
     return manifest
 
 
+def store_attributes(manifest: Manifest) -> dict[str, Any]:
+    """What the root group's attributes say of a store, for readers that do not know the manifest."""
+    # Sorted: the dimensions of a store that was resumed come in the order in which JSON had them.
+    dims = dict(sorted(manifest.dims.items()))
+    return {"ddk": {"format_version": manifest.format_version, "kind": manifest.kind, "dims": dims}}
+
+
+def write_commit(url: str, split: Split, shard: int, record: ShardRecord) -> None:
+    """From here on the shard counts."""
+    uri.write_json(uri.join(url, "commits", f"{split}-{shard:08d}.json"), record.model_dump())
+
+
 class StoreWriter:
     """Writes one store, or completes one that was left unfinished.
 
@@ -197,7 +209,7 @@ class StoreWriter:
             uri.write_bytes(uri.join(self.url, split, spec.name, shard_key(spec, shard)), content)
             objects[spec.name] = ObjectRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         record = ShardRecord(blocks=blocks.pop(), objects=objects, facts=dict(facts or {}))
-        uri.write_json(uri.join(self.url, "commits", f"{split}-{shard:08d}.json"), record.model_dump())
+        write_commit(self.url, split, shard, record)
         return record
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> Manifest:
@@ -216,11 +228,9 @@ class StoreWriter:
                 raise ValueError(f"{self.url} lacks shards of '{split}'; committed are {sorted(records)}")
             splits[split] = SplitManifest(blocks=sum(s.blocks for s in shards), shards=shards)
         manifest = self.manifest.model_copy(update={"complete": True, "splits": splits, "facts": dict(facts or {})})
-        # Sorted: the dimensions of a store that was resumed come in the order in which JSON had them.
-        dims = dict(sorted(manifest.dims.items()))
-        attributes = {"ddk": {"format_version": FORMAT_VERSION, "kind": manifest.kind, "dims": dims}}
         counts = {split: splits[split].blocks for split in SPLITS}
-        for key, content in group_metadata(self._specs, counts, self._shard_blocks, attributes).items():
+        metadata = group_metadata(self._specs, counts, self._shard_blocks, store_attributes(manifest))
+        for key, content in metadata.items():
             uri.write_bytes(uri.join(self.url, key), content)
         uri.remove_temporaries(self.url)
         uri.write_json(uri.join(self.url, "manifest.json"), manifest.model_dump())

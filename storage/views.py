@@ -108,7 +108,7 @@ class _View:
     def _damaged(self, name: str, shards: list[int], why: str) -> StoreDamagedError:
         return StoreDamagedError(
             f"{self.url}: array '{self.split}/{name}' is damaged in shard {', '.join(map(str, shards))} ({why}); "
-            f"remove the store and run `ddk {'pack' if self.kind == 'blocks' else 'cache'}` again"
+            f"`ddk verify {self.url} --repair` and then `ddk {'pack' if self.kind == 'blocks' else 'cache'}` make it anew"
         )
 
 

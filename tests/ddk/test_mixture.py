@@ -102,7 +102,7 @@ def test_sums_to_one_and_every_domain_keeps_its_floor(values, alpha) -> None:
 def test_the_order_of_the_domains_is_irrelevant_to_the_last_bit(values, alpha, seed) -> None:
     old, student, teacher = values
     names = list(student)
-    random.Random(seed).shuffle(names)  # noqa: S311
+    random.Random(seed).shuffle(names)
     shuffled = [{name: mapping[name] for name in names} for mapping in (old, student)]
     assert initial_mixture(student, teacher) == initial_mixture(shuffled[1], teacher)
     assert update_mixture(old, student, teacher, alpha) == update_mixture(*shuffled, teacher, alpha)

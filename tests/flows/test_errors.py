@@ -169,7 +169,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         main()
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    for command in ("quickstart", "distill", "pack", "cache", "train", "gap", "report", "inspect"):
+    for command in ("quickstart", "distill", "pack", "cache", "train", "gap", "report", "inspect", "verify"):
         assert command in out
 
 

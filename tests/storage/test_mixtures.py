@@ -12,7 +12,7 @@ from storage.mixtures import MixtureHistory, MixtureRecord, make_record
 
 
 def record(version: int, step: int | None = None) -> MixtureRecord:
-    random_ = random.Random(version)  # noqa: S311
+    random_ = random.Random(version)
     weights = [random_.random() for _ in range(3)]
     domains = ["math", "数学", "a.b/c"]
     return make_record(

@@ -148,7 +148,7 @@ def test_no_flipped_byte_is_ever_read_as_data(tmp_path: Path, maker) -> None:
             with pytest.raises(StoreDamagedError) as error:
                 view.read(range(3))
             assert f"{store}: array 'train/{name}' is damaged in shard {shard} (" in str(error.value)
-            assert "remove the store and run `ddk cache` again" in str(error.value)
+            assert f"`ddk verify {store} --repair` and then `ddk cache` make it anew" in str(error.value)
             # One block alone: damaged as well, or right.
             block = int(rng.integers(0, 3))
             try:
@@ -215,7 +215,7 @@ def test_blocks_name_their_own_remedy(tmp_path: Path, maker) -> None:
     )
     os.unlink(f"{url}/validation/tokens/c/0/0")
     with pytest.raises(
-        StoreDamagedError, match=r"array 'validation/tokens' is damaged in shard 0 .*run `ddk pack` again"
+        StoreDamagedError, match=r"array 'validation/tokens' is damaged in shard 0 .*`ddk pack` make it anew"
     ):
         open_blocks(url, "validation").read([0])
     assert len(open_blocks(url).read([0])) == 1
