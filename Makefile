@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make quickstart` and `make test`. Each makes .venv first (once).
-.PHONY: setup quickstart test lint format lock help
+.PHONY: setup quickstart test lint format lock bench results reference help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -27,5 +27,16 @@ format: setup     ## Let ruff put the code in form
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-lock: setup       ## Remake requirements/{cpu,cuda}.txt from pyproject.toml
-	bash requirements/lock.sh
+lock: setup       ## Remake requirements/{cpu,cuda}.txt from pyproject.toml (UPGRADE=--upgrade for newer versions)
+	UPGRADE=$(UPGRADE) bash requirements/lock.sh
+
+bench: bench-quickstart ## Every benchmark: a table each, and benchmarks/out/<name>.json
+
+bench-%: setup    ## One of them, e.g. bench-quickstart
+	.venv/bin/python benchmarks/bench_$*.py
+
+results: setup    ## benchmarks/RESULTS.md from benchmarks/out/*.json
+	.venv/bin/python benchmarks/write_results.py
+
+reference: setup  ## docs/configuration.md from the docstrings of the configuration's fields
+	.venv/bin/python -m flows.reference

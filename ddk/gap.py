@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from ddk.errors import UserError
 from ddk.loss import cross_entropy_sum
 from ddk.student import forward_logits
 from ddk.types import BlockReader, DomainGap
@@ -57,12 +58,14 @@ def domain_gap(domain: str, student_ppl: float, teacher_ppl: float) -> DomainGap
     """Both perplexities of a domain, checked.
 
     Raises:
-        ValueError: a perplexity is not finite: the student has diverged, or a store is wrong.
+        UserError: a perplexity is not finite: the student has diverged, or the teacher gives a true token no
+            probability at all.
     """
+    remedies = {
+        "student": "the training has diverged: lower train.learning_rate",
+        "teacher": "it rules out a token that occurs there; is its quantisation, or its dtype, too coarse?",
+    }
     for who, value in (("student", student_ppl), ("teacher", teacher_ppl)):
         if not math.isfinite(value):
-            raise ValueError(
-                f"the {who}'s perplexity on '{domain}' is {value}"
-                + ("; the training has diverged: lower train.learning_rate" if who == "student" else "")
-            )
+            raise UserError(f"the {who}'s perplexity on '{domain}' is {value}; {remedies[who]}")
     return DomainGap(domain=domain, student_ppl=student_ppl, teacher_ppl=teacher_ppl)

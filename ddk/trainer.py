@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ddk.data import Batch, TrainData, prefetch
+from ddk.errors import UserError
 from ddk.loss import LossConfig, LossSums, cross_entropy_sum, distillation_sums
 from ddk.sampler import SamplerState, draw, initial_state
 from ddk.student import forward_logits
@@ -125,10 +126,10 @@ def resolve_device(config: TrainConfig) -> torch.device:
     """The device that the configuration means on this machine.
 
     Raises:
-        ValueError: 'cuda' is asked for and there is none.
+        UserError: 'cuda' is asked for and there is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is 'cuda' and this machine has no usable GPU; set it to 'auto' or 'cpu'")
+        raise UserError("train.device is 'cuda' and this machine has no usable GPU; set it to 'auto' or 'cpu'")
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -106,9 +106,10 @@ class _View:
         return found or shards
 
     def _damaged(self, name: str, shards: list[int], why: str) -> StoreDamagedError:
+        stage = "ddk pack" if self.kind == "blocks" else "ddk cache"
         return StoreDamagedError(
             f"{self.url}: array '{self.split}/{name}' is damaged in shard {', '.join(map(str, shards))} ({why}); "
-            f"`ddk verify {self.url} --repair` and then `ddk {'pack' if self.kind == 'blocks' else 'cache'}` make it anew"
+            f"`ddk verify {self.url} --repair` and then `{stage}` make it anew"
         )
 
 

@@ -64,7 +64,8 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
     digests = DigestCache(uri.join(root, "digests.json"))
     folder = local_folder(teacher.model, teacher.revision, "teacher.model")
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
-    vocab_size = len(tokenizer)
+    # Not the number of tokens: a vocabulary may have holes, and every id must lie below V.
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
     check_fits(teacher, seq_len=packing.seq_len, vocab_size=vocab_size)
     tokenizer_inputs = {"files": tokenizer_digests(folder, digests), "eos_id": tokenizer.eos_token_id}
     teacher_inputs = {

@@ -24,8 +24,9 @@ from ddk.types import Int32Array, SparseTargets
 from tasks.vllm_worker import LABEL_KEY, ROW_KEY, ResultBuffer
 
 WORKER_EXTENSION = "tasks.vllm_worker.CaptureExtension"
-CHUNK_BYTES = 32 * 2**20
-"""Float32 logits reduced at a time. On a CPU about the size of its last-level cache, where each pass stays in it."""
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
+"""Float32 logits reduced at a time. On a CPU about its last-level cache, where every pass over a chunk stays; on a GPU
+enough rows to fill it, and little beside the memory that `gpu_memory_utilization` leaves free."""
 
 
 class TeacherConfig(BaseModel):
@@ -135,7 +136,8 @@ class VllmTeacher:
                 seed=0,
             )
         try:
-            self._llm.collective_rpc("ddk_install", args=(self.vocab_size, self.config.k, CHUNK_BYTES))
+            chunk_bytes = GPU_CHUNK_BYTES if on_gpu() else CPU_CHUNK_BYTES
+            self._llm.collective_rpc("ddk_install", args=(self.vocab_size, self.config.k, chunk_bytes))
         except BaseException:
             self.close()
             raise
