@@ -64,8 +64,8 @@ class TrainConfig(BaseModel):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps between two lines of the log."""
+    log_every: int = Field(default=100, ge=1)
+    """Steps between two lines of the log, besides the one at the end of each interval."""
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> TrainConfig:

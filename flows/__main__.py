@@ -216,7 +216,8 @@ def _show_result(config: Any, command: str) -> None:
 
     folder = RunFolder(config.root, config.run)
     records = interval_records(folder)
-    console = Console()
+    # Elsewhere than in a terminal rich would take 80 columns, too few for the mixture of ten domains.
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(terminal_table(records))
     console.print(mixture_path(records))
     _say(f"report    {folder.report_url}/index.html")

@@ -110,7 +110,7 @@ def load_config(path: str, overrides: Sequence[str] = (), root: str | None = Non
         _apply(data, override)
     for key, value in (("root", root), ("run", run)):
         if value is not None:
-            data[key] = os.path.abspath(value) if key == "root" and "://" not in value else value
+            data[key] = absolute(value, os.getcwd()) if key == "root" else value
     try:
         return Config.model_validate(_with_absolute_paths(data, os.path.dirname(os.path.abspath(path))))
     except ValidationError as error:

@@ -198,7 +198,7 @@ def train_interval(session: StudentSession, record: MixtureRecord, first_step: i
             reports.append(report)
             progress.advance(1, f"ce {report.ce:.3f}, kl {report.kl:.3f}")
             if report.step % settings.train.log_every == 0:
-                logger.debug("step %d: ce %.4f, kl %.4f", report.step, report.ce, report.kl)
+                logger.info("step %d: cross-entropy %.4f, KL %.4f", report.step, report.ce, report.kl)
 
         trainer.train_interval(record.mixture, record.version, steps, on_step)
     session.run.write_metrics(first_step, [asdict(report) for report in reports])
