@@ -105,7 +105,7 @@ TEACHER = Recipe(
     heads=4,
     kv_heads=2,
     mixture=dict.fromkeys(DOMAINS, 0.2),
-    steps=1_200,
+    steps=3_000,
     learning_rate=2e-3,
     batch_size=8,
 )
@@ -118,7 +118,7 @@ STUDENT = Recipe(
     heads=2,
     kv_heads=1,
     mixture={"math": 0.04, "code": 0.15, "books": 0.40, "web": 0.40, "zh_books": 0.01},
-    steps=300,
+    steps=700,
     learning_rate=5e-3,
     batch_size=16,
 )
