@@ -146,6 +146,10 @@ def verify(
         raise typer.Exit(1)
 
 
+class _InterruptedError(Exception):
+    """Somebody pressed Ctrl-C while a flow ran."""
+
+
 def main() -> None:
     """Entry point of the console script."""
     debug = "--debug" in sys.argv
@@ -163,7 +167,7 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
         if debug:
             raise
         return _refusal(error)
-    except KeyboardInterrupt:
+    except _InterruptedError:
         typer.secho("ddk: interrupted; the same command goes on where it stopped", err=True)
         return 1
     except Exception as error:
@@ -203,7 +207,10 @@ def _run_flow(name: str, config: Any) -> Any:
     flow = getattr(stages, name)
     parameters = stages.flow_parameters(config)
     taken = introspection.signature(flow.fn).parameters
-    return flow(**{key: value for key, value in parameters.items() if key in taken})
+    try:
+        return flow(**{key: value for key, value in parameters.items() if key in taken})
+    except KeyboardInterrupt:
+        raise _InterruptedError from None  # typer would end the process at once, without a word
 
 
 def _show_result(config: Any, command: str) -> None:

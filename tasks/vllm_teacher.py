@@ -103,7 +103,6 @@ class VllmTeacher:
         self.vocab_size = vocab_size
         self._llm: Any = None
         self._buffer: ResultBuffer | None = None
-        self._buffer_path: str | None = None
         check_fits(config, seq_len=seq_len, vocab_size=vocab_size)
 
     def __enter__(self) -> VllmTeacher:
@@ -137,7 +136,7 @@ class VllmTeacher:
             )
         try:
             chunk_bytes = GPU_CHUNK_BYTES if on_gpu() else CPU_CHUNK_BYTES
-            self._llm.collective_rpc("ddk_install", args=(self.vocab_size, self.config.k, chunk_bytes))
+            self._llm.collective_rpc("ddk_install", args=(self.vocab_size, self.config.k, chunk_bytes, os.getpid()))
         except BaseException:
             self.close()
             raise
@@ -152,10 +151,7 @@ class VllmTeacher:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
-        if self._buffer_path is not None:
-            self._buffer = None
-            os.unlink(self._buffer_path)
-            self._buffer_path = None
+        self._buffer = None
 
     def capture(self, tokens_BL1: Int32Array) -> SparseTargets:
         """The teacher's targets at every position of some blocks.
@@ -206,11 +202,11 @@ class VllmTeacher:
     def _result_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         if self._buffer is None:
             folder = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 (shared memory is what is meant)
-            handle, self._buffer_path = tempfile.mkstemp(prefix="ddk-capture-", dir=folder)
-            os.close(handle)
             shape = (self.config.shard_blocks, self.seq_len)
-            self._buffer = ResultBuffer(self._buffer_path, *shape, self.config.k, create=True)
-            self._llm.collective_rpc("ddk_map", args=(self._buffer_path, *shape))
+            with tempfile.NamedTemporaryFile(prefix="ddk-capture-", dir=folder) as file:
+                self._buffer = ResultBuffer(file.name, *shape, self.config.k, create=True)
+                self._llm.collective_rpc("ddk_map", args=(file.name, *shape))
+            # Both sides have mapped it, and the name is gone: however this ends, the memory is given back.
         return self._buffer.arrays
 
 

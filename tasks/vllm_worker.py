@@ -18,11 +18,16 @@ Shape letters: N rows of hidden states, V tokens of the tokenizer, K stored entr
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 TESTED_VERSIONS = ("0.32.0",)
@@ -94,6 +99,28 @@ def reduce_logits(
     return top.indices, top.values - normaliser_N[:, None], outside_N / total_N, true_N - normaliser_N
 
 
+def end_with(front_end: int, seconds_between_looks: float = 1.0) -> None:
+    """End this process, and the engine that started it, once the front end is gone.
+
+    vLLM's processes outlive a front end that was killed with -9, and hold the GPU's memory against the next one.
+
+    Args:
+        front_end: process id; alive when this is called.
+    """
+    owner = psutil.Process(front_end)
+    engine = os.getppid()
+
+    def watch() -> None:
+        while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(seconds_between_looks)
+        # The worker is the front end's child (one process for engine and worker) or the engine's.
+        if engine not in (front_end, 1) and os.getppid() == engine:
+            os.kill(engine, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="ddk-end-with-front-end", daemon=True).start()
+
+
 class CaptureExtension:
     """Mixed into vLLM's worker. Its public methods are called by `LLM.collective_rpc`.
 
@@ -103,12 +130,13 @@ class CaptureExtension:
     ddk_requests: dict[str, _Request]
     ddk_scheduled: dict[str, _Scheduled]
 
-    def ddk_install(self, vocab_size: int, k: int, chunk_bytes: int) -> None:
+    def ddk_install(self, vocab_size: int, k: int, chunk_bytes: int, front_end: int | None = None) -> None:
         """Start to listen.
 
         Args:
             vocab_size: tokens of the tokenizer; the model's rows beyond it are padding and get no probability.
             chunk_bytes: of float32 logits that are reduced at a time.
+            front_end: process id whose end is to be this process's end too; see `end_with`.
 
         Raises:
             RuntimeError: this vLLM is not the one that the extension was written against, or the engine is set up
@@ -139,6 +167,8 @@ class CaptureExtension:
         ):
             if wrong:
                 raise RuntimeError(f"capture does not work with {what}: positions would be missed; switch it off")
+        if front_end is not None:
+            end_with(front_end)
         self.ddk_vocab_size = vocab_size
         self.ddk_k = k
         self.ddk_chunk_rows = max(1, chunk_bytes // (4 * vocab_size))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ASSETS = Path(__file__).parents[2] / "flows" / "presets" / "quickstart"
@@ -55,8 +56,12 @@ class Ddk:
             raise AssertionError(f"ddk {arguments} hung:\n{out}\n{err}") from None
         return Finished(process.returncode, out, err)
 
-    def kill_when(self, condition: Callable[[], bool], *arguments: str, timeout: float = 180) -> None:
-        """Start the command, kill -9 it and all it has started as soon as the condition holds."""
+    def kill_when(self, condition: Callable[[], bool], *arguments: str, timeout: float = 180) -> list[psutil.Process]:
+        """Start the command, kill -9 its process as soon as the condition holds.
+
+        Returns:
+            The processes that it had started; nobody has killed these.
+        """
         process = self.start(*arguments)
         deadline = time.monotonic() + timeout
         while not condition():
@@ -64,8 +69,14 @@ class Ddk:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise AssertionError(f"ddk {arguments} ended before it could be killed:\n{process.communicate()}")
             time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        started = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        # Not read to the end: what the command had started may hold the pipes open.
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+        return started
 
 
 def small_config(**changes: Any) -> dict[str, Any]:
