@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -64,7 +65,7 @@ def quickstart(
         path = os.path.join(presets, "quickstart.yaml")
         config = _load(path, overrides, root, run)
         _run_flow("distill", config)
-    _show_result(config, f"ddk distill {os.path.relpath(path)} --root {root}")
+    _show_result(config, f"{_command()} distill {os.path.relpath(path)} --root {root}")
 
 
 @app.command()
@@ -72,7 +73,7 @@ def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, 
     """Everything in order: pack, cache, train, report. What is complete is skipped."""
     loaded = _load(config, overrides, root, run)
     _run_flow("distill", loaded)
-    _show_result(loaded, f"ddk distill {config}")
+    _show_result(loaded, f"{_command()} distill {config}")
 
 
 @app.command()
@@ -99,7 +100,7 @@ def train(config: ConfigPath, overrides: Overrides = None, root: Root = None, ru
     """Train the student on the cached targets; goes on at its newest checkpoint."""
     loaded = _load(config, overrides, root, run)
     _run_flow("train_student", loaded)
-    _show_result(loaded, f"ddk distill {config}")
+    _show_result(loaded, f"{_command()} distill {config}")
 
 
 @app.command()
@@ -236,6 +237,14 @@ def _next_step(config: Any, command: str) -> str:
     if config.method == "ddk":
         return f"{command} --run equal --set method=kd   (the same with equal sampling; the cache is reused)"
     return "ddk report CONFIG for this report again; ddk inspect URL for any store"
+
+
+def _command() -> str:
+    """How this very command is called from here: `ddk` where it is on the PATH, else e.g. `.venv/bin/ddk`."""
+    called = sys.argv[0]
+    if os.path.basename(called) != "ddk" or shutil.which("ddk") is not None:
+        return "ddk"
+    return os.path.relpath(called)
 
 
 def _say(line: str) -> None:
