@@ -10,17 +10,15 @@ Every stage plans its stores afresh and skips what is complete, so that any of t
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
-from prefect import flow
+from prefect import Flow, flow
 
 from ddk.errors import UserError
-from ddk.loss import LossConfig
-from ddk.methods import MethodName
-from ddk.mixture import MixtureConfig, caught_up
+from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
-from ddk.student import StudentConfig
-from ddk.trainer import TrainConfig
 from flows.config import Config
 from storage.corpus import DomainConfig
 from storage.mixtures import MixtureRecord
@@ -31,6 +29,36 @@ from tasks.plan import Plan, plan_stores
 from tasks.progress import logger
 from tasks.train_student import StudentSession, evaluate_gap, train_interval, update_mixture
 from tasks.vllm_teacher import TeacherConfig, VllmTeacher
+
+
+def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[[Config], Any]], Flow[..., Any]]:
+    """Make a flow of a function of the whole configuration, with each section as a parameter of its own.
+
+    A deployment overrides parameters one by one, each whole; a single `config` parameter would be replaced with all
+    its sections. Names, types and defaults are those of `Config`, and stand there alone.
+    """
+    parameters = [
+        inspect.Parameter(
+            section,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.is_required() else field.get_default(),
+            annotation=field.annotation,
+        )
+        for section, field in Config.model_fields.items()
+    ]
+
+    def decorate(function: Callable[[Config], Any]) -> Flow[..., Any]:
+        def call(**sections: Any) -> Any:
+            return function(Config(**sections))
+
+        call.__name__, call.__qualname__ = function.__name__, function.__qualname__
+        call.__module__, call.__doc__ = function.__module__, function.__doc__
+        # What Prefect reads for its form, and pydantic for its checks.
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return flow(name=name, flow_run_name=flow_run_name, persist_result=False)(call)
+
+    return decorate
 
 
 @flow(name="pack-corpus", persist_result=False)
@@ -64,60 +92,36 @@ def cache_teacher(
         return [cache_targets(plan, domain, engine) for domain in plan.domains]
 
 
-@flow(name="train-student", flow_run_name="train {run}", persist_result=False)
-def train_student(
-    run: str,
-    root: str,
-    domains: dict[str, DomainConfig],
-    teacher: TeacherConfig,
-    student: StudentConfig,
-    train: TrainConfig,
-    packing: PackingConfig,
-    loss: LossConfig,
-    mixture: MixtureConfig,
-    method: MethodName = "ddk",
-    seed: int = 0,
-) -> dict[str, Any]:
+@by_sections(name="train-student", flow_run_name="train {run}")
+def train_student(config: Config) -> dict[str, Any]:
     """Train the student interval by interval; needs complete stores of blocks and targets.
 
     Returns:
         `{"student", "report", "done_before"}`: the URLs of the final student and of the report's page.
     """
-    session = _open_session(Config(**locals()))
+    session = _open_session(config)
     done_before = session.run.summary() is not None
     if done_before:
-        logger.info("train %s: complete already", run)
+        logger.info("train %s: complete already", config.run)
         student_url = session.run.student_url
     else:
         stopped_early = _train_to_the_end(session)
         student_url = save_final_student(session, stopped_early)
-    urls = report_run(root, run)
+    urls = report_run(config.root, config.run)
     return {"student": student_url, "report": urls["index.html"], "done_before": done_before}
 
 
-@flow(name="rebalance", flow_run_name="rebalance {run}", persist_result=False)
-def rebalance(
-    run: str,
-    root: str,
-    domains: dict[str, DomainConfig],
-    teacher: TeacherConfig,
-    student: StudentConfig,
-    train: TrainConfig,
-    packing: PackingConfig,
-    loss: LossConfig,
-    mixture: MixtureConfig,
-    method: MethodName = "ddk",
-    seed: int = 0,
-) -> dict[str, Any]:
+@by_sections(name="rebalance", flow_run_name="rebalance {run}")
+def rebalance(config: Config) -> dict[str, Any]:
     """Measure the newest checkpoint's gap and append the mixture that follows; a second time changes nothing.
 
     Returns:
         The mixture record as plain data.
     """
-    session = _open_session(Config(**locals()))
+    session = _open_session(config)
     found = session.history.at_step(session.step)
     if found is not None:
-        logger.info("rebalance %s: step %d is measured already (version %d)", run, found.step, found.version)
+        logger.info("rebalance %s: step %d is measured already (version %d)", config.run, found.step, found.version)
     return (found or _measure(session)).model_dump()
 
 
@@ -131,28 +135,15 @@ def report(run: str, root: str) -> dict[str, str]:
     return report_run(root, run)
 
 
-@flow(name="distill", flow_run_name="distill {run}", persist_result=False)
-def distill(
-    run: str,
-    root: str,
-    domains: dict[str, DomainConfig],
-    teacher: TeacherConfig,
-    student: StudentConfig,
-    train: TrainConfig,
-    packing: PackingConfig,
-    loss: LossConfig,
-    mixture: MixtureConfig,
-    method: MethodName = "ddk",
-    seed: int = 0,
-) -> dict[str, Any]:
+@by_sections(name="distill", flow_run_name="distill {run}")
+def distill(config: Config) -> dict[str, Any]:
     """All stages in order; what is complete is skipped.
 
     Returns:
         What `train_student` says.
     """
-    config = Config(**locals())
-    pack_corpus(root, domains, teacher, packing)
-    cache_teacher(root, domains, teacher, packing)
+    for stage in (pack_corpus, cache_teacher):
+        stage(config.root, config.domains, config.teacher, config.packing)
     result: dict[str, Any] = train_student(**flow_parameters(config))
     return result
 
