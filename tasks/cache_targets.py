@@ -84,14 +84,14 @@ def _capture_missing(store: StorePlan, blocks: Mapping[Split, BlockView], writer
         for split in SPLITS
         for shard in sorted(set(range(-(-len(blocks[split]) // shard_blocks))) - set(writer.committed(split)))
     ]
-    positions = sum(len(blocks[split]) for split in SPLITS) * store.targets_dims["seq_len"]
+    to_capture = sum(_shard_len(blocks[split], shard, shard_blocks) for split, shard in missing)
+    in_all = sum(len(blocks[split]) for split in SPLITS)
+    seq_len = store.targets_dims["seq_len"]
     with (
-        meter(f"capture {store.domain}", positions, "positions") as progress,
+        meter(f"capture {store.domain}", in_all * seq_len, "positions") as progress,
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="ddk-write") as executor,
     ):
-        progress.advance(
-            positions - sum(_shard_len(blocks[split], s, shard_blocks) for split, s in missing) * _l(store)
-        )
+        progress.advance((in_all - to_capture) * seq_len)
         writing: Future[ShardRecord] | None = None
         for split, shard in missing:
             first = shard * shard_blocks
@@ -104,10 +104,6 @@ def _capture_missing(store: StorePlan, blocks: Mapping[Split, BlockView], writer
         if writing is not None:
             writing.result()
     return len(missing)
-
-
-def _l(store: StorePlan) -> int:
-    return store.targets_dims["seq_len"]
 
 
 def _shard_len(blocks: BlockView, shard: int, shard_blocks: int) -> int:

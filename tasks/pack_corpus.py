@@ -71,8 +71,8 @@ def _pack_split(plan: Plan, store: StorePlan, writer: StoreWriter, split: Split)
         return
     written = shards * shard_blocks
     start = _cursor(committed[shards - 1]) if shards else None
-    files = store.train_files if split == "train" else store.validation_files
-    with meter(f"pack {store.domain} {split}", sum(file.size for file in files), "bytes") as progress:
+    size = sum(file.size for file in store.files(split))
+    with meter(f"pack {store.domain} {split}", size, "bytes") as progress:
         blocks = _blocks(plan, store, split, start, progress)
         for shard in range(shards, 2**31):
             wanted = shard_blocks if limit is None else min(shard_blocks, limit - written)
@@ -96,7 +96,7 @@ def _blocks(
 ) -> Iterator[PackedBlock[DocumentKey]]:
     tokenizer = load_tokenizer(plan.teacher_folder)
     documents = tokenize_documents(
-        store.train_files if split == "train" else store.validation_files,
+        store.files(split),
         store.corpus,
         split,
         tokenizer,
@@ -113,7 +113,7 @@ def _cursor(record: ShardRecord) -> Cursor[DocumentKey]:
 
 
 def _refuse_empty(store: StorePlan, split: Split) -> None:
-    files = store.train_files if split == "train" else store.validation_files
+    files = store.files(split)
     names = ", ".join(file.url for file in files[:3]) + (", …" if len(files) > 3 else "")
     remedy = (
         "give it more text, or lower packing.seq_len"

@@ -13,6 +13,7 @@ from typing import Any
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
 from ddk.student import load_tokenizer
+from ddk.types import Split
 from storage import uri
 from storage.corpus import CorpusFile, DomainConfig, resolve_files
 from storage.digests import DigestCache
@@ -37,6 +38,10 @@ class StorePlan:
     targets_url: str
     targets_inputs: Mapping[str, Any]
     targets_dims: Mapping[str, int]
+
+    def files(self, split: Split) -> tuple[CorpusFile, ...]:
+        """The files that hold the split's documents."""
+        return self.train_files if split == "train" else self.validation_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

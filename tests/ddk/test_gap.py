@@ -30,14 +30,6 @@ class ReadOnlyBlocks(Blocks):
         return tokens
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_model(rows: int = V, dropout: float = 0.0) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(

@@ -14,14 +14,6 @@ from ddk.loss import LossConfig, cross_entropy_sum, distillation_sums
 TAILS = ("bucket", "renormalise", "residual")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def case(T: int, V: int, k: int, *, seed: int = 0, scale: float = 2.0, label_in_set: bool | None = None):
     """Student logits, labels, and a teacher cut to its k most probable tokens, as `distillation_sums` takes them."""
     random = torch.Generator().manual_seed(seed)

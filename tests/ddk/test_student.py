@@ -37,14 +37,6 @@ SHAPE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_model(kind: str = "qwen2", tied: bool = False):
     torch.manual_seed(0)
     if kind == "llama":

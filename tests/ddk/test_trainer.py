@@ -29,14 +29,6 @@ SIZES = {"code": 9, "web": 14}
 MIXTURE = Mixture(probabilities={"code": 0.6, "web": 0.4})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Blocks:
     def __init__(self, size: int, seed: int, tokens: np.ndarray | None = None) -> None:
         random = np.random.default_rng(seed)
