@@ -82,7 +82,8 @@ def distillation_sums(
         logits_TV: the student's, any float dtype; padded vocabulary rows already cut off (V is the tokenizer's).
         labels_T: true next tokens, int64.
         ids_TK: stored tokens, int64, distinct within a position.
-        logprobs_TK: the teacher's log-probabilities of them (full distribution, temperature 1); −inf is allowed.
+        logprobs_TK: the teacher's log-probabilities of them (full distribution, temperature 1). An entry of −inf is
+            no entry, whatever its id; positions may keep fewer than K, or none.
         tail_mass_T: the teacher's probability outside them, in [0, 1].
         tail: see the module's docstring.
         temperature: see the module's docstring.

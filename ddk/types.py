@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol
 
@@ -23,10 +23,21 @@ Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """Random draws, with replacement, from the teacher's full distribution at every position of some blocks."""
+
+    ids_BLN: Int32Array
+    """Distinct token ids, ascending; 0 behind the last of them."""
+    counts_BLN: Int32Array
+    """How often each was drawn, which sums to the number of draws; 0 behind the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SparseTargets:
     """What is kept of the teacher's distribution at every position of some blocks.
 
-    Position j of a block predicts the block's token j + 1. Entries are in descending order of probability.
+    Position j of a block predicts the block's token j + 1. Entries are in descending order of probability. A position
+    may keep fewer than K: the entries behind the last have log-probability −inf and id 0, and stand for no token.
     """
 
     ids_BLK: Int32Array
@@ -34,16 +45,24 @@ class SparseTargets:
     logprobs_BLK: Float32Array
     """Their log-probabilities under the teacher's full distribution (natural log, temperature 1)."""
     tail_mass_BL: Float32Array
-    """Probability outside the K entries, in [0, 1]."""
+    """Probability outside the kept entries, in [0, 1]."""
     true_logprobs_BL: Float32Array
-    """Log-probability of the token that does come next."""
+    """Log-probability of the token that does come next; NaN where an imported cache does not say."""
+    entropy_BL: Float32Array | None = None
+    """Entropy of the teacher's full distribution, in nats; None where the source does not give it."""
+    sampled: SampledTokens | None = None
+    """None where none were drawn."""
+    tail_mass_at: Mapping[float, Float32Array] = field(default_factory=dict)
+    """[B, L] by temperature T: the mass outside the kept entries of softmax(logits / T)."""
 
     def __post_init__(self) -> None:
         blocks, positions, _ = self.ids_BLK.shape
+        optional = {"entropy": self.entropy_BL, **{f"tail_mass at {t}": a for t, a in self.tail_mass_at.items()}}
         for name, shape, wanted in (
             ("logprobs", self.logprobs_BLK.shape, self.ids_BLK.shape),
             ("tail_mass", self.tail_mass_BL.shape, (blocks, positions)),
             ("true_logprobs", self.true_logprobs_BL.shape, (blocks, positions)),
+            *((name, array.shape, (blocks, positions)) for name, array in optional.items() if array is not None),
         ):
             if shape != wanted:
                 raise ValueError(
@@ -69,6 +88,10 @@ class SparseTargets:
     @property
     def true_logprobs(self) -> Float32Array:
         return self.true_logprobs_BL
+
+    @property
+    def entropy(self) -> Float32Array | None:
+        return self.entropy_BL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,8 +36,8 @@ from ddk.student import StudentConfig
 from ddk.trainer import TrainConfig
 from storage.corpus import DomainConfig
 from storage.uri import absolute
+from tasks.teacher import TeacherConfig
 from tasks.train_student import RunSettings
-from tasks.vllm_teacher import TeacherConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """Of runs and domains: they become names of files."""

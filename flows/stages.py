@@ -27,8 +27,9 @@ from tasks.finish_run import report_run, save_final_student
 from tasks.pack_corpus import pack_corpus as pack_domain
 from tasks.plan import Plan, plan_stores
 from tasks.progress import logger
+from tasks.teacher import TeacherConfig
 from tasks.train_student import StudentSession, evaluate_gap, train_interval, update_mixture
-from tasks.vllm_teacher import TeacherConfig, VllmTeacher
+from tasks.vllm_teacher import VllmTeacher
 
 
 def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[[Config], Any]], Flow[..., Any]]:

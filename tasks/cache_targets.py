@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from prefect import task
@@ -22,12 +22,7 @@ from storage.targets import teacher_perplexity
 from storage.views import BlockView
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
-
-
-class Teacher(Protocol):
-    """What captures: `tasks.vllm_teacher.VllmTeacher`."""
-
-    def capture(self, tokens_BL1: Int32Array) -> SparseTargets: ...
+from tasks.teacher import Teacher
 
 
 @task(task_run_name="cache {domain}", cache_policy=NO_CACHE, persist_result=False)

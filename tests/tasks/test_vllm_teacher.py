@@ -15,9 +15,10 @@ import transformers
 
 from ddk.errors import UserError
 from ddk.types import SparseTargets
-from tasks import vllm_teacher
+from tasks import teacher
 from tasks.cache_targets import check_distribution
-from tasks.vllm_teacher import TeacherConfig, VllmTeacher
+from tasks.teacher import TeacherConfig
+from tasks.vllm_teacher import VllmTeacher
 
 SEQ_LEN, VOCAB, K = 200, 4090, 16
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings are not ours to mend
@@ -129,7 +130,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
 
 
 def test_auto_dtype_is_the_models_own_on_every_machine(config: TeacherConfig) -> None:
-    assert vllm_teacher.resolved_dtype(config.model_copy(update={"dtype": "auto"})) == "bfloat16"
+    assert teacher.resolved_dtype(config.model_copy(update={"dtype": "auto"})) == "bfloat16"
 
 
 @pytest.mark.parametrize(
