@@ -62,10 +62,10 @@ def _named(annotation: Any) -> str:
         return "null"
     if isinstance(annotation, str):
         return f"`{annotation}`"
-    if get_args(annotation) and get_origin(annotation) is not list:
-        return " or ".join(_named(part) for part in get_args(annotation))
-    if get_origin(annotation) is list:
+    if get_origin(annotation) in (list, tuple):
         return "list of " + _named(get_args(annotation)[0])
+    if get_args(annotation):
+        return " or ".join(_named(part) for part in get_args(annotation))
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]
 
 
@@ -75,6 +75,7 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return "its defaults"
+    value = list(value) if isinstance(value, tuple) else value
     return "null" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -66,7 +66,7 @@ class TeacherConfig(BaseModel):
     """Blocks that are captured, written and committed together; a kill loses at most these."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that hold the teacher together."""
-    max_batch_tokens: int = Field(default=8192, ge=1)
+    max_batch_tokens: int = Field(default=8192, ge=128)
     """Tokens the engine runs in one forward pass; longer blocks are run in pieces (chunked prefill)."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
     """Share of a GPU's memory that the engine takes. The rest is headroom for the logits of capture."""

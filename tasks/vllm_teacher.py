@@ -8,7 +8,9 @@ queued, so that what runs together does not depend on timing: a shard's bytes ar
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from types import TracebackType
@@ -16,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ddk.types import Int32Array, SparseTargets
+from ddk.errors import UserError
+from ddk.types import Int32Array, SampledTokens, SparseTargets
+from tasks.progress import logger
+from tasks.reduction import OUTPUTS
 from tasks.teacher import TeacherConfig, check_fits, on_gpu, resolved_dtype
 from tasks.vllm_worker import LABEL_KEY, ROW_KEY, ResultBuffer
 
@@ -24,6 +29,8 @@ WORKER_EXTENSION = "tasks.vllm_worker.CaptureExtension"
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 """Float32 logits reduced at a time. On a CPU about its last-level cache, where every pass over a chunk stays; on a GPU
 enough rows to fill it, and little beside the memory that `gpu_memory_utilization` leaves free."""
+MIN_BATCH_TOKENS = 128
+"""Of a forward pass. Below this an engine that is out of memory lacks it for another reason."""
 
 
 class VllmTeacher:
@@ -40,6 +47,8 @@ class VllmTeacher:
         self.config = config
         self.seq_len = seq_len
         self.vocab_size = vocab_size
+        self.batch_tokens = max(config.max_batch_tokens, MIN_BATCH_TOKENS)
+        """Of one forward pass; halved when the engine runs out of memory."""
         self._llm: Any = None
         self._buffer: ResultBuffer | None = None
         check_fits(config, seq_len=seq_len, vocab_size=vocab_size)
@@ -48,7 +57,7 @@ class VllmTeacher:
         return self
 
     def _start(self) -> None:
-        with _engine_environment(self.config):
+        with engine_environment(self.config):
             from vllm import LLM
 
             self._llm = LLM(
@@ -58,7 +67,7 @@ class VllmTeacher:
                 dtype=resolved_dtype(self.config),
                 quantization=self.config.quantization,
                 max_model_len=self.seq_len + 1,
-                max_num_batched_tokens=max(self.config.max_batch_tokens, 16),
+                max_num_batched_tokens=self.batch_tokens,
                 max_num_seqs=self.config.shard_blocks,
                 enable_chunked_prefill=True,
                 enable_prefix_caching=False,
@@ -74,8 +83,18 @@ class VllmTeacher:
                 seed=0,
             )
         try:
-            chunk_bytes = GPU_CHUNK_BYTES if on_gpu() else CPU_CHUNK_BYTES
-            self._llm.collective_rpc("ddk_install", args=(self.vocab_size, self.config.k, chunk_bytes, os.getpid()))
+            self._llm.collective_rpc(
+                "ddk_install",
+                kwargs={
+                    "vocab_size": self.vocab_size,
+                    "k": self.config.k,
+                    "chunk_bytes": GPU_CHUNK_BYTES if on_gpu() else CPU_CHUNK_BYTES,
+                    "front_end": os.getpid(),
+                    "temperatures": self.config.tail_temperatures,
+                    "draws": self.config.draws,
+                    "cores": _cores(),
+                },
+            )
         except BaseException:
             self.close()
             raise
@@ -95,19 +114,33 @@ class VllmTeacher:
     def capture(self, tokens_BL1: Int32Array) -> SparseTargets:
         """The teacher's targets at every position of some blocks.
 
+        An engine that runs out of memory is started again with half the batch, and captures them then.
+
         Args:
             tokens_BL1: [B, L + 1] int32, at most `shard_blocks` blocks.
 
         Raises:
+            UserError: out of memory however small the batch.
             RuntimeError: the engine did not run a position (nothing is returned then).
         """
+        while True:
+            if self._llm is None:
+                self._start()
+            try:
+                return self._capture(tokens_BL1)
+            except Exception as error:
+                if not self._ran_out_of_memory(error):
+                    raise
+                self._shrink(error)
+
+    def _capture(self, tokens_BL1: Int32Array) -> SparseTargets:
         from vllm import SamplingParams
 
-        if self._llm is None:
-            self._start()
-        count = len(tokens_BL1)
+        blocks = len(tokens_BL1)
         arrays = self._result_arrays()
         arrays["done"][:] = 0
+        if self.config.draws:
+            arrays["uniforms"][: blocks * self.seq_len] = self._uniforms(tokens_BL1)
         # The last token is a label only: no prediction is made from it.
         prompts = [{"prompt_token_ids": row[:-1].tolist()} for row in tokens_BL1]
         parameters = [
@@ -120,15 +153,46 @@ class VllmTeacher:
             for i, row in enumerate(tokens_BL1)
         ]
         self._generate(prompts, parameters)
-        if not arrays["done"][:count].all():
-            missed = int((arrays["done"][:count] == 0).sum())
-            raise RuntimeError(f"the engine missed {missed} of {count * self.seq_len} positions; nothing was stored")
+        rows = blocks * self.seq_len
+        if not arrays["done"][:rows].all():
+            missed = int((arrays["done"][:rows] == 0).sum())
+            raise RuntimeError(f"the engine missed {missed} of {rows} positions; nothing was stored")
+        taken = {name: arrays[name][:rows].reshape(blocks, self.seq_len, *arrays[name].shape[1:]) for name in OUTPUTS}
         return SparseTargets(
-            ids_BLK=arrays["ids"][:count].copy(),
-            logprobs_BLK=arrays["logprobs"][:count].copy(),
-            tail_mass_BL=arrays["tail_mass"][:count].copy(),
-            true_logprobs_BL=arrays["true_logprobs"][:count].copy(),
+            ids_BLK=taken["ids"].copy(),
+            logprobs_BLK=taken["logprobs"].copy(),
+            tail_mass_BL=taken["tail_mass"].copy(),
+            true_logprobs_BL=taken["true_logprobs"].copy(),
+            entropy_BL=taken["entropy"].copy(),
+            sampled=counted(taken["drawn"]) if self.config.draws else None,
+            tail_mass_at={
+                temperature: taken["tail_mass_at"][..., m].copy()
+                for m, temperature in enumerate(self.config.tail_temperatures)
+            },
         )
+
+    def _uniforms(self, tokens_BL1: Int32Array) -> np.ndarray[Any, Any]:
+        """[B · L, D] float64, ascending within a row. A block's depend on its tokens and the seed alone."""
+        drawn = []
+        for row in tokens_BL1:
+            digest = hashlib.sha256(row.astype("<i4").tobytes()).digest()
+            key = np.array([self.config.draws_seed, int.from_bytes(digest[:8], "little")], dtype=np.uint64)
+            drawn.append(np.random.Generator(np.random.Philox(key=key)).random((self.seq_len, self.config.draws)))
+        return np.sort(np.concatenate(drawn), axis=-1)
+
+    def _ran_out_of_memory(self, error: Exception) -> bool:
+        noted = self._buffer is not None and bool(self._buffer.arrays["out_of_memory"][0])
+        return noted or "out of memory" in str(error).lower()
+
+    def _shrink(self, error: Exception) -> None:
+        if self.batch_tokens <= MIN_BATCH_TOKENS:
+            raise UserError(
+                f"the teacher runs out of memory even at {self.batch_tokens} tokens a pass; lower "
+                f"teacher.gpu_memory_utilization or packing.seq_len, or raise teacher.tensor_parallel_size"
+            ) from error
+        self.close()
+        self.batch_tokens = max(self.batch_tokens // 2, MIN_BATCH_TOKENS)
+        logger.warning("the teacher ran out of memory; starting it again with %d tokens a pass", self.batch_tokens)
 
     def _generate(self, prompts: list[dict[str, list[int]]], parameters: list[Any]) -> None:
         core = self._llm.llm_engine.engine_core
@@ -142,17 +206,43 @@ class VllmTeacher:
         if self._buffer is None:
             folder = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 (shared memory is what is meant)
             shape = (self.config.shard_blocks, self.seq_len)
+            sizes = (self.config.k, len(self.config.tail_temperatures), self.config.draws)
             with tempfile.NamedTemporaryFile(prefix="ddk-capture-", dir=folder) as file:
-                self._buffer = ResultBuffer(file.name, *shape, self.config.k, create=True)
+                self._buffer = ResultBuffer(file.name, *shape, sizes, create=True)
                 self._llm.collective_rpc("ddk_map", args=(file.name, *shape))
             # Both sides have mapped it, and the name is gone: however this ends, the memory is given back.
         return self._buffer.arrays
 
 
+def counted(drawn_BLD: Int32Array) -> SampledTokens:
+    """Distinct tokens and how often each was drawn, from draws that ascend within a position.
+
+    Example: `[3, 3, 7]` → ids `[3, 7, 0]`, counts `[2, 1, 0]`.
+    """
+    blocks, positions, draws = drawn_BLD.shape
+    drawn_PD = drawn_BLD.reshape(-1, draws)
+    first_PD = np.diff(drawn_PD, axis=-1, prepend=-1) > 0
+    # The place of every draw's token among its position's distinct ones, over all positions.
+    place_PD = np.cumsum(first_PD, axis=-1) - 1 + np.arange(len(drawn_PD))[:, None] * draws
+    counts = np.bincount(place_PD.ravel(), minlength=drawn_PD.size).astype(np.int32)
+    ids = np.zeros(drawn_PD.size, dtype=np.int32)
+    ids[place_PD[first_PD]] = drawn_PD[first_PD]
+    shape = (blocks, positions, draws)
+    return SampledTokens(ids_BLN=ids.reshape(shape), counts_BLN=counts.reshape(shape))
+
+
+def _cores() -> list[int]:
+    """Those that the engine's CPU threads may use: what VLLM_CPU_OMP_THREADS_BIND says, or all of this process's."""
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")
+    if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", bound):
+        ends = [part.split("-") for part in bound.split(",")]
+        return sorted({core for part in ends for core in range(int(part[0]), int(part[-1]) + 1)})
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 @contextlib.contextmanager
-def _engine_environment(config: TeacherConfig) -> Iterator[None]:
+def engine_environment(config: TeacherConfig) -> Iterator[None]:
     """What the engine's processes read from the environment when they start; put back afterwards."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     wanted = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -166,7 +256,7 @@ def _engine_environment(config: TeacherConfig) -> Iterator[None]:
     }
     if not on_gpu() and config.tensor_parallel_size == 1:
         # By default vLLM leaves one core to the front end, which has nothing to do while the worker runs.
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, _cores()))
     before = {name: os.environ.get(name) for name in wanted}
     # What the user has set stays, but for what capture cannot do without.
     forced = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"}

@@ -11,24 +11,28 @@ Results go to a file in shared memory that the front end maps too (`ResultBuffer
 leaves a chunk. A `done` byte per position tells the front end that nothing was missed.
 
 The names of vLLM that this rests on are used in this file only, checked by `ddk_install`, and were tested with
-`TESTED_VERSIONS`. This module imports none of ours, so that the engine's process stays lean.
+`TESTED_VERSIONS`. Of ours it imports the reduction alone, so that the engine's process stays lean.
 
-Shape letters: N rows of hidden states, V tokens of the tokenizer, K stored entries, B blocks, L positions.
+Shape letters: N rows of hidden states, V tokens of the tokenizer, K stored entries, B blocks, L positions, M further
+temperatures, D random draws.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+
+from tasks.reduction import OUTPUTS, reduce_logits
 
 TESTED_VERSIONS = ("0.32.0",)
 
@@ -39,15 +43,31 @@ LABEL_KEY = "ddk_last_label"
 
 
 class ResultBuffer:
-    """Arrays in one shared file: ids and log-probabilities [B, L, K], tail mass, true log-probability, done [B, L]."""
+    """Arrays in one shared file, by name, each [B · L, …] with a row a position.
 
-    def __init__(self, path: str, blocks: int, positions: int, k: int, *, create: bool = False) -> None:
+    Written by the worker: those of `tasks.reduction` and `done`. Written by the front end: `uniforms`, the random
+    numbers of the draws. `out_of_memory` [1] says why the worker has gone.
+
+    Args:
+        sizes: K, M and D.
+    """
+
+    def __init__(
+        self, path: str, blocks: int, positions: int, sizes: tuple[int, int, int], *, create: bool = False
+    ) -> None:
+        k, temperatures, draws = sizes
+        rows = blocks * positions
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
-            "ids": ((blocks, positions, k), "int32"),
-            "logprobs": ((blocks, positions, k), "float32"),
-            "tail_mass": ((blocks, positions), "float32"),
-            "true_logprobs": ((blocks, positions), "float32"),
-            "done": ((blocks, positions), "uint8"),
+            "uniforms": ((rows, draws), "float64"),
+            "ids": ((rows, k), "int32"),
+            "logprobs": ((rows, k), "float32"),
+            "tail_mass": ((rows,), "float32"),
+            "true_logprobs": ((rows,), "float32"),
+            "entropy": ((rows,), "float32"),
+            "tail_mass_at": ((rows, temperatures), "float32"),
+            "drawn": ((rows, draws), "int32"),
+            "done": ((rows,), "uint8"),
+            "out_of_memory": ((1,), "uint8"),
         }
         total = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
         mapped = np.memmap(path, dtype=np.uint8, mode="w+" if create else "r+", shape=(total,))
@@ -55,7 +75,8 @@ class ResultBuffer:
         offset = 0
         for name, (shape, dtype) in shapes.items():
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            self.arrays[name] = mapped[offset : offset + size].view(dtype).reshape(shape)
+            # A plain array on the mapped memory: a memmap's own indexing is slow.
+            self.arrays[name] = np.asarray(mapped[offset : offset + size]).view(dtype).reshape(shape)
             offset += size
 
 
@@ -73,30 +94,6 @@ class _Scheduled:
     req_id: str
     start: int
     count: int
-
-
-def reduce_logits(
-    logits_NV: torch.Tensor, labels_N: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is stored of a chunk of logits; overwrites the logits.
-
-    Args:
-        logits_NV: float32, padded vocabulary rows already cut off.
-        labels_N: int64, the true next tokens.
-
-    Returns:
-        ids [N, K] int64 and log-probabilities [N, K] float32 in descending order, the mass outside them [N] float32
-        (summed over what is outside, so that it keeps its relative precision where it is tiny; exactly 0 for
-        K = V), and the true tokens' log-probabilities [N] float32.
-    """
-    top = logits_NV.topk(k, dim=-1)
-    largest_N1 = top.values[:, :1]
-    true_N = logits_NV.gather(-1, labels_N[:, None])[:, 0]
-    outside_NV = logits_NV.sub_(largest_N1).exp_().scatter_(-1, top.indices, 0.0)
-    outside_N = outside_NV.sum(-1)
-    total_N = (top.values - largest_N1).exp().sum(-1) + outside_N
-    normaliser_N = largest_N1[:, 0] + total_N.log()
-    return top.indices, top.values - normaliser_N[:, None], outside_N / total_N, true_N - normaliser_N
 
 
 def end_with(front_end: int, seconds_between_looks: float = 1.0) -> None:
@@ -130,20 +127,33 @@ class CaptureExtension:
     ddk_requests: dict[str, _Request]
     ddk_scheduled: dict[str, _Scheduled]
 
-    def ddk_install(self, vocab_size: int, k: int, chunk_bytes: int, front_end: int | None = None) -> None:
+    def ddk_install(
+        self,
+        vocab_size: int,
+        k: int,
+        chunk_bytes: int,
+        front_end: int | None = None,
+        temperatures: Sequence[float] = (),
+        draws: int = 0,
+        cores: Sequence[int] = (0,),
+    ) -> None:
         """Start to listen.
 
         Args:
             vocab_size: tokens of the tokenizer; the model's rows beyond it are padding and get no probability.
-            chunk_bytes: of float32 logits that are reduced at a time.
+            k: most probable tokens that are kept.
+            chunk_bytes: of float32 logits that are reduced at a time; less where a GPU has little memory free.
             front_end: process id whose end is to be this process's end too; see `end_with`.
+            temperatures: further ones at which the mass outside the kept tokens is wanted.
+            draws: random draws a position.
+            cores: that the reduction may use on a CPU.
 
         Raises:
             RuntimeError: this vLLM is not the one that the extension was written against, or the engine is set up
                 in a way under which positions would be missed.
         """
         import vllm
-        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         worker: Any = self
         config = worker.vllm_config
@@ -170,9 +180,16 @@ class CaptureExtension:
         if front_end is not None:
             end_with(front_end)
         self.ddk_vocab_size = vocab_size
-        self.ddk_k = k
-        self.ddk_chunk_rows = max(1, chunk_bytes // (4 * vocab_size))
+        self.ddk_sizes = (k, len(temperatures), draws)
+        self.ddk_temperatures = tuple(temperatures)
+        self.ddk_chunk_rows = max(1, _affordable(chunk_bytes) // (4 * vocab_size))
+        self.ddk_cpu_reducer: Any = None
+        if not torch.cuda.is_available():
+            from tasks.reduction_cpu import CpuReducer
+
+            self.ddk_cpu_reducer = CpuReducer(list(cores))
         self.ddk_writes = get_tensor_model_parallel_rank() == 0
+        self.ddk_ranks = get_tensor_model_parallel_world_size()
         self.ddk_requests = {}
         self.ddk_scheduled = {}
         self.ddk_execute_model: Callable[..., Any] = worker.execute_model
@@ -182,7 +199,8 @@ class CaptureExtension:
 
     def ddk_map(self, path: str, blocks: int, positions: int) -> None:
         """Where results go from now on; the file is made by the front end."""
-        self.ddk_buffer = ResultBuffer(path, blocks, positions, self.ddk_k)
+        self.ddk_buffer = ResultBuffer(path, blocks, positions, self.ddk_sizes)
+        self.ddk_positions = positions
         self.ddk_requests = {}
 
     def _ddk_execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +219,8 @@ class CaptureExtension:
             req_id: _Scheduled(req_id=req_id, start=starts.get(req_id, 0), count=count)
             for req_id, count in scheduler_output.num_scheduled_tokens.items()
         }
-        return self.ddk_execute_model(scheduler_output, *args, **kwargs)
+        with self._ddk_telling_of_no_memory():
+            return self.ddk_execute_model(scheduler_output, *args, **kwargs)
 
     @torch.inference_mode()
     def _ddk_sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +229,8 @@ class CaptureExtension:
         if state is not None and self.ddk_scheduled:
             # vLLM's first model runner keeps the batch on itself, its second one on the step's state.
             order = (state.input_batch if hasattr(state, "input_batch") else runner.input_batch).req_ids
-            self._ddk_capture(runner.model, state.hidden_states, order)
+            with self._ddk_telling_of_no_memory():
+                self._ddk_capture(runner.model, state.hidden_states, order)
         self.ddk_scheduled = {}
         return self.ddk_sample_tokens(*args, **kwargs)
 
@@ -219,7 +239,7 @@ class CaptureExtension:
 
         `order`: request ids in the order in which their rows lie in `hidden_ND`.
         """
-        rows, blocks, positions, labels = [], [], [], []
+        rows, places, labels = [], [], []
         offset = 0
         for req_id in order:
             part = self.ddk_scheduled.get(req_id)
@@ -229,27 +249,69 @@ class CaptureExtension:
             if request is not None:
                 count = min(part.count, len(request.labels) - part.start)
                 if count > 0:
+                    first = request.row * self.ddk_positions + part.start
                     rows.append(np.arange(offset, offset + count))
-                    blocks.append(np.full(count, request.row))
-                    positions.append(np.arange(part.start, part.start + count))
+                    places.append(np.arange(first, first + count))
                     labels.append(request.labels[part.start : part.start + count])
             offset += part.count
         if not rows:
             return
-        rows_N, blocks_N = np.concatenate(rows), np.concatenate(blocks)
-        positions_N, labels_N = np.concatenate(positions), np.concatenate(labels)
-        for start in range(0, len(rows_N), self.ddk_chunk_rows):
-            part_of = slice(start, start + self.ddk_chunk_rows)
-            index = torch.from_numpy(rows_N[part_of]).to(hidden_ND.device)
-            # Under tensor parallelism a collective: every rank calls it, one writes.
-            logits = model.compute_logits(hidden_ND.index_select(0, index))
-            if logits is None or not self.ddk_writes:
+        rows_N, places_N, labels_N = np.concatenate(rows), np.concatenate(places), np.concatenate(labels)
+        start = 0
+        while start < len(rows_N):
+            chunk = slice(start, start + self.ddk_chunk_rows)
+            try:
+                self._ddk_capture_chunk(model, hidden_ND, rows_N[chunk], places_N[chunk], labels_N[chunk])
+            except torch.OutOfMemoryError:
+                # Under tensor parallelism the other ranks have gone on to the next collective.
+                if self.ddk_chunk_rows == 1 or self.ddk_ranks > 1:
+                    raise
+                self.ddk_chunk_rows //= 2
+                torch.cuda.empty_cache()
                 continue
-            logits_NV = logits[:, : self.ddk_vocab_size].float()
-            chunk_labels = torch.from_numpy(labels_N[part_of]).to(logits_NV.device)
-            reduced = reduce_logits(logits_NV, chunk_labels, self.ddk_k)
-            at = (blocks_N[part_of], positions_N[part_of])
-            arrays = self.ddk_buffer.arrays
-            for name, value in zip(("ids", "logprobs", "tail_mass", "true_logprobs"), reduced, strict=True):
-                arrays[name][at] = value.cpu().numpy()
-            arrays["done"][at] = 1
+            start = chunk.stop
+        if self.ddk_writes:
+            self.ddk_buffer.arrays["done"][places_N] = 1
+
+    def _ddk_capture_chunk(
+        self,
+        model: Any,
+        hidden_ND: torch.Tensor,
+        rows_N: np.ndarray[Any, Any],
+        places_N: np.ndarray[Any, Any],
+        labels_N: np.ndarray[Any, Any],
+    ) -> None:
+        index = torch.from_numpy(rows_N).to(hidden_ND.device)
+        # Under tensor parallelism a collective: every rank calls it, one writes.
+        logits = model.compute_logits(hidden_ND.index_select(0, index))
+        if logits is None or not self.ddk_writes:
+            return
+        arrays = self.ddk_buffer.arrays
+        if self.ddk_cpu_reducer is not None:
+            inverse = 1.0 / np.array(self.ddk_temperatures, dtype=np.float32)
+            logits_NP = logits.float().contiguous().numpy()
+            self.ddk_cpu_reducer(logits_NP, self.ddk_vocab_size, labels_N, places_N, inverse, arrays)
+            return
+        logits_NV = logits[:, : self.ddk_vocab_size].float()
+        labels = torch.from_numpy(labels_N).to(logits_NV.device)
+        uniforms = torch.from_numpy(arrays["uniforms"][places_N])
+        reduced = reduce_logits(logits_NV, labels, self.ddk_sizes[0], self.ddk_temperatures, uniforms)
+        for name in OUTPUTS:
+            arrays[name][places_N] = reduced[name].cpu().numpy()
+
+    @contextlib.contextmanager
+    def _ddk_telling_of_no_memory(self) -> Iterator[None]:
+        """The engine's death reaches the front end without its reason; this leaves a note."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if hasattr(self, "ddk_buffer"):
+                self.ddk_buffer.arrays["out_of_memory"][0] = 1
+            raise
+
+
+def _affordable(chunk_bytes: int) -> int:
+    """`chunk_bytes`, or an eighth of what is free on the GPU: the chunk, its copies and the top-k's work space."""
+    if not torch.cuda.is_available():
+        return chunk_bytes
+    return min(chunk_bytes, torch.cuda.mem_get_info()[0] // 8)

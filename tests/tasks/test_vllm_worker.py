@@ -1,4 +1,4 @@
-"""The reduction inside the engine, without an engine."""
+"""What the worker's extension does with a step, without an engine."""
 
 from __future__ import annotations
 
@@ -8,46 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tasks import vllm_worker
-from tasks.vllm_worker import LABEL_KEY, ROW_KEY, CaptureExtension, ResultBuffer, reduce_logits
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 5), st.integers(2, 300), st.integers(0, 2**31), st.floats(0.1, 30.0), st.data())
-def test_reduction_equals_float64(rows: int, vocab: int, seed: int, scale: float, data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, vocab))
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, vocab, generator=generator) * scale
-    labels = torch.randint(0, vocab, (rows,), generator=generator)
-    truth = logits.double().log_softmax(-1)
-
-    ids, logprobs, tail, true = reduce_logits(logits.clone(), labels, k)
-
-    assert ids.shape == logprobs.shape == (rows, k)
-    assert (logprobs.diff(dim=-1) <= 0).all(), "descending"
-    torch.testing.assert_close(logprobs.double(), truth.gather(-1, ids), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(true.double(), truth.gather(-1, labels[:, None])[:, 0], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(logprobs.double(), truth.topk(k).values, atol=2e-5, rtol=1e-5)
-    outside = truth.exp().scatter(-1, ids, 0.0).sum(-1)
-    # Relative: a tail of 1e-20 is right to five digits, which 1 − Σ p would lose altogether.
-    torch.testing.assert_close(tail.double(), outside, atol=1e-37, rtol=1e-4)
-
-
-def test_nothing_is_outside_when_everything_is_stored() -> None:
-    tail = reduce_logits(torch.randn(4, 33), torch.zeros(4, dtype=torch.int64), 33)[2]
-    assert (tail == 0.0).all()
-
-
-def test_minus_infinity_and_large_logits_stay_finite() -> None:
-    logits = torch.tensor([[1e4, -1e4, 0.0, -torch.inf]])
-    ids, logprobs, tail, true = reduce_logits(logits, torch.tensor([1]), 2)
-    assert ids.tolist() == [[0, 2]]
-    assert logprobs.tolist() == [[0.0, -1e4]]
-    assert tail.tolist() == [0.0]
-    assert true.tolist() == [-2e4]
+from tasks.vllm_worker import LABEL_KEY, ROW_KEY, CaptureExtension, ResultBuffer
 
 
 def make_worker(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
@@ -55,6 +18,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     import vllm.distributed
 
     monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda: 1)
     config = SimpleNamespace(
         cache_config=SimpleNamespace(enable_prefix_caching=changes.get("prefix", False)),
         speculative_config=changes.get("speculative"),
@@ -109,6 +73,71 @@ def test_the_tested_version_is_the_installed_one() -> None:
     assert vllm.__version__.split("+")[0] in vllm_worker.TESTED_VERSIONS
 
 
+class _OutOfMemoryOnce:
+    """Projects hidden states to logits, but for chunks above `rows` it is out of memory."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.seen: list[int] = []
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(hidden))
+        if len(hidden) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden
+
+
+def one_step(worker: Any, hidden: torch.Tensor) -> None:
+    """A single request of as many positions as `hidden` has rows."""
+    positions = len(hidden)
+    new = SimpleNamespace(
+        req_id="a",
+        prompt_token_ids=[1] * positions,
+        num_computed_tokens=0,
+        sampling_params=SimpleNamespace(extra_args={ROW_KEY: 0, LABEL_KEY: 2}),
+    )
+    output = SimpleNamespace(
+        finished_req_ids=set(),
+        scheduled_new_reqs=[new],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+        num_scheduled_tokens={"a": positions},
+    )
+    worker.execute_model(output)
+    worker.model_runner.execute_model_state = SimpleNamespace(hidden_states=hidden)
+    worker.model_runner.input_batch.req_ids = ["a"]
+    worker.sample_tokens(None)
+
+
+def test_a_chunk_that_does_not_fit_is_reduced_in_halves(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    worker = make_worker(monkeypatch)
+    worker.ddk_install(11, 3, chunk_bytes=4 * 11 * 8)
+    front = ResultBuffer(str(tmp_path / "buffer"), 1, 8, (3, 0, 0), create=True)
+    worker.ddk_map(str(tmp_path / "buffer"), 1, 8)
+    project = _OutOfMemoryOnce(rows=2)
+    worker.model_runner.model.compute_logits = project
+    hidden = torch.randn(8, 11, generator=torch.Generator().manual_seed(0))
+    truth = hidden.double().log_softmax(-1)
+    one_step(worker, hidden)
+    assert project.seen == [8, 4, 2, 2, 2, 2], "tried whole, halved, and then kept at what fits"
+    assert front.arrays["done"].all()
+    np.testing.assert_allclose(front.arrays["logprobs"], truth.topk(3).values.numpy(), atol=1e-5)
+    assert front.arrays["out_of_memory"][0] == 0
+
+
+def test_a_row_that_does_not_fit_leaves_a_note_for_the_front_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    worker = make_worker(monkeypatch)
+    worker.ddk_install(11, 3, chunk_bytes=4 * 11 * 8)
+    front = ResultBuffer(str(tmp_path / "buffer"), 1, 8, (3, 0, 0), create=True)
+    worker.ddk_map(str(tmp_path / "buffer"), 1, 8)
+    worker.model_runner.model.compute_logits = _OutOfMemoryOnce(rows=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        one_step(worker, torch.randn(8, 11))
+    assert front.arrays["out_of_memory"][0] == 1
+    assert not front.arrays["done"].any()
+
+
 def test_rows_of_chunked_mixed_and_foreign_requests_land_where_they_belong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
@@ -117,7 +146,7 @@ def test_rows_of_chunked_mixed_and_foreign_requests_land_where_they_belong(
     worker = make_worker(monkeypatch)
     worker.ddk_install(vocab, 3, chunk_bytes=4 * vocab * 2)  # two rows a chunk
     path = str(tmp_path / "buffer")
-    front = ResultBuffer(path, 3, length, 3, create=True)
+    front = ResultBuffer(path, 3, length, (3, 0, 0), create=True)
     worker.ddk_map(path, 3, length)
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(3, length, vocab + 2, generator=generator)  # two padded columns
@@ -152,12 +181,13 @@ def test_rows_of_chunked_mixed_and_foreign_requests_land_where_they_belong(
     # A decoding step behind the prompt: nothing of it may be written.
     step(["a"], [], {"a": 5}, {"a": 1}, torch.full((1, vocab + 2), 7.0))
 
-    assert front.arrays["done"].tolist() == [[1] * length, [0] * length, [1] * length]
+    assert front.arrays["done"].reshape(3, length).tolist() == [[1] * length, [0] * length, [1] * length]
+    arrays = {name: array.reshape(3, length, -1) for name, array in front.arrays.items() if len(array) == 3 * length}
     for name, row in rows.items():
         expected = truth[row, :, :vocab].double().log_softmax(-1)
         labels = torch.tensor([*prompts[name][1:], 0])
-        np.testing.assert_array_equal(front.arrays["ids"][row], expected.topk(3).indices.numpy())
-        np.testing.assert_allclose(front.arrays["logprobs"][row], expected.topk(3).values.numpy(), atol=1e-5)
+        np.testing.assert_array_equal(arrays["ids"][row], expected.topk(3).indices.numpy())
+        np.testing.assert_allclose(arrays["logprobs"][row], expected.topk(3).values.numpy(), atol=1e-5)
         np.testing.assert_allclose(
-            front.arrays["true_logprobs"][row], expected.gather(-1, labels[:, None])[:, 0].numpy(), atol=1e-5
+            arrays["true_logprobs"][row, :, 0], expected.gather(-1, labels[:, None])[:, 0].numpy(), atol=1e-5
         )
