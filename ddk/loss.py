@@ -94,16 +94,24 @@ def distillation_sums(
     if temperature != 1.0 and tail != "renormalise":
         raise ValueError(f"temperature {temperature} needs tail='renormalise', not '{tail}'")
     logits_TV = logits_TV.float()
+    kept_TK = logprobs_TK > -torch.inf
+    any_T = kept_TK.any(-1)
+    # What is no entry takes the id of one, so that it hides no token of its own.
+    ids_TK = torch.where(kept_TK, ids_TK, ids_TK.gather(-1, kept_TK.int().argmax(-1, keepdim=True)))
     student_TK = logits_TV.gather(-1, ids_TK)
     student_label_T = logits_TV.gather(-1, labels_T[:, None])[:, 0]
     rest_T = logits_TV.scatter(-1, ids_TK, -torch.inf).logsumexp(-1)
+    if not any_T.all():  # there the scatter has hidden token 0
+        rest_T = torch.where(any_T, rest_T, logits_TV.logsumexp(-1))
+    student_TK = student_TK.masked_fill(~kept_TK, -torch.inf)
     normaliser_T = torch.logaddexp(student_TK.logsumexp(-1), rest_T)
     ce = (normaliser_T - student_label_T).sum()
 
     if tail == "renormalise":
-        kl_T = _kl((logprobs_TK.float() / temperature).log_softmax(-1), (student_TK / temperature).log_softmax(-1)).sum(
-            -1
-        )
+        # A position without entries has nothing to compare; zeros keep its softmax from being 0/0.
+        teacher_TK = logprobs_TK.float().masked_fill(~any_T[:, None], 0.0)
+        student_TK = student_TK.masked_fill(~any_T[:, None], 0.0)
+        kl_T = _kl((teacher_TK / temperature).log_softmax(-1), (student_TK / temperature).log_softmax(-1)).sum(-1)
         return LossSums(ce=ce, kl=kl_T.sum())
 
     log_student_TK = student_TK - normaliser_T[:, None]
@@ -111,11 +119,11 @@ def distillation_sums(
     if tail == "bucket":
         kl_T = _kl(logprobs_TK.float(), log_student_TK).sum(-1)
         # With K = V nothing is outside: what rounding left of the tail's mass must not meet log q_r = −inf.
-        if ids_TK.shape[-1] < logits_TV.shape[-1]:
-            kl_T = kl_T + _kl(tail_mass_T.log(), rest_T - normaliser_T)
+        outside_T = torch.where(rest_T > -torch.inf, tail_mass_T, 0.0)
+        kl_T = kl_T + _kl(outside_T.log(), rest_T - normaliser_T)
         return LossSums(ce=ce, kl=kl_T.sum())
 
-    is_label_TK = ids_TK == labels_T[:, None]
+    is_label_TK = (ids_TK == labels_T[:, None]) & kept_TK
     stored_T = is_label_TK.any(-1)
     raised_TK = torch.logaddexp(logprobs_TK.float(), tail_mass_T.log()[:, None])
     kl_T = _kl(torch.where(is_label_TK, raised_TK, logprobs_TK.float()), log_student_TK).sum(-1)

@@ -13,7 +13,7 @@
     mixture: {interval: 1000, alpha: 0.5}
 
 Relative paths are relative to the file's own folder. Secrets have no place here: credentials come from the
-environment.
+environment, or from a Prefect block that `storage_block` names.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class Config(BaseModel):
     """Name of the run. Another run in the same root reuses blocks and targets."""
     root: str
     """Where everything is stored: a folder, or a URL such as s3://bucket/prefix."""
+    storage_block: str | None = None
+    """Name of a Prefect block with endpoint and credentials for S3: a Secret whose value is a JSON object of s3fs's
+    options, or a RemoteFileSystem. Empty: they come from the environment."""
     method: MethodName = "ddk"
     """'ddk', 'ddk_no_smoothing', 'kd' (equal sampling) or 'cpt' (no teacher in the loss)."""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -179,6 +182,8 @@ def _domain_paths(domain: Any, folder: str) -> Any:
             urls = [urls]
         if isinstance(urls, list):
             resolved[split] = [absolute(url, folder) if isinstance(url, str) else url for url in urls]
+    if isinstance(url := domain.get("compression_config"), str):
+        resolved["compression_config"] = absolute(url, folder)
     return resolved
 
 

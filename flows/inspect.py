@@ -7,10 +7,11 @@ from typing import Any
 
 from ddk.errors import UserError
 from ddk.types import SPLITS
+from storage.codec import FORMAT_1
 from storage.manifest import Manifest, StoreWriter, read_manifest
 from storage.mixtures import MixtureHistory
 from storage.runs import RunFolder
-from storage.targets import teacher_perplexity
+from storage.targets import distortion, teacher_perplexity
 
 
 def describe(url: str) -> Iterator[str]:
@@ -38,7 +39,7 @@ def _store(url: str, manifest: Manifest) -> Iterator[str]:
     )
     yield "dims: " + ", ".join(f"{name} {value}" for name, value in manifest.dims.items())
     if not manifest.complete:
-        writer = StoreWriter(url, manifest.kind, manifest.inputs, manifest.dims)
+        writer = StoreWriter(url, manifest.kind, manifest.inputs, manifest.dims, manifest.targets)
         for split in SPLITS:
             yield f"{split}: {len(writer.committed(split))} shards committed"
         return
@@ -47,12 +48,31 @@ def _store(url: str, manifest: Manifest) -> Iterator[str]:
         blocks = manifest.splits[split].blocks
         positions = blocks * manifest.dims["seq_len"]
         yield f"{split}: {blocks:,} blocks, {positions:,} positions, {len(shards)} shards"
-        for name in shards[0].objects:
-            size = sum(shard.objects[name].bytes for shard in shards)
+        sizes = {name: sum(shard.objects[name].bytes for shard in shards) for name in shards[0].objects}
+        for name, size in sizes.items():
             yield f"  {name}: {size:,} bytes, {size / positions:.1f} a position"
+        if len(sizes) > 1:
+            yield f"  together: {sum(sizes.values()):,} bytes, {sum(sizes.values()) / positions:.1f} a position"
     if manifest.kind == "targets":
-        yield f"teacher perplexity on the validation blocks: {teacher_perplexity(url):.4f}"
+        yield from _targets(url, manifest)
     yield from _nested("inputs", manifest.inputs)
+
+
+def _targets(url: str, manifest: Manifest) -> Iterator[str]:
+    form = manifest.form or FORMAT_1
+    yield f"codec {form.codec.name}" + (f", {form.codec.levels} levels" if form.codec.name == "compact" else "")
+    for split in SPLITS:
+        lost = distortion(manifest, split)
+        if lost is not None:
+            yield (
+                f"  distortion of {split}: KL(captured ‖ stored) {lost.mean:.2e} nat on average, 99th percentile "
+                f"{lost.percentile(99):.2e}, largest {lost.largest:.2e} ({lost.count:,} positions measured)"
+            )
+        elif form.codec.name == "exact":
+            yield f"  distortion of {split}: none, float32 as captured"
+    positions = sum(part.blocks for part in manifest.splits.values()) * manifest.dims["seq_len"]
+    yield f"probability in the stored tokens: {1 - manifest.total('tail_mass_sum') / positions:.4%}"
+    yield f"teacher perplexity on the validation blocks: {teacher_perplexity(url):.4f}"
 
 
 def _run(folder: RunFolder, config: dict[str, Any]) -> Iterator[str]:

@@ -21,7 +21,8 @@ HEAD = """# Configuration
 
 Written by `make reference` from the code. One YAML file describes a run; an unknown field, or a value out of range, is
 refused before anything starts, by its name. Relative paths are relative to the file. `--set section.field=value`
-replaces one field in a call. Secrets have no place here: credentials come from the environment.
+replaces one field in a call. Secrets have no place here: credentials come from the environment, or from a Prefect
+block ([storage](storage.md)).
 """
 
 
@@ -60,7 +61,7 @@ def _type(field: FieldInfo) -> str:
 def _named(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
-    if isinstance(annotation, str):
+    if isinstance(annotation, str | int):
         return f"`{annotation}`"
     if get_origin(annotation) in (list, tuple):
         return "list of " + _named(get_args(annotation)[0])

@@ -24,12 +24,15 @@ from storage.corpus import DomainConfig
 from storage.mixtures import MixtureRecord
 from tasks.cache_targets import cache_targets
 from tasks.finish_run import report_run, save_final_student
+from tasks.import_targets import import_targets
 from tasks.pack_corpus import pack_corpus as pack_domain
+from tasks.pack_rows import pack_rows
 from tasks.plan import Plan, plan_stores
 from tasks.progress import logger
+from tasks.sources import open_teacher
+from tasks.storage_block import use_storage_block
 from tasks.teacher import TeacherConfig
 from tasks.train_student import StudentSession, evaluate_gap, train_interval, update_mixture
-from tasks.vllm_teacher import VllmTeacher
 
 
 def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[[Config], Any]], Flow[..., Any]]:
@@ -50,7 +53,9 @@ def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[[Config]
 
     def decorate(function: Callable[[Config], Any]) -> Flow[..., Any]:
         def call(**sections: Any) -> Any:
-            return function(Config(**sections))
+            config = Config(**sections)
+            use_storage_block(config.storage_block)
+            return function(config)
 
         call.__name__, call.__qualname__ = function.__name__, function.__qualname__
         call.__module__, call.__doc__ = function.__module__, function.__doc__
@@ -64,33 +69,49 @@ def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[[Config]
 
 @flow(name="pack-corpus", persist_result=False)
 def pack_corpus(
-    root: str, domains: dict[str, DomainConfig], teacher: TeacherConfig, packing: PackingConfig
+    root: str,
+    domains: dict[str, DomainConfig],
+    teacher: TeacherConfig,
+    packing: PackingConfig,
+    storage_block: str | None = None,
 ) -> list[dict[str, Any]]:
     """Documents of every domain → token blocks.
 
     Returns:
         What `tasks.pack_corpus.pack_corpus` says of each domain.
     """
+    use_storage_block(storage_block)
     plan = plan_stores(root, domains, packing, teacher)
-    return [pack_domain(plan, domain) for domain in plan.domains]
+    return [
+        pack_rows(plan, domain) if plan[domain].corpus.imported else pack_domain(plan, domain)
+        for domain in plan.domains
+    ]
 
 
 @flow(name="cache-teacher", persist_result=False)
 def cache_teacher(
-    root: str, domains: dict[str, DomainConfig], teacher: TeacherConfig, packing: PackingConfig
+    root: str,
+    domains: dict[str, DomainConfig],
+    teacher: TeacherConfig,
+    packing: PackingConfig,
+    storage_block: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Token blocks of every domain → teacher targets, with one engine for all.
+    """Token blocks of every domain → teacher targets, with one engine for all; imported ones need none.
 
     Returns:
         What `tasks.cache_targets.cache_targets` says of each domain.
     """
+    use_storage_block(storage_block)
     plan = plan_stores(root, domains, packing, teacher)
-    with VllmTeacher(
+    done = {domain: import_targets(plan, domain) for domain in plan.domains if plan[domain].corpus.imported}
+    if len(done) == len(plan.domains):
+        return list(done.values())
+    with open_teacher(
         teacher.model_copy(update={"model": plan.teacher_folder, "revision": None}),
         seq_len=packing.seq_len,
         vocab_size=plan.vocab_size,
     ) as engine:
-        return [cache_targets(plan, domain, engine) for domain in plan.domains]
+        return [done.get(domain) or cache_targets(plan, domain, engine) for domain in plan.domains]
 
 
 @by_sections(name="train-student", flow_run_name="train {run}")
@@ -127,12 +148,13 @@ def rebalance(config: Config) -> dict[str, Any]:
 
 
 @flow(name="report", flow_run_name="report {run}", persist_result=False)
-def report(run: str, root: str) -> dict[str, str]:
+def report(run: str, root: str, storage_block: str | None = None) -> dict[str, str]:
     """Write the report of a run, finished or not.
 
     Returns:
         The URL of each file by its name.
     """
+    use_storage_block(storage_block)
     return report_run(root, run)
 
 

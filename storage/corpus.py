@@ -20,7 +20,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -53,6 +53,14 @@ class DomainConfig(BaseModel):
     """Stop after so many train blocks. Empty: all of them."""
     max_validation_blocks: int | None = Field(default=None, ge=1)
     """Stop after so many validation blocks. Empty: all of them."""
+    targets: Literal["teacher", "topk", "distillkit"] = "teacher"
+    """Where the teacher's predictions come from. 'teacher' captures them. Otherwise the files (.parquet or .jsonl) hold
+    rows of tokens with a teacher's predictions already: lists of the top k ('topk'), or DistillKit's ('distillkit')."""
+    shift: Literal[0, 1] = 1
+    """Of files that hold predictions: list i of a row predicts its token i + shift."""
+    compression_config: str | None = None
+    """With 'distillkit': the file that says how its columns are compressed. Empty: compression_config.yaml beside
+    each file."""
 
     @model_validator(mode="after")
     def _one_source_of_validation(self) -> DomainConfig:
@@ -63,6 +71,19 @@ class DomainConfig(BaseModel):
                 "name validation files, or set for example validation_fraction: 0.01"
             )
         return self
+
+    @model_validator(mode="after")
+    def _import_settings_have_their_use(self) -> DomainConfig:
+        if self.compression_config is not None and self.targets != "distillkit":
+            raise ValueError(f"compression_config goes with targets: distillkit, and targets is '{self.targets}'")
+        if self.shift != 1 and not self.imported:
+            raise ValueError("shift goes with files that hold predictions; set targets: topk, or leave shift out")
+        return self
+
+    @property
+    def imported(self) -> bool:
+        """Whether the files hold a teacher's predictions already."""
+        return self.targets != "teacher"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

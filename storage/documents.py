@@ -8,6 +8,7 @@ Memory is bounded by the longest document, not by the file.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -41,17 +42,28 @@ def iter_documents(
             text, not UTF-8, a truncated or corrupt file, a file that is no longer there.
     """
     kind, compression = file_format(file)
+    with opened(file, on_bytes) as stored:
+        if kind == "parquet":
+            documents = _parquet_rows(stored, file, text_field, start)
+        elif kind == "json":
+            documents = _json_records(stored_lines(stored, file, compression), file, text_field, start)
+        else:
+            documents = _paragraphs(stored_lines(stored, file, compression), file, start)
+        for record, text in documents:
+            if text and not text.isspace():
+                yield record, text
+
+
+@contextlib.contextmanager
+def opened(file: CorpusFile, on_bytes: OnBytes | None = None) -> Iterator[io.RawIOBase]:
+    """The stored bytes of a file.
+
+    Raises:
+        UserError: here, or while it is read: the file is no longer there, or may not be read.
+    """
     try:
         with _open(file, on_bytes) as stored:
-            if kind == "parquet":
-                documents = _parquet_rows(stored, file, text_field, start)
-            elif kind == "json":
-                documents = _json_records(_lines(stored, file, compression), file, text_field, start)
-            else:
-                documents = _paragraphs(_lines(stored, file, compression), file, start)
-            for record, text in documents:
-                if text and not text.isspace():
-                    yield record, text
+            yield stored
     except FileNotFoundError:
         raise UserError(f"{file.url} is no longer there; restore it, or run again to list the corpus anew") from None
     except PermissionError as error:
@@ -59,9 +71,9 @@ def iter_documents(
 
 
 def _json_records(
-    lines: Iterator[tuple[int, bytes]], file: CorpusFile, text_field: str, start: int
+    records: Iterator[tuple[int, bytes]], file: CorpusFile, text_field: str, start: int
 ) -> Iterator[tuple[int, str]]:
-    for number, line in lines:
+    for number, line in records:
         if number >= start and not line.isspace():
             yield number, _json_text(_decode(line, file, number), _place(file, number), text_field)
 
@@ -153,7 +165,7 @@ def _cell_text(cell: Any, place: str, column: str) -> str:
     return str(text)
 
 
-def _lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> Iterator[tuple[int, bytes]]:
+def stored_lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> Iterator[tuple[int, bytes]]:
     """Index and bytes of every line, its line feed included, the byte order mark of some editors not."""
     number = 0
     try:

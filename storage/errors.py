@@ -29,29 +29,98 @@ class RunMismatchError(StoreError):
     """A run's folder holds another run than the one that is asked for."""
 
 
-def explained(error: BaseException) -> StoreError | None:
+class UnreachableError(OSError):
+    """A storage service refused, or did not answer; the message names place, cause and remedy.
+
+    No `StoreError`, so that nobody takes it for damage: what is stored may be sound. `explained` makes it one.
+    """
+
+
+_AGAIN = "run the same command again later, it goes on where it stopped"
+_RIGHTS = "check the credentials, or the rights on that place"
+_BREAKS = (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError)
+_OTHER_REGION = {"301", "307", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}
+_NO_OBJECT = {"404", "NoSuchKey", "NoSuchVersion"}
+
+
+def explained(error: BaseException, place: str | None = None) -> StoreError | None:
     """What a storage service's refusal means for the person who runs this; None where it is something else.
 
     Looks through the chain of causes: file systems wrap what the service said.
+
+    Args:
+        place: URL that was asked for; the message begins with it.
     """
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, UnreachableError):
+            return StoreError(str(seen))
         message = _explanation(seen)
         if message is not None:
-            return StoreError(message)
+            return StoreError(f"{place}: {message}" if place else message)
         seen = seen.__cause__ or seen.__context__
     return None
 
 
+def is_beyond_the_end(error: BaseException) -> bool:
+    """Whether S3 says that the object ends before the bytes that were asked for."""
+    cause = error.__cause__
+    return isinstance(cause, botocore.exceptions.ClientError) and _code(cause) in ("InvalidRange", "416")
+
+
 def _explanation(error: BaseException) -> str | None:
-    if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
-        return "no credentials for S3 were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if isinstance(error, botocore.exceptions.EndpointConnectionError):
-        return f"the S3 server does not answer ({error}); check AWS_ENDPOINT_URL and the network"
-    if isinstance(error, PermissionError):
-        return f"access denied ({error}); check the credentials, or the rights on that place"
-    if isinstance(error, FileNotFoundError) and "bucket" in str(error).lower():
-        return f"{error}; create the bucket, or correct the URL (root: s3://bucket/prefix)"
+    if (
+        isinstance(error, botocore.exceptions.BotoCoreError) or type(error).__name__ == "ClientPayloadError"
+    ):  # aiohttp's
+        return _no_answer(error)
+    if isinstance(error, botocore.exceptions.ClientError):
+        return _refusal(error)
+    if isinstance(error, PermissionError) and not isinstance(error.__cause__, botocore.exceptions.ClientError):
+        return f"access denied ({error}); {_RIGHTS}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some space and run the same command again, it goes on where it stopped"
     return None
+
+
+def _no_answer(error: BaseException) -> str | None:
+    if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or name a Prefect block"
+        return f"no credentials for S3 were found; {remedy} (storage_block: …)"
+    if isinstance(error, botocore.exceptions.ProfileNotFound):
+        return f"{_one_line(error)}; correct AWS_PROFILE"
+    if isinstance(error, botocore.exceptions.EndpointConnectionError):
+        return f"the S3 server does not answer ({_one_line(error)}); check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, _BREAKS) or not isinstance(error, botocore.exceptions.BotoCoreError):
+        return f"the connection to the S3 server broke again and again ({_one_line(error)}); {_AGAIN}"
+    return None
+
+
+def _refusal(error: botocore.exceptions.ClientError) -> str | None:
+    code, metadata = _code(error), error.response.get("ResponseMetadata", {})
+    if code in _NO_OBJECT:
+        return None
+    if code == "NoSuchBucket":
+        return "there is no such bucket; create it, or correct the URL (s3://bucket/prefix)"
+    cause, remedy = _cause_and_remedy(code, metadata.get("HTTPStatusCode", 0))
+    times = f" {metadata['RetryAttempts'] + 1} times" if metadata.get("RetryAttempts") else ""
+    return f"{cause}{times} ({code}: {_one_line(error.response['Error'].get('Message', ''))}); {remedy}"
+
+
+def _cause_and_remedy(code: str, status: int) -> tuple[str, str]:
+    if status == 429 or status >= 500 or code in ("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout"):
+        return f"the S3 server answered {status}", _AGAIN
+    if code in _OTHER_REGION:
+        return "the bucket lies in another region", "set AWS_REGION to its region"
+    if code == "RequestTimeTooSkewed":
+        return "the S3 server refuses this machine's clock", "set the clock"
+    if status == 403 or code == "ExpiredToken":
+        return "access denied", _RIGHTS
+    return "the S3 server refused the request", "check the URL and the settings of S3"
+
+
+def _code(error: botocore.exceptions.ClientError) -> str:
+    return str(error.response["Error"].get("Code", ""))
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -1,18 +1,28 @@
-"""What the arrays of a store are called and how they are cut: the one table of the stored format.
+"""What the arrays of a store are called and how they are cut: the one table of the stored formats.
 
-Format 1, for one domain, a Zarr v3 group with a group for each split:
+A store holds one domain: a Zarr v3 group with a group for each split, `train` and `validation`.
 
     <root>/blocks/<fingerprint>/<domain>.zarr
-        {train,validation}/tokens            int32   [N, L + 1]   packed token ids
-    <root>/targets/<fingerprint>/<domain>.zarr
-        {train,validation}/ids               int32   [N, L, K]    most probable tokens, in descending order
-        {train,validation}/logprobs          float32 [N, L, K]    their log-probabilities
-        {train,validation}/tail_mass         float32 [N, L]       probability outside the K
-        {train,validation}/true_logprobs     float32 [N, L]       log-probability of the token that comes next
+        tokens               int32   [N, L + 1]   packed token ids
+    <root>/targets/<fingerprint>/<domain>.zarr, exact (format 1, and format 2 with `codec: exact`)
+        ids                  int32   [N, L, K]    most probable tokens, in descending order
+        logprobs             float32 [N, L, K]    their log-probabilities
+        tail_mass            float32 [N, L]       probability outside the K
+        true_logprobs        float32 [N, L]       log-probability of the token that comes next
+      and in format 2, where they are kept:
+        entropy              float32 [N, L]       of the whole distribution, in nats
+        tail_mass_at         float32 [N, L, M]    probability outside the K at M further temperatures
+        drawn_ids, _counts   int32   [N, L, D]    random draws
+    the same, compact (format 2): `storage.compact` says what the numbers mean
+        scalars              uint16  [N, R, L]
+        id_deltas            uint32  [N, L·K]
+        codes                uint8   [N, L·K]     (uint16 above 254 levels)
+        drawn_id_deltas      uint32  [N, L·D]
+        drawn_counts         uint16  [N, L·D]
 
 Each array is sharded: an inner chunk holds one block, a shard holds `shard_blocks` of them. Inner chunks are
-compressed (Blosc: zstd, shuffled) and carry a crc32c. The fill value is one that no data has (-1, NaN): what was
-never written, or has gone missing, cannot be taken for data.
+compressed (Blosc, shuffled) and carry a crc32c. The fill value is one that no data has (-1, NaN, the largest
+unsigned number): what was never written, or has gone missing, cannot be taken for data.
 
 Beside the arrays: `manifest.json` (what the store is, and which shards count) and, while a store is being written,
 `commits/` (one record a shard). See `storage.manifest`.
@@ -23,21 +33,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
-from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
 from ddk.types import SPLITS, Split
+from storage.codec import FORMAT_1, TargetFormat
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. What the first can hold is still written as the first: token blocks."""
 Kind = Literal["blocks", "targets"]
 BLOCKS_PER_SHARD = 1024
 """Of token blocks: small beside targets, so that a shard of them is a few megabytes at the usual lengths."""
+
+
+def format_version(form: TargetFormat | None) -> int:
+    """Of a store of blocks (None) or of targets of this form."""
+    return 1 if form is None or form == FORMAT_1 else 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,30 +61,77 @@ class ArraySpec:
     """One array of a store; its first axis is always the block."""
 
     name: str
-    dtype: Literal["int32", "float32"]
+    dtype: Literal["int32", "float32", "uint8", "uint16", "uint32"]
     block_shape: tuple[int, ...]
     """Shape of one block's part."""
+    dimensions: tuple[str, ...]
+    """Names of the axes of one block's part."""
+    compressor: Literal["zstd", "zlib"] = "zstd"
+    effort: int = 3
+    """Of the compressor, in Blosc's scale."""
 
     @property
     def fill_value(self) -> float:
-        return -1 if self.dtype == "int32" else math.nan
+        kind = np.dtype(self.dtype).kind
+        return {"i": -1, "f": math.nan, "u": np.iinfo(self.dtype).max if kind == "u" else 0}[kind]
 
 
-def array_specs(kind: Kind, dims: Mapping[str, int]) -> tuple[ArraySpec, ...]:
+def array_specs(kind: Kind, dims: Mapping[str, int], form: TargetFormat | None = None) -> tuple[ArraySpec, ...]:
     """The arrays of a store whose dimensions are `dims` (`seq_len`, for targets also `k`)."""
     seq_len = dims["seq_len"]
     if kind == "blocks":
-        return (ArraySpec(name="tokens", dtype="int32", block_shape=(seq_len + 1,)),)
-    return (
-        ArraySpec(name="ids", dtype="int32", block_shape=(seq_len, dims["k"])),
-        ArraySpec(name="logprobs", dtype="float32", block_shape=(seq_len, dims["k"])),
-        ArraySpec(name="tail_mass", dtype="float32", block_shape=(seq_len,)),
-        ArraySpec(name="true_logprobs", dtype="float32", block_shape=(seq_len,)),
-    )
+        return (ArraySpec(name="tokens", dtype="int32", block_shape=(seq_len + 1,), dimensions=("position",)),)
+    form = form or FORMAT_1
+    return _exact(seq_len, dims["k"], form) if form.codec.name == "exact" else _compact(seq_len, dims["k"], form)
+
+
+def _exact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
+    def spec(name: str, dtype: Literal["int32", "float32"], *more: tuple[str, int]) -> ArraySpec:
+        axes = (("position", seq_len), *more)
+        names, shape = tuple(name for name, _ in axes), tuple(size for _, size in axes)
+        return ArraySpec(name=name, dtype=dtype, block_shape=shape, dimensions=names)
+
+    found = [
+        spec("ids", "int32", ("rank", k)),
+        spec("logprobs", "float32", ("rank", k)),
+        spec("tail_mass", "float32"),
+        spec("true_logprobs", "float32"),
+    ]
+    if form.entropy:
+        found.append(spec("entropy", "float32"))
+    if form.temperatures:
+        found.append(spec("tail_mass_at", "float32", ("temperature", len(form.temperatures))))
+    if form.draws:
+        found += [spec(name, "int32", ("draw", form.draws)) for name in ("drawn_ids", "drawn_counts")]
+    return tuple(found)
+
+
+def _compact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
+    def flat(name: str, dtype: Literal["uint8", "uint16", "uint32"], most: int) -> ArraySpec:
+        return ArraySpec(name=name, dtype=dtype, block_shape=(seq_len * most,), dimensions=("entry",), effort=5)
+
+    rows = 3 + form.entropy + len(form.temperatures) + (form.draws > 0)
+    found = [
+        # Nearly random numbers, a few kilobytes a chunk: zlib's plain Huffman coding is 7% smaller than zstd there.
+        ArraySpec(
+            name="scalars",
+            dtype="uint16",
+            block_shape=(rows, seq_len),
+            dimensions=("scalar", "position"),
+            compressor="zlib",
+            effort=5,
+        ),
+        flat("id_deltas", "uint32", k),
+        flat("codes", "uint8" if form.codec.levels <= 254 else "uint16", k),
+    ]
+    if form.draws:
+        found += [flat("drawn_id_deltas", "uint32", form.draws), flat("drawn_counts", "uint16", form.draws)]
+    return tuple(found)
 
 
 def create_array(group: zarr.Group, spec: ArraySpec, blocks: int, shard_blocks: int) -> zarr.Array[Any]:
     """The array's metadata; no data is written."""
+    item = np.dtype(spec.dtype).itemsize
     return group.create_array(
         spec.name,
         shape=(blocks, *spec.block_shape),
@@ -77,15 +140,12 @@ def create_array(group: zarr.Group, spec: ArraySpec, blocks: int, shard_blocks: 
         dtype=spec.dtype,
         fill_value=spec.fill_value,
         serializer=BytesCodec(endian="little"),
-        compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=4), Crc32cCodec()],
-        dimension_names=("block", "position", "rank")[: 1 + len(spec.block_shape)],
+        compressors=[
+            BloscCodec(cname=spec.compressor, clevel=spec.effort, shuffle="shuffle", typesize=item),
+            Crc32cCodec(),
+        ],
+        dimension_names=("block", *spec.dimensions),
     )
-
-
-def array_metadata(spec: ArraySpec, blocks: int, shard_blocks: int) -> ArrayV3Metadata:
-    """What the array's `zarr.json` says, from this table."""
-    array = create_array(zarr.create_group(store=MemoryStore()), spec, blocks, shard_blocks)
-    return cast(ArrayV3Metadata, array.metadata)
 
 
 def group_metadata(
@@ -116,7 +176,8 @@ def encode_shard(spec: ArraySpec, data: np.ndarray[Any, Any], shard_blocks: int)
             f"it must be [1 to {shard_blocks}, {', '.join(map(str, spec.block_shape))}] {spec.dtype}"
         )
     if is_absent(data).any():
-        raise ValueError(f"shard of '{spec.name}' holds {'negative ids' if spec.dtype == 'int32' else 'NaN'}")
+        what = {"i": "negative ids", "f": "NaN", "u": "the fill value"}[data.dtype.kind]
+        raise ValueError(f"shard of '{spec.name}' holds {what}")
     memory = MemoryStore()
     # One shard long, however few blocks it holds: absent inner chunks are marked so in the shard's index.
     array = create_array(zarr.create_group(store=memory), spec, shard_blocks, shard_blocks)
@@ -126,6 +187,8 @@ def encode_shard(spec: ArraySpec, data: np.ndarray[Any, Any], shard_blocks: int)
 
 def is_absent(data: np.ndarray[Any, Any]) -> npt.NDArray[np.bool_]:
     """Where an array holds what no data is: the fill value, or any other negative integer."""
+    if data.dtype.kind == "u":
+        return np.asarray(data == np.iinfo(data.dtype).max)
     return np.asarray(data < 0 if data.dtype.kind == "i" else np.isnan(data))
 
 

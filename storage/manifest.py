@@ -22,9 +22,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk.types import SPLITS, Split
 from storage import uri
+from storage.codec import FORMAT_1, TargetFormat
 from storage.errors import FormatVersionError, StoreDamagedError, StoreMissingError
 from storage.fingerprint import differences, fingerprint
-from storage.layout import FORMAT_VERSION, Kind, array_specs, encode_shard, group_metadata, shard_key
+from storage.layout import (
+    FORMAT_VERSION,
+    Kind,
+    array_specs,
+    encode_shard,
+    format_version,
+    group_metadata,
+    shard_key,
+)
 
 
 class _Frozen(BaseModel):
@@ -63,10 +72,22 @@ class Manifest(_Frozen):
     """Everything that the fingerprint covers."""
     dims: dict[str, int]
     """`seq_len`, `vocab_size`, `shard_blocks`; for targets also `k`."""
+    targets: TargetFormat | None = None
+    """What is kept of a position, and how; None for token blocks, and for targets of format 1."""
     complete: bool
     splits: dict[Split, SplitManifest] = {}
     facts: dict[str, Any] = {}
     """Measured while writing, and no part of the fingerprint: documents read, tokens, seconds."""
+
+    @property
+    def form(self) -> TargetFormat | None:
+        """`targets`, with format 1 spelt out; None for token blocks."""
+        return (self.targets or FORMAT_1) if self.kind == "targets" else None
+
+    def total(self, fact: str, split: Split | None = None) -> float:
+        """Sum of a number that every shard has among its facts, over one split or all."""
+        chosen = self.splits.values() if split is None else [self.splits[split]]
+        return float(sum(shard.facts[fact] for part in chosen for shard in part.shards))
 
 
 def read_manifest(url: str) -> Manifest | None:
@@ -79,7 +100,7 @@ def read_manifest(url: str) -> Manifest | None:
     place = uri.join(url, "manifest.json")
     try:
         content = uri.read_json(place)
-    except ValueError as error:
+    except StoreDamagedError as error:
         raise StoreDamagedError(f"{error}; remove the folder {url} and run the stage again") from None
     if content is None:
         return None
@@ -124,7 +145,11 @@ def store_attributes(manifest: Manifest) -> dict[str, Any]:
 
 def write_commit(url: str, split: Split, shard: int, record: ShardRecord) -> None:
     """From here on the shard counts."""
-    uri.write_json(uri.join(url, "commits", f"{split}-{shard:08d}.json"), record.model_dump())
+    uri.write_json(_commit_url(url, split, shard), record.model_dump())
+
+
+def _commit_url(url: str, split: Split, shard: int) -> str:
+    return uri.join(url, "commits", f"{split}-{shard:08d}.json")
 
 
 class StoreWriter:
@@ -134,18 +159,28 @@ class StoreWriter:
         url: the store's folder.
         inputs: everything that determines the store's bytes; see `storage.fingerprint`.
         dims: see `Manifest.dims`.
+        form: of targets; None writes format 1.
     """
 
-    def __init__(self, url: str, kind: Kind, inputs: Mapping[str, Any], dims: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        url: str,
+        kind: Kind,
+        inputs: Mapping[str, Any],
+        dims: Mapping[str, int],
+        form: TargetFormat | None = None,
+    ) -> None:
         self.url = url
-        self._specs = array_specs(kind, dims)
+        self._specs = array_specs(kind, dims, form)
+        self._own: dict[tuple[Split, int], ShardRecord] = {}
         self._shard_blocks = dims["shard_blocks"]
         header = Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=format_version(form),
             kind=kind,
             fingerprint=fingerprint(inputs),
             inputs=dict(inputs),
             dims=dict(dims),
+            targets=form,
             complete=False,
         )
         found = read_manifest(url)
@@ -153,7 +188,7 @@ class StoreWriter:
             uri.write_json(uri.join(url, "manifest.json"), header.model_dump())
             found = header
         # A store's folder is named by its fingerprint, so this is a foreign or an edited manifest.
-        what = {"kind", "fingerprint", "inputs", "dims"}
+        what = {"kind", "fingerprint", "inputs", "dims", "targets"}
         # Both as JSON, where a tuple is a list.
         stored, wanted = (m.model_dump(mode="json", include=what) for m in (found, header))
         if differing := differences(stored, wanted):
@@ -168,14 +203,17 @@ class StoreWriter:
         """
         if self.manifest.complete:
             return dict(enumerate(self.manifest.splits[split].shards))
-        places = {
-            int(name.removeprefix(f"{split}-").removesuffix(".json")): uri.join(self.url, "commits", name)
+        numbers = [
+            int(name.removeprefix(f"{split}-").removesuffix(".json"))
             for name in uri.list_names(uri.join(self.url, "commits"))
             if name.startswith(f"{split}-")
-        }
+        ]
+        # What this writer has committed itself it need not read again: a large store has many records.
+        foreign = [number for number in numbers if (split, number) not in self._own]
         try:
-            contents = uri.read_jsons(list(places.values()))
-            return {shard: ShardRecord.model_validate(c) for shard, c in zip(places, contents, strict=True)}
+            contents = uri.read_jsons([_commit_url(self.url, split, number) for number in foreign])
+            read = {n: ShardRecord.model_validate(c) for n, c in zip(foreign, contents, strict=True)}
+            return {n: read.get(n) or self._own[split, n] for n in numbers}
         except (StoreDamagedError, ValidationError) as error:
             why = str(error) if isinstance(error, StoreDamagedError) else error.errors()[0]["msg"]
             raise StoreDamagedError(
@@ -210,6 +248,7 @@ class StoreWriter:
             objects[spec.name] = ObjectRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         record = ShardRecord(blocks=blocks.pop(), objects=objects, facts=dict(facts or {}))
         write_commit(self.url, split, shard, record)
+        self._own[split, shard] = record
         return record
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> Manifest:

@@ -3,6 +3,10 @@
 A URL stays a `str` from the configuration to the last call: `pathlib.Path` would collapse the double slash of
 `s3://`. Every small file of the project (manifests, records, checkpoints' states) is written through
 `write_bytes`, which is atomic: a reader sees the old content, the new content or nothing, never half of it.
+
+On S3 each function makes as many requests as it says (`docs/storage.md` has them in a table); what is retried stands
+in `storage.s3`. What a service refuses after that is an `UnreachableError` of one line. Everything here may be called
+from several threads at once.
 """
 
 from __future__ import annotations
@@ -14,18 +18,49 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import StoreDamagedError
+from storage import settings
+from storage.errors import StoreDamagedError, UnreachableError, explained, is_beyond_the_end
+from storage.ranges import Range, cut, runs_of
+
+if TYPE_CHECKING:
+    from storage.s3 import S3
+
+_AT_ONCE = 32
+"""Requests in flight for one call; as many as `storage.s3` holds connections."""
 
 
 def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system behind `url` and the path in it. Credentials and endpoint come from the environment."""
+    """The file system behind `url` and the path in it. Credentials and endpoint come from `storage.settings`."""
+    if "s3://" in url or "s3a://" in url:
+        settings.prepare_s3()
     fs, path = fsspec.core.url_to_fs(url)
     return fs, path
+
+
+@contextlib.contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """What a storage service refuses in here becomes an error of one line that begins with the URL.
+
+    Raises:
+        UnreachableError: no rights, no bucket, or no answer after all retries. A missing file stays a
+            FileNotFoundError.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = None if is_local(url) else explained(error, url)
+        if known is None:
+            raise
+        raise UnreachableError(str(known)) from error
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> TypeGuard[S3]:
+    return "s3" in fs.protocol
 
 
 def is_local(url: str) -> bool:
@@ -56,21 +91,86 @@ def absolute(url: str, base: str) -> str:
 def exists(url: str) -> bool:
     fs, path = open_fs(url)
     fs.invalidate_cache()
-    return bool(fs.exists(path))
+    with reaching(url):
+        return bool(fs.exists(path))
 
 
 def read_bytes(url: str) -> bytes | None:
     """The content, or None where there is no such file."""
     fs, path = open_fs(url)
     try:
-        return bytes(fs.cat_file(path, **whole_file_options(fs)))
+        with reaching(url):
+            return bytes(fs.cat_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def whole_file_options(fs: fsspec.AbstractFileSystem) -> dict[str, Any]:
-    """What makes s3fs read a file in one request; it would ask for the size first, if need be of a stale listing."""
-    return {"max_concurrency": 1} if "s3" in fs.protocol else {}
+def read_whole_many(urls: Sequence[str]) -> list[bytes | None]:
+    """`read_bytes` of many files of one place, in their order; from an object store many at a time."""
+    if not urls or is_local(urls[0]):
+        return [read_bytes(url) for url in urls]
+    fs = open_fs(urls[0])[0]
+    paths = [open_fs(url)[1] for url in urls]
+    contents = fs.cat_ranges(paths, None, None, on_error="return", **_at_once(fs))
+    return [_found(url, content) for url, content in zip(urls, contents, strict=True)]
+
+
+def _found(url: str, content: bytes | Exception) -> bytes | None:
+    try:
+        with reaching(url):
+            if isinstance(content, Exception):
+                raise content
+    except FileNotFoundError:
+        return None
+    return bytes(content)
+
+
+def _at_once(fs: fsspec.AbstractFileSystem) -> dict[str, Any]:
+    return {"batch_size": _AT_ONCE} if fs.async_impl else {}
+
+
+def read_range(url: str, start: int, length: int) -> bytes:
+    """`read_ranges` of one range."""
+    return read_ranges(url, [(start, length)])[0]
+
+
+def read_ranges(url: str, ranges: Sequence[Range]) -> list[bytes]:
+    """The bytes of each range, in their order; fewer where the file ends before.
+
+    Ranges that touch or overlap are read as one; what remains, from an object store many at a time.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    runs, place = runs_of(ranges)
+    contents = _read_runs(url, runs) if runs else []
+    return [cut(contents[place[r]], runs[place[r]], r) if r[1] else b"" for r in ranges]
+
+
+def _read_runs(url: str, runs: Sequence[Range]) -> list[bytes]:
+    """From `start` on `length` bytes of each; where `start` is below 0, all to the end."""
+    fs, path = open_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        with open(path, "rb") as file:
+            return [_read_local(file, start, length) for start, length in runs]
+    starts = [start for start, _ in runs]
+    ends = [start + length if start >= 0 else None for start, length in runs]
+    contents = fs.cat_ranges([path] * len(runs), starts, ends, on_error="return", **_at_once(fs))
+    return [_existing(url, content) for content in contents]
+
+
+def _read_local(file: BinaryIO, start: int, length: int) -> bytes:
+    file.seek(start if start >= 0 else max(0, os.fstat(file.fileno()).st_size + start))
+    return file.read(length)
+
+
+def _existing(url: str, content: bytes | Exception) -> bytes:
+    if not isinstance(content, Exception):
+        return bytes(content)
+    if is_beyond_the_end(content):
+        return b""
+    with reaching(url):
+        raise content
 
 
 def read_json(url: str) -> Any | None:
@@ -84,16 +184,7 @@ def read_json(url: str) -> Any | None:
 
 def read_jsons(urls: Sequence[str]) -> list[Any | None]:
     """`read_json` of many files of one place; from an object store many at a time."""
-    if not urls or is_local(urls[0]):
-        return [read_json(url) for url in urls]
-    fs = open_fs(urls[0])[0]
-    contents = fs.cat_ranges([open_fs(url)[1] for url in urls], None, None, on_error="return", **whole_file_options(fs))
-    found: list[Any | None] = []
-    for url, content in zip(urls, contents, strict=True):
-        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
-            raise content
-        found.append(_parsed(url, None if isinstance(content, Exception) else content))
-    return found
+    return [_parsed(url, content) for url, content in zip(urls, read_whole_many(urls), strict=True)]
 
 
 def _parsed(url: str, content: bytes | None) -> Any | None:
@@ -106,10 +197,14 @@ def _parsed(url: str, content: bytes | None) -> Any | None:
 
 
 def write_bytes(url: str, content: bytes) -> None:
-    """Write the whole file in one atomic step: a rename on a local disk, a single PUT on an object store."""
+    """Write the whole file in one atomic step: a rename on a local disk, a single PUT on an object store.
+
+    On S3, 128 MiB and more go up in parts of 64 MiB; nothing is to be seen before the last one is there.
+    """
     fs, path = open_fs(url)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, content)
+        with reaching(url):
+            fs.pipe_file(path, content)
         return
     with writing(url) as temporary, open(temporary, "wb") as file:
         file.write(content)
@@ -128,7 +223,8 @@ def list_names(url: str) -> list[str]:
     fs, path = open_fs(url)
     fs.invalidate_cache()
     try:
-        entries = fs.ls(path, detail=False)
+        with reaching(url):
+            entries = fs.names_below(path) if _is_s3(fs) else fs.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
     names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != path.rstrip("/")}
@@ -140,7 +236,8 @@ def size_of(url: str) -> int | None:
     fs, path = open_fs(url)
     fs.invalidate_cache()
     try:
-        return int(fs.size(path))
+        with reaching(url):
+            return fs.size_of(path) if _is_s3(fs) else int(fs.size(path))
     except FileNotFoundError:
         return None
 
@@ -149,8 +246,11 @@ def remove_tree(url: str) -> None:
     """Remove the folder and all below it; nothing where there is none."""
     fs, path = open_fs(url)
     fs.invalidate_cache()
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+    with contextlib.suppress(FileNotFoundError), reaching(url):
+        if _is_s3(fs):
+            fs.remove_below(path)
+        else:
+            fs.rm(path, recursive=True)
 
 
 def remove_temporaries(url: str) -> None:
@@ -166,7 +266,7 @@ def remove_temporaries(url: str) -> None:
 def remove_file(url: str) -> None:
     """Remove one file; nothing where there is none."""
     fs, path = open_fs(url)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError), reaching(url):
         fs.rm_file(path)
 
 
@@ -174,7 +274,8 @@ def put_file(local: str, url: str) -> None:
     """Copy a local file, in one atomic step as `write_bytes` does; large ones never pass through memory whole."""
     fs, path = open_fs(url)
     if not isinstance(fs, LocalFileSystem):
-        fs.put_file(local, path)
+        with reaching(url):
+            fs.put_file(local, path)
         return
     with writing(url) as temporary:
         shutil.copyfile(local, temporary)
@@ -192,7 +293,7 @@ def writing(url: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="ddk-") as folder:
             local = os.path.join(folder, path.rsplit("/", 1)[-1])
             yield local
-            fs.put_file(local, path)
+            put_file(local, url)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -220,7 +321,8 @@ def local_copy(url: str) -> Iterator[str | None]:
     with tempfile.TemporaryDirectory(prefix="ddk-") as folder:
         target = os.path.join(folder, path.rsplit("/", 1)[-1])
         try:
-            fs.get_file(path, target)
+            with reaching(url):
+                fs.get_file(path, target)
         except FileNotFoundError:
             yield None
         else:

@@ -108,12 +108,13 @@ def _objects(manifest: Manifest) -> Iterator[tuple[Split, int, str, ObjectRecord
 
 
 def _shard_path(manifest: Manifest, split: Split, name: str, shard: int) -> str:
-    spec = next(spec for spec in array_specs(manifest.kind, manifest.dims) if spec.name == name)
+    specs = array_specs(manifest.kind, manifest.dims, manifest.form)
+    spec = next(spec for spec in specs if spec.name == name)
     return f"{split}/{name}/{shard_key(spec, shard)}"
 
 
 def _metadata_damages(url: str, manifest: Manifest) -> list[Damage]:
-    specs = array_specs(manifest.kind, manifest.dims)
+    specs = array_specs(manifest.kind, manifest.dims, manifest.form)
     counts = {split: manifest.splits[split].blocks for split in SPLITS}
     wanted = group_metadata(specs, counts, manifest.dims["shard_blocks"], store_attributes(manifest))
     return [

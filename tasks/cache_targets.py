@@ -1,12 +1,13 @@
 """Stage 2: the teacher's targets for a domain's blocks, captured once.
 
-Shards that are committed stay; the missing ones are captured in order. While the engine captures a shard, the one
-before is encoded and written by a second thread.
+Shards that are committed stay; the missing ones are captured in order. While the engine captures a shard, other
+threads read the next one's tokens and check, encode and write the one before, so that the engine waits for nothing.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,8 +18,8 @@ from prefect.cache_policies import NO_CACHE
 
 from ddk.types import SPLITS, Int32Array, SparseTargets, Split
 from storage.blocks import open_blocks
-from storage.manifest import ShardRecord, StoreWriter
-from storage.targets import teacher_perplexity
+from storage.manifest import Manifest, ShardRecord
+from storage.targets import TargetWriter, perplexity_of
 from storage.views import BlockView
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
@@ -41,23 +42,22 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher) -> dict[str, Any]:
         RuntimeError: the engine failed, or returned what is no distribution; nothing of that shard was stored.
     """
     store = plan[domain]
-    blocks = {split: open_blocks(store.blocks_url, split) for split in SPLITS}
-    writer = StoreWriter(store.targets_url, "targets", store.targets_inputs, store.targets_dims)
-    done_before = writer.manifest.complete
+    writer = TargetWriter(store.targets_url, store.targets_inputs, store.targets_dims, store.targets_form)
+    done_before = writer.complete
     written = 0
     if not done_before:
         started = time.monotonic()
+        blocks = {split: open_blocks(store.blocks_url, split) for split in SPLITS}
         written = _capture_missing(store, blocks, writer, teacher)
         writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
-    shards = [shard for split in SPLITS for shard in writer.manifest.splits[split].shards]
-    retained = 1.0 - sum(shard.facts["tail_mass_sum"] for shard in shards) / (
-        sum(shard.blocks for shard in shards) * store.targets_dims["seq_len"]
-    )
-    teacher_ppl = teacher_perplexity(store.targets_url)
+    manifest = writer.manifest
+    positions = sum(part.blocks for part in manifest.splits.values()) * store.targets_dims["seq_len"]
+    retained = 1.0 - manifest.total("tail_mass_sum") / positions
+    teacher_ppl = perplexity_of(manifest, store.targets_url)
     logger.info(
         "cache %s: %s; teacher perplexity %.3f, %.2f%% of its probability in the %d stored tokens",
         domain,
-        "complete already" if done_before else f"{written} of {len(shards)} shards captured",
+        "complete already" if done_before else f"{written} of {_shards(manifest)} shards captured",
         teacher_ppl,
         100 * retained,
         store.targets_dims["k"],
@@ -72,7 +72,13 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _capture_missing(store: StorePlan, blocks: Mapping[Split, BlockView], writer: StoreWriter, teacher: Teacher) -> int:
+def _shards(manifest: Manifest) -> int:
+    return sum(len(part.shards) for part in manifest.splits.values())
+
+
+def _capture_missing(
+    store: StorePlan, blocks: Mapping[Split, BlockView], writer: TargetWriter, teacher: Teacher
+) -> int:
     shard_blocks = store.targets_dims["shard_blocks"]
     missing = [
         (split, shard)
@@ -82,23 +88,34 @@ def _capture_missing(store: StorePlan, blocks: Mapping[Split, BlockView], writer
     to_capture = sum(_shard_len(blocks[split], shard, shard_blocks) for split, shard in missing)
     in_all = sum(len(blocks[split]) for split in SPLITS)
     seq_len = store.targets_dims["seq_len"]
+
+    def read(split: Split, shard: int) -> Int32Array:
+        first = shard * shard_blocks
+        return blocks[split].read(np.arange(first, first + _shard_len(blocks[split], shard, shard_blocks)))
+
     with (
         meter(f"capture {store.domain}", in_all * seq_len, "positions") as progress,
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="ddk-write") as executor,
+        ThreadPoolExecutor(max_workers=2, thread_name_prefix="ddk-cache") as executor,
     ):
         progress.advance((in_all - to_capture) * seq_len)
+        # Three shards are in hand at most: one read ahead, one in the engine, one being written.
+        ahead = deque(executor.submit(read, *shard) for shard in missing[:1])
         writing: Future[ShardRecord] | None = None
-        for split, shard in missing:
-            first = shard * shard_blocks
-            tokens = blocks[split].read(np.arange(first, first + _shard_len(blocks[split], shard, shard_blocks)))
+        for number, (split, shard) in enumerate(missing):
+            tokens = ahead.popleft().result()
+            ahead.extend(executor.submit(read, *following) for following in missing[number + 1 : number + 2])
             targets = _captured(teacher, tokens, progress)
-            check_distribution(targets)
             if writing is not None:
                 writing.result()
             writing = executor.submit(_write, writer, split, shard, targets)
         if writing is not None:
             writing.result()
     return len(missing)
+
+
+def _write(writer: TargetWriter, split: Split, shard: int, targets: SparseTargets) -> ShardRecord:
+    check_distribution(targets)
+    return writer.write_shard(split, shard, targets)
 
 
 def _shard_len(blocks: BlockView, shard: int, shard_blocks: int) -> int:
@@ -126,14 +143,3 @@ def check_distribution(targets: SparseTargets) -> None:
     worst = float(np.abs(mass - 1.0).max())
     if worst > 1e-3 or np.isnan(targets.true_logprobs_BL).any():
         raise RuntimeError(f"the teacher's probabilities add up to 1 only within {worst:.3g}; nothing was stored")
-
-
-def _write(writer: StoreWriter, split: Split, shard: int, targets: SparseTargets) -> ShardRecord:
-    arrays = {
-        "ids": targets.ids_BLK,
-        "logprobs": targets.logprobs_BLK,
-        "tail_mass": targets.tail_mass_BL,
-        "true_logprobs": targets.true_logprobs_BL,
-    }
-    facts = {"tail_mass_sum": float(targets.tail_mass_BL.sum(dtype=np.float64))}
-    return writer.write_shard(split, shard, arrays, facts)

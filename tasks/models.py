@@ -18,11 +18,12 @@ _PROBE = (
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def local_folder(model: str, revision: str | None, field: str) -> str:
+def local_folder(model: str, revision: str | None, field: str, *, weights: bool = True) -> str:
     """The local folder of a model; one on the hub is fetched first (or found in the hub's cache).
 
     Args:
         field: of the configuration, for the error.
+        weights: whether a model on the hub is fetched with its weights.
 
     Raises:
         UserError: no such folder, and no such model on the hub or no way to reach it.
@@ -32,11 +33,8 @@ def local_folder(model: str, revision: str | None, field: str) -> str:
     if os.path.isabs(model) or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"{field} is '{model}', and there is no such folder; correct the path")
     try:
-        return str(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            )
-        )
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+        return str(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{field} is '{model}': no such folder, and not to be had from the hub ({first})") from error

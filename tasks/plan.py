@@ -15,12 +15,18 @@ from ddk.packing import PackingConfig
 from ddk.student import load_tokenizer
 from ddk.types import Split
 from storage import uri
+from storage.codec import TargetFormat
 from storage.corpus import CorpusFile, DomainConfig, resolve_files
 from storage.digests import DigestCache
 from storage.fingerprint import fingerprint
-from storage.layout import BLOCKS_PER_SHARD, FORMAT_VERSION
+from storage.foreign import compression_url
+from storage.layout import BLOCKS_PER_SHARD, format_version
 from tasks.models import local_folder, tokenizer_digests, weight_digests
-from tasks.teacher import TeacherConfig, check_fits, engine_version, resolved_dtype
+from tasks.server_teacher import server_identity
+from tasks.teacher import TeacherConfig, check_fits, engine_version, resolved_dtype, target_format
+
+IMPORT_VERSION = 1
+"""Of how predictions are read from files (`storage.foreign`); raised where the same files would give other targets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,7 @@ class StorePlan:
     targets_url: str
     targets_inputs: Mapping[str, Any]
     targets_dims: Mapping[str, int]
+    targets_form: TargetFormat
 
     def files(self, split: Split) -> tuple[CorpusFile, ...]:
         """The files that hold the split's documents."""
@@ -67,19 +74,17 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
         UserError: a corpus or a model is not there, or they do not fit together.
     """
     digests = DigestCache(uri.join(root, "digests.json"))
-    folder = local_folder(teacher.model, teacher.revision, "teacher.model")
+    captures = not all(corpus.imported for corpus in domains.values())
+    folder = local_folder(
+        teacher.model, teacher.revision, "teacher.model", weights=captures and teacher.source != "server"
+    )
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
     # Not the number of tokens: a vocabulary may have holes, and every id must lie below V.
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    check_fits(teacher, seq_len=packing.seq_len, vocab_size=vocab_size)
+    if captures:
+        check_fits(teacher, seq_len=packing.seq_len, vocab_size=vocab_size)
     tokenizer_inputs = {"files": tokenizer_digests(folder, digests), "eos_id": tokenizer.eos_token_id}
-    teacher_inputs = {
-        "weights": weight_digests(folder, digests, "teacher.model"),
-        "k": teacher.k,
-        "dtype": resolved_dtype(teacher),
-        "quantization": teacher.quantization,
-        "engine": f"vllm {engine_version()}",
-    }
+    teacher_inputs = _teacher_inputs(teacher, folder, digests, root) if captures else {}
     plans: dict[str, StorePlan] = {}
     for domain, corpus in domains.items():
         train = resolve_files(corpus.train, domain)
@@ -91,21 +96,25 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
             )
         blocks_inputs = {
             "kind": "blocks",
-            "format": FORMAT_VERSION,
+            "format": format_version(None),
             "domain": domain,
             "corpus": {
-                **corpus.model_dump(exclude={"train", "validation"}),
+                **_corpus_inputs(corpus),
                 "train": _files(train, digests),
                 "validation": _files(validation, digests),
             },
             "tokenizer": tokenizer_inputs,
             "seq_len": packing.seq_len,
         }
+        form = target_format(teacher, imported=corpus.imported)
         targets_inputs = {
             "kind": "targets",
-            "format": FORMAT_VERSION,
+            "format": format_version(form),
+            "keeps": form.model_dump(mode="json") | ({"seed": teacher.draws_seed} if form.draws else {}),
             "blocks": fingerprint(blocks_inputs),
-            "teacher": teacher_inputs,
+            "teacher": _imported_inputs(domain, corpus, teacher, vocab_size, [*train, *validation], digests)
+            if corpus.imported
+            else teacher_inputs,
             "shard_blocks": teacher.shard_blocks,
         }
         dims = {"seq_len": packing.seq_len, "vocab_size": vocab_size}
@@ -120,8 +129,63 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
             targets_url=uri.join(root, "targets", fingerprint(targets_inputs), f"{domain}.zarr"),
             targets_inputs=targets_inputs,
             targets_dims={**dims, "k": teacher.k, "shard_blocks": teacher.shard_blocks},
+            targets_form=form,
         )
     return Plan(domains=plans, teacher_folder=folder, vocab_size=vocab_size, eos_id=int(tokenizer.eos_token_id))
+
+
+def _corpus_inputs(corpus: DomainConfig) -> dict[str, Any]:
+    """What of a domain's settings, besides its files, determines its blocks."""
+    other = {"train", "validation", "targets", "shift", "compression_config"}
+    if not corpus.imported:
+        return corpus.model_dump(exclude=other)
+    return {**corpus.model_dump(exclude={*other, "text_field"}), "rows": IMPORT_VERSION}
+
+
+def _teacher_inputs(teacher: TeacherConfig, folder: str, digests: DigestCache, root: str) -> dict[str, Any]:
+    """What determines a teacher's targets, besides the blocks and what is kept."""
+    if teacher.source == "server":
+        # Its weights are out of sight; `teacher.revision` is the user's word for them.
+        server = server_identity(teacher, uri.join(root, "servers.json"))
+        return {"source": "server", **server, "revision": teacher.revision, "k": teacher.k}
+    source = {} if teacher.source == "engine" else {"source": teacher.source}
+    return {
+        **source,
+        "weights": weight_digests(folder, digests, "teacher.model"),
+        "k": teacher.k,
+        "dtype": resolved_dtype(teacher),
+        "quantization": teacher.quantization,
+        "engine": f"vllm {engine_version()}",
+    }
+
+
+def _imported_inputs(
+    domain: str,
+    corpus: DomainConfig,
+    teacher: TeacherConfig,
+    vocab_size: int,
+    files: list[CorpusFile],
+    digests: DigestCache,
+) -> dict[str, Any]:
+    """What determines the targets of a domain whose files hold predictions already, besides its blocks."""
+    place = f"domain '{domain}' takes its targets from files"
+    if teacher.k > vocab_size:
+        raise UserError(f"teacher.k is {teacher.k} and the tokenizer has {vocab_size} tokens; lower teacher.k")
+    for field, default in (("draws", 0), ("tail_temperatures", ())):
+        if getattr(teacher, field) != default:
+            raise UserError(f"{place}, which hold no {field}; leave teacher.{field} out, or capture the domain")
+    urls = {file.url: compression_url(file, corpus.compression_config) for file in files}
+    there = [url for url in sorted(set(urls.values())) if corpus.targets == "distillkit" and uri.exists(url)]
+    if corpus.compression_config and corpus.compression_config not in there:
+        raise UserError(f"{place}, and there is no {corpus.compression_config}; correct compression_config")
+    found = digests.get_all(there)
+    return {
+        "imported": corpus.targets,
+        "version": IMPORT_VERSION,
+        "k": teacher.k,
+        "shift": corpus.shift,
+        "compression": {file.name: found[urls[file.url]] for file in files if urls[file.url] in found},
+    }
 
 
 def _files(files: list[CorpusFile], digests: DigestCache) -> list[list[Any]]:

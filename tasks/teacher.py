@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 from importlib import metadata
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 import transformers
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ddk.errors import UserError
 from ddk.types import Int32Array, SparseTargets
+from storage.codec import CodecConfig, TargetFormat
 
 
 class Teacher(Protocol):
@@ -58,6 +60,8 @@ class TeacherConfig(BaseModel):
     """Of the random draws."""
     tail_temperatures: tuple[float, ...] = ()
     """Temperatures other than 1 at which the mass outside the kept tokens is stored too. Only with 'engine'."""
+    codec: CodecConfig = CodecConfig()
+    """How what is kept is stored."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the forward pass. 'auto' is what the model's config names, on every machine."""
     quantization: str | None = None
@@ -74,6 +78,56 @@ class TeacherConfig(BaseModel):
     """GiB of key-value cache on a CPU."""
     trust_remote_code: bool = False
     """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _source_fits_the_rest(self) -> TeacherConfig:
+        if self.source == "server":
+            _check_server_url(self.server_url)
+        elif self.server_url is not None or self.server_model is not None:
+            raise ValueError(f"server_url and server_model need source: server (source is '{self.source}')")
+        check_source_gives(self, self.source)
+        return self
+
+
+def _check_server_url(url: str | None) -> None:
+    if url is None:
+        raise ValueError("source: server needs server_url, e.g. http://localhost:8000/v1")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"server_url is '{url}'; it must look like http://localhost:8000/v1")
+    if parts.username is not None or parts.query:
+        # Not repeated here: it may hold a secret.
+        raise ValueError("server_url must hold no credentials and no query; set DDK_TEACHER_API_KEY instead")
+
+
+def check_source_gives(config: TeacherConfig, source: str) -> None:
+    """That the source gives what the configuration asks for.
+
+    Raises:
+        UserError: only `engine` does; the field is named.
+    """
+    for field, wanted in (("draws", config.draws), ("tail_temperatures", config.tail_temperatures)):
+        if wanted and source != "engine":
+            given = list(wanted) if isinstance(wanted, tuple) else wanted
+            raise UserError(
+                f"teacher.{field} is {given}, and teacher.source '{source}' cannot give that; "
+                f"set source: engine, or leave {field} out"
+            )
+
+
+def target_format(teacher: TeacherConfig, *, imported: bool = False) -> TargetFormat:
+    """What a store of this teacher's targets keeps of a position.
+
+    Args:
+        imported: the targets come from files, which hold no more than the tokens kept.
+    """
+    from_engine = teacher.source == "engine" and not imported
+    return TargetFormat(
+        codec=teacher.codec,
+        entropy=from_engine,
+        draws=teacher.draws if from_engine else 0,
+        temperatures=teacher.tail_temperatures if from_engine else (),
+    )
 
 
 def on_gpu() -> bool:
@@ -97,8 +151,11 @@ def engine_version() -> str:
 
 
 def resolved_dtype(config: TeacherConfig) -> str:
-    """What 'auto' means for this model. The same on every machine: the targets' fingerprint covers it."""
-    if config.dtype != "auto":
+    """What 'auto' means for this model. The same on every machine: the targets' fingerprint covers it.
+
+    A server's is its own affair; there it is what the configuration says.
+    """
+    if config.source == "server" or config.dtype != "auto":
         return config.dtype
     model = load_model_config(config)
     named = getattr(getattr(model, "text_config", model), "dtype", None)
@@ -108,11 +165,12 @@ def resolved_dtype(config: TeacherConfig) -> str:
 def check_fits(config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
     """That the teacher can take such blocks and keep so many entries; read from its config, before it is loaded.
 
+    A server's config need not be there: it says itself what it can take.
+
     Raises:
         UserError: it cannot; the field to change is named.
     """
-    model = load_model_config(config)
-    text = getattr(model, "text_config", model)
+    text = _text_config(config)
     if config.k > vocab_size:
         raise UserError(f"teacher.k is {config.k} and the tokenizer has {vocab_size} tokens; lower teacher.k")
     rows = getattr(text, "vocab_size", None)
@@ -123,6 +181,23 @@ def check_fits(config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
         raise UserError(
             f"packing.seq_len is {seq_len}, and teacher.model '{config.model}' takes at most {longest - 1}; lower it"
         )
+
+
+def model_rows(config: TeacherConfig) -> int | None:
+    """Tokens that the model predicts, padding included; None where its config is not there or does not say."""
+    rows = getattr(_text_config(config), "vocab_size", None)
+    return int(rows) if rows is not None else None
+
+
+def _text_config(config: TeacherConfig) -> Any:
+    """Of the part that reads text; None where a server's model has no config here."""
+    try:
+        model = load_model_config(config)
+    except UserError:
+        if config.source != "server":
+            raise
+        return None
+    return getattr(model, "text_config", model)
 
 
 def load_model_config(config: TeacherConfig) -> Any:

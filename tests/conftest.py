@@ -13,6 +13,8 @@ import pytest
 import s3fs
 import zarr.core.sync
 
+from storage.s3 import S3
+
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
@@ -38,19 +40,24 @@ def s3_server() -> Iterator[str]:
             patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
             patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
             patch.setenv("NO_PROXY", "127.0.0.1")
-            s3fs.S3FileSystem.clear_instance_cache()
+            _forget_file_systems()
             s3fs.S3FileSystem().mkdir("ddk-tests")
             yield "s3://ddk-tests"
             _close_the_sessions_of_zarr()
-            s3fs.S3FileSystem.clear_instance_cache()
+            _forget_file_systems()
     finally:
         server.kill()
         server.wait()
 
 
+def _forget_file_systems() -> None:
+    for kind in (s3fs.S3FileSystem, S3):
+        kind.clear_instance_cache()
+
+
 def _close_the_sessions_of_zarr() -> None:
     # s3fs closes those of its own event loop when they are let go of; these run in zarr's.
-    for fs in s3fs.S3FileSystem._cache.values():
+    for fs in (*s3fs.S3FileSystem._cache.values(), *S3._cache.values()):
         if fs.asynchronous and fs._s3 is not None:
             zarr.core.sync.sync(fs._s3creator.__aexit__(None, None, None))
 

@@ -192,10 +192,10 @@ def test_missing_credentials_are_explained(ddk_error: Any, tmp_path: Path, monke
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    import s3fs
+    from storage.s3 import S3
 
-    s3fs.S3FileSystem.clear_instance_cache()
+    S3.clear_instance_cache()
     assert "no credentials for S3 were found; set AWS_ACCESS_KEY_ID" in ddk_error(
         "pack", config_with(tmp_path, root="s3://nowhere/ddk")
     )
-    s3fs.S3FileSystem.clear_instance_cache()
+    S3.clear_instance_cache()

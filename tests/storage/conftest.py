@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import s3fs
+from s3_proxy import S3Proxy
 
+from storage import settings
 from storage.layout import Kind
 from storage.manifest import Manifest, StoreWriter
+from storage.s3 import S3
 
 REPOSITORY = Path(__file__).parents[2]
 Arrays = Mapping[str, np.ndarray]
@@ -34,14 +36,29 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def s3_calls(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The requests to the S3 server from here on, by the name of the operation."""
     calls: list[str] = []
-    original = s3fs.S3FileSystem._call_s3
+    original = S3._call_s3
 
     async def counting(self, method, *args, **kwargs):
         calls.append(method)
         return await original(self, method, *args, **kwargs)
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counting)
+    monkeypatch.setattr(S3, "_call_s3", counting)
     return calls
+
+
+@pytest.fixture
+def s3_proxy(s3_server: str) -> Iterator[S3Proxy]:
+    """Between every later call of `storage` and the S3 server; see `tests/support/s3_proxy.py`."""
+    with S3Proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        settings.use_options("s3", {"endpoint_url": proxy.url})
+        yield proxy
+        settings.use_options("s3", {})
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries follow at once, so that all eight attempts take no minute."""
+    monkeypatch.setattr("botocore.retryhandler.delay_exponential", lambda *_, **__: 0.001)
 
 
 class StoreMaker:

@@ -9,7 +9,7 @@ import zarr
 from zarr.storage import FsspecStore
 
 from storage import uri
-from storage.layout import array_metadata, array_specs, encode_shard, shard_key
+from storage.layout import array_specs, encode_shard, shard_key
 
 DIMS = {
     "blocks": {"seq_len": 6, "vocab_size": 152_064, "shard_blocks": 4},
@@ -64,15 +64,6 @@ def test_the_format_is_as_documented(tmp_path: Path, maker) -> None:
         objects = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         assert objects == [f"{shard}{'/0' * (len(shape) - 1)}" for shard in range(3)]
     assert uri.list_names(f"{tmp_path}/a.zarr") == ["manifest.json", "train", "validation", "zarr.json"]
-
-
-def test_the_metadata_that_is_written_is_the_one_that_is_read_by(tmp_path: Path, maker) -> None:
-    dims = DIMS["targets"]
-    content = {split: maker.arrays("targets", dims, 5) for split in ("train", "validation")}
-    maker.write(f"{tmp_path}/a.zarr", "targets", dims, content)
-    for spec in array_specs("targets", dims):
-        array = zarr.open_array(f"{tmp_path}/a.zarr/train/{spec.name}", mode="r")
-        assert array.metadata.to_dict() == array_metadata(spec, 5, 4).to_dict()
 
 
 def test_the_specs_of_each_kind() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from storage import manifest as storage_manifest
-from storage import uri
+from storage import shards, uri
 from storage.blocks import open_blocks
 from storage.errors import FormatVersionError, StoreDamagedError, StoreMissingError
 from storage.manifest import StoreWriter, read_manifest
@@ -222,8 +222,8 @@ def edited(place: str, **changes) -> None:
 
 def test_a_newer_format_is_refused(place: str, maker, content) -> None:
     maker.write(place, "blocks", DIMS, content, **INPUTS)
-    edited(place, format_version=2, something_new={"a": 1})
-    message = r"manifest.json has format version 2, and this version of ddk reads up to 1; update ddk"
+    edited(place, format_version=3, something_new={"a": 1})
+    message = r"manifest.json has format version 3, and this version of ddk reads up to 2; update ddk"
     for opening in (read_manifest, open_blocks, lambda url: StoreWriter(url, "blocks", INPUTS, DIMS)):
         with pytest.raises(FormatVersionError, match=message):
             opening(place)
@@ -242,8 +242,8 @@ def test_an_unreadable_manifest_is_named(place: str, maker, content) -> None:
 
 @pytest.mark.parametrize("damaged", [b"{", b"{}", b"[]", b'{"blocks": "many"}'])
 def test_an_unreadable_commit_record_is_named(place: str, content, damaged: bytes) -> None:
+    StoreWriter(place, "blocks", INPUTS, DIMS).write_shard("validation", 0, content["validation"])
     writer = StoreWriter(place, "blocks", INPUTS, DIMS)
-    writer.write_shard("validation", 0, content["validation"])
     uri.write_bytes(f"{place}/commits/validation-00000000.json", damaged)
     with pytest.raises(StoreDamagedError, match=r"/commits holds what is no commit record .*run the stage again"):
         writer.committed("validation")
@@ -262,12 +262,35 @@ def test_opening_costs_one_request_however_many_shards_there_are(s3_calls: list[
         view = open_targets(url)
         assert s3_calls == ["get_object"]
         view.true_logprobs([0])
-        assert s3_calls == ["get_object"] * 3  # the shard's index, then the block
+        assert s3_calls == ["get_object"] * 2  # the shard as a whole, for the store fits the cache
         view.true_logprobs([0, 1])
-        assert s3_calls == ["get_object"] * 4  # the shard as a whole
+        assert s3_calls == ["get_object"] * 2
         s3_calls.clear()
         assert StoreWriter(url, "targets", {}, dims).manifest.complete
         assert s3_calls == ["get_object"]
+
+
+def test_a_store_beyond_the_cache_is_read_by_ranges(
+    s3_calls: list[str], s3_server: str, maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, dims = f"{s3_server}/ranges", {**TARGET_DIMS, "shard_blocks": 4}
+    content = {"train": maker.arrays("targets", dims, 21), "validation": maker.arrays("targets", dims, 1)}
+    maker.write(url, "targets", dims, content)
+    monkeypatch.setattr(shards, "CACHE", shards.ByteCache(1000))
+    view = open_targets(url)
+    s3_calls.clear()
+    read = view.true_logprobs([7, 0, 6, 5])
+    np.testing.assert_array_equal(read, content["train"]["true_logprobs"][[7, 0, 6, 5]])
+    assert s3_calls == ["get_object"] * 4  # two indices, and from each shard one range
+    np.testing.assert_array_equal(view.true_logprobs([4]), content["train"]["true_logprobs"][[4]])
+    assert s3_calls == ["get_object"] * 5  # the index is known
+    # Lost, truncated or flipped: named all the same.
+    place = f"{url}/train/true_logprobs/c/1/0"
+    whole = uri.read_bytes(place)
+    for damaged in (whole[:-1], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:], b"", None):
+        uri.remove_file(place) if damaged is None else uri.write_bytes(place, damaged)
+        with pytest.raises(StoreDamagedError, match=r"array 'train/true_logprobs' is damaged in shard 1 \("):
+            open_targets(url).true_logprobs(range(8))
 
 
 def test_resuming_lists_once_and_reads_each_record_once(s3_calls: list[str], s3_server: str, maker) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,81 @@ def test_many_records_at_once(place: str) -> None:
     uri.write_bytes(urls[3], b"{")
     with pytest.raises(StoreDamagedError, match=r"/3\.json is not valid JSON"):
         uri.read_jsons(urls)
+
+
+def test_many_files_at_once(place: str) -> None:
+    urls = [uri.join(place, f"{number}") for number in range(40)]
+    for url in urls[::2]:
+        uri.write_bytes(url, url.encode())
+    assert uri.read_whole_many(urls) == [url.encode() if n % 2 == 0 else None for n, url in enumerate(urls)]
+    assert uri.read_whole_many([]) == []
+
+
+def test_ranges_are_slices(place: str) -> None:
+    content, url, rng = bytes(range(256)) * 4, uri.join(place, "a"), random.Random(5)
+    uri.write_bytes(url, content)
+    ranges = [(rng.randrange(1100), rng.randrange(300)) for _ in range(40)]
+    ranges += [(0, 1024), (0, 9999), (1024, 1), (5000, 5), (1023, 1), (7, 0)]
+    assert uri.read_ranges(url, ranges) == [content[start : start + length] for start, length in ranges]
+    assert uri.read_ranges(url, []) == []
+    for start, length, expected in (
+        (-4, 4, content[-4:]),
+        (-100, 30, content[-100:-70]),
+        (-4, 99, content[-4:]),
+        (-5000, 5, content[:5]),
+        (-1, 0, b""),
+    ):
+        assert uri.read_range(url, start, length) == expected
+    uri.write_bytes(url, b"")
+    assert uri.read_ranges(url, [(0, 5), (3, 1), (-9, 9)]) == [b"", b"", b""]
+    with pytest.raises(FileNotFoundError):
+        uri.read_range(uri.join(place, "none"), 0, 1)
+
+
+ODD_NAMES = [
+    "a b",
+    "a#b",
+    "a?b",
+    "a%20b",
+    "a%",
+    "a+b",
+    "a&b=c",
+    "a*",
+    "a[b]",
+    "[!x]",
+    "ü 三",
+    "a'b\"c",
+    "a;b",
+    "a\\b",
+    "~a",
+    "a^",
+]
+
+
+def test_names_with_special_characters_are_what_they_are(place: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"copied")
+    for name in ODD_NAMES:
+        folder = uri.join(place, f"folder {name}")
+        url = uri.join(folder, name)
+        uri.write_bytes(url, name.encode())
+        assert uri.read_bytes(url) == name.encode()
+        assert uri.read_range(url, 0, 1) == name.encode()[:1]
+        assert uri.read_whole_many([url]) == [name.encode()]
+        assert uri.size_of(url) == len(name.encode())
+        assert uri.exists(url)
+        assert uri.list_names(folder) == [name]
+        uri.put_file(str(tmp_path / "source"), url)
+        with uri.local_copy(url) as path:
+            assert Path(path).read_bytes() == b"copied"
+    assert uri.list_names(place) == sorted(f"folder {name}" for name in ODD_NAMES)
+    # A name with * or ? is no pattern: its neighbours stay.
+    for name in ODD_NAMES:
+        uri.remove_tree(uri.join(place, f"folder {name}"))
+        assert f"folder {name}" not in uri.list_names(place)
+    assert uri.list_names(place) == []
+    uri.write_bytes(uri.join(place, "ab"), b"")
+    uri.remove_file(uri.join(place, "a?"))
+    assert uri.list_names(place) == ["ab"]
 
 
 def test_files_and_folders_are_copied(place: str, tmp_path: Path) -> None:

@@ -230,9 +230,9 @@ def test_damaged_metadata_of_zarr_misleads_nobody(local_store: str, content) -> 
 def test_what_may_not_be_read_is_not_called_damaged(local_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     view = open_targets(local_store)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(view, "_fetch", refuse)
+    monkeypatch.setattr("storage.shards.open", refuse, raising=False)
     with pytest.raises(PermissionError, match="Access Denied"):
         view.read([0])
