@@ -107,8 +107,8 @@ def _exact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
 
 
 def _compact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
-    def flat(name: str, dtype: Literal["uint8", "uint16", "uint32"], most: int) -> ArraySpec:
-        return ArraySpec(name=name, dtype=dtype, block_shape=(seq_len * most,), dimensions=("entry",), effort=5)
+    def flat(name: str, dtype: Literal["uint8", "uint16", "uint32"], most: int, effort: int = 5) -> ArraySpec:
+        return ArraySpec(name=name, dtype=dtype, block_shape=(seq_len * most,), dimensions=("entry",), effort=effort)
 
     rows = 3 + form.entropy + len(form.temperatures) + (form.draws > 0)
     found = [
@@ -125,7 +125,8 @@ def _compact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
         flat("codes", "uint8" if form.codec.levels <= 254 else "uint16", k),
     ]
     if form.draws:
-        found += [flat("drawn_id_deltas", "uint32", form.draws), flat("drawn_counts", "uint16", form.draws)]
+        # More effort saves 2% here, and takes as long as the top k's arrays together.
+        found += [flat("drawn_id_deltas", "uint32", form.draws, 7), flat("drawn_counts", "uint16", form.draws, 7)]
     return tuple(found)
 
 
