@@ -37,18 +37,18 @@ from tasks.teacher import TeacherConfig, target_format
 from tasks.vllm_portable import PortableTeacher
 from tasks.vllm_teacher import VllmTeacher, engine_environment
 
-SEQ_LEN, K, SHARD = 512, 64, 16
+SEQ_LEN, K = 512, 64
 SHAPES = {
-    # rows of the vocabulary, width, layers, heads, width of the MLP, blocks in a round
-    "4M": (4096, 256, 4, 4, 688, 128),
-    "30M": (32000, 512, 4, 8, 1376, 48),
-    "wide": (151_936, 128, 2, 2, 344, 48),
+    # rows of the vocabulary, width, layers, heads, width of the MLP, blocks in a shard, blocks in a round
+    "4M": (4096, 256, 4, 4, 688, 64, 256),
+    "30M": (32000, 512, 4, 8, 1376, 32, 64),
+    "wide": (151_936, 128, 2, 2, 344, 32, 64),
 }
 
 
 def make_model(folder: str, name: str) -> None:
     """Random weights, and a tokenizer of as many tokens (the users' way decodes every id)."""
-    vocab, width, layers, heads, mlp, _ = SHAPES[name]
+    vocab, width, layers, heads, mlp, _, _ = SHAPES[name]
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=vocab,
@@ -66,7 +66,8 @@ def make_model(folder: str, name: str) -> None:
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE({f"t{i}": i for i in range(vocab)}, []))
     tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0")  # noqa: S106.save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0")  # noqa: S106
+    fast.save_pretrained(folder)
 
 
 def make_plan(folder: str, config: TeacherConfig, tokens: np.ndarray, vocab: int) -> Plan:
@@ -105,7 +106,7 @@ class Paths:
         self.folder = folder
         model = os.path.join(folder, "model")
         make_model(model, name)
-        self.config = TeacherConfig(model=model, k=K, dtype="float32", shard_blocks=SHARD)
+        self.config = TeacherConfig(model=model, k=K, dtype="float32", shard_blocks=SHAPES[name][-2])
         whole = self.config.model_copy(update={"shard_blocks": blocks})
         size = {"seq_len": SEQ_LEN, "vocab_size": self.vocab}
         self.teacher, self.whole = VllmTeacher(self.config, **size), VllmTeacher(whole, **size)
@@ -128,11 +129,13 @@ class Paths:
 
         from tasks.vllm_worker import LABEL_KEY, ROW_KEY
 
-        llm = self.whole._llm
+        llm, rows = self.whole._llm, self.whole.config.shard_blocks
         llm.collective_rpc("ddk_set_mode", args=(mode,))
         prompts = [{"prompt_token_ids": row[:-1].tolist()} for row in self.tokens]
         parameters = [
-            SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args={ROW_KEY: i, LABEL_KEY: 0})
+            SamplingParams(
+                max_tokens=1, temperature=0.0, detokenize=False, extra_args={ROW_KEY: i % rows, LABEL_KEY: 0}
+            )
             for i in range(len(prompts))
         ]
         llm.generate(prompts, parameters, use_tqdm=False)
@@ -159,14 +162,15 @@ class Paths:
         return (len(self.tokens) + 1) * SEQ_LEN
 
     def portable(self) -> int:
-        for start in range(0, len(self.tokens), SHARD):
-            self.portable_teacher.capture(self.tokens[start : start + SHARD])
+        shard = self.config.shard_blocks
+        for start in range(0, len(self.tokens), shard):
+            self.portable_teacher.capture(self.tokens[start : start + shard])
         return len(self.tokens) * SEQ_LEN
 
     def users(self) -> int:
         from vllm import SamplingParams
 
-        some = self.tokens[:SHARD]
+        some = self.tokens[:16]
         prompts = [{"prompt_token_ids": row[:-1].tolist()} for row in some]
         self.users_llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=K), use_tqdm=False)
         self.users_llm.reset_prefix_cache()
@@ -174,7 +178,7 @@ class Paths:
 
     @torch.inference_mode()
     def transformers(self) -> int:
-        some = torch.from_numpy(self.tokens[: 2 * SHARD, :-1].astype(np.int64))
+        some = torch.from_numpy(self.tokens[:32, :-1].astype(np.int64))
         for start in range(0, len(some), 4):
             self.hf(some[start : start + 4]).logits.log_softmax(-1).topk(K, dim=-1)
         return some.numel()

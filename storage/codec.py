@@ -72,7 +72,7 @@ UNKNOWN_TRUE_LOGPROB = math.inf
 """In the exact codec's `true_logprobs`, where an imported cache does not say: no log-probability is positive, and NaN
 means 'never written'."""
 SAMPLE_EVERY = 16
-"""The distortion is measured on every 16th position: on all of them it would cost as much as the encoding."""
+"""The distortion is measured on every 16th position of a block: on all, it would cost as much as the encoding."""
 BINS_PER_OCTAVE = 4
 
 
@@ -152,9 +152,8 @@ def encode(targets: SparseTargets, form: TargetFormat, vocab_size: int) -> tuple
     if form.codec.name == "exact":
         return _encode_exact(targets), None
     grid = compact.Grid(levels=form.codec.levels, keep_mass=form.codec.keep_mass, vocab_size=vocab_size)
-    arrays = compact.encode(targets, grid)
-    stored = compact.decode(arrays, grid, targets.ids_BLK.shape[2], form.temperatures, entropy=form.entropy)
-    return arrays, Distortion.of(divergences(targets, stored, vocab_size))
+    arrays, lost = compact.encode(targets, grid, SAMPLE_EVERY)
+    return arrays, Distortion.of(lost)
 
 
 def decode(arrays: Arrays, form: TargetFormat, k: int, vocab_size: int) -> SparseTargets:
@@ -165,15 +164,12 @@ def decode(arrays: Arrays, form: TargetFormat, k: int, vocab_size: int) -> Spars
     return compact.decode(arrays, grid, k, form.temperatures, entropy=form.entropy)
 
 
-def divergences(
-    captured: SparseTargets, stored: SparseTargets, vocab_size: int, every: int = SAMPLE_EVERY
-) -> npt.NDArray[np.float64]:
-    """KL(captured ‖ stored) of every so-manieth position of all, [B · L / every]; see `Distortion`."""
+def divergences(captured: SparseTargets, stored: SparseTargets, vocab_size: int) -> npt.NDArray[np.float64]:
+    """KL(captured ‖ stored) of every position, [B · L]; see `Distortion`."""
     k = captured.ids_BLK.shape[2]
-    flat = slice(None, None, every)
-    ids, kept_ids = (t.ids_BLK.reshape(-1, k)[flat] for t in (captured, stored))
-    log_p, log_q = (t.logprobs_BLK.reshape(-1, k)[flat].astype(np.float64) for t in (captured, stored))
-    tail_p, tail_q = (t.tail_mass_BL.reshape(-1)[flat].astype(np.float64) for t in (captured, stored))
+    ids, kept_ids = (t.ids_BLK.reshape(-1, k) for t in (captured, stored))
+    log_p, log_q = (t.logprobs_BLK.reshape(-1, k).astype(np.float64) for t in (captured, stored))
+    tail_p, tail_q = (t.tail_mass_BL.reshape(-1).astype(np.float64) for t in (captured, stored))
     in_q = log_q > -np.inf
     others = np.maximum(vocab_size - in_q.sum(-1), 1)
     share = np.maximum(tail_q, 1e-30) / others

@@ -67,13 +67,17 @@ class Grid:
         return np.uint32 if self.vocab_size << self.code_bits <= 2**32 else np.uint64
 
 
-def encode(targets: SparseTargets, grid: Grid) -> Arrays:
-    """The arrays of some blocks, one row a block; a block at a time, so that it stays in the cache."""
-    parts = [_encode_block(targets, b, grid) for b in range(len(targets))]
-    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+def encode(targets: SparseTargets, grid: Grid, sample_every: int) -> tuple[Arrays, npt.NDArray[np.float64]]:
+    """The arrays of some blocks, one row a block, and KL(captured ‖ stored) of every so-manieth position of a block.
+
+    A block at a time, so that it stays in the core's cache.
+    """
+    parts = [_encode_block(targets, b, grid, slice(0, None, sample_every)) for b in range(len(targets))]
+    arrays = {name: np.stack([part[name] for part, _ in parts]) for name in parts[0][0]}
+    return arrays, np.concatenate([lost for _, lost in parts])
 
 
-def _encode_block(targets: SparseTargets, b: int, grid: Grid) -> Arrays:
+def _encode_block(targets: SparseTargets, b: int, grid: Grid, sample: slice) -> tuple[Arrays, Array]:
     logprobs_LK = targets.logprobs_BLK[b]
     p_LK = np.exp(logprobs_LK)
     codes_LK = _codes(p_LK, grid)
@@ -81,7 +85,8 @@ def _encode_block(targets: SparseTargets, b: int, grid: Grid) -> Arrays:
     kept_L = kept_LK.sum(-1)
     mass_L = (p_LK * kept_LK).sum(-1, dtype=np.float64)
     tail_L = targets.tail_mass_BL[b] + (p_LK.sum(-1, dtype=np.float64) - mass_L)
-    rows = [kept_L, _tail_code(tail_L / np.maximum(tail_L + mass_L, 1e-30), kept_L), _true_code(targets, b)]
+    tail_code_L = _tail_code(tail_L / np.maximum(tail_L + mass_L, 1e-30), kept_L)
+    rows = [kept_L, tail_code_L, _true_code(targets, b)]
     if targets.entropy_BL is not None:
         rows.append(np.rint(targets.entropy_BL[b] * ENTROPY_PER_NAT))
     for temperature, tail_at_BL in targets.tail_mass_at.items():
@@ -96,7 +101,27 @@ def _encode_block(targets: SparseTargets, b: int, grid: Grid) -> Arrays:
         drawn_deltas_LD = 2 * (np.diff(ids_LD, axis=-1, prepend=-1) - 1) + again_LD
         arrays["drawn_id_deltas"] = _close_up(drawn_deltas_LD, distinct_LD, np.uint32)
         arrays["drawn_counts"] = _close_up(counts_LD - 2, again_LD, np.uint16)
-    return {"scalars": np.stack(rows).astype(np.uint16), **arrays}
+    lost = _divergences(
+        logprobs_LK[sample], targets.tail_mass_BL[b][sample], codes_LK[sample], _tail_mass(tail_code_L[sample]), grid
+    )
+    return {"scalars": np.stack(rows).astype(np.uint16), **arrays}, lost
+
+
+def _divergences(logprobs_LK: Array, tail_L: Array, codes_LK: Array, stored_tail_L: Array, grid: Grid) -> Array:
+    """KL(captured ‖ stored) over the captured tokens and one bucket for all others, from the codes themselves.
+
+    A dropped token has its equal share of the stored tail. (`storage.codec.divergences` says the same of two targets.)
+    """
+    p_LK = np.exp(logprobs_LK.astype(np.float64))
+    squares_LK = codes_LK.astype(np.float64) ** 2
+    share_L = np.maximum(stored_tail_L, 1e-30) / np.maximum(grid.vocab_size - (codes_LK > 0).sum(-1), 1)
+    kept_LK = squares_LK / np.maximum(squares_LK.sum(-1), 1.0)[:, None] * (1.0 - stored_tail_L)[:, None]
+    q_LK = np.where(codes_LK > 0, kept_LK, share_L[:, None])
+    inside_L = np.where(p_LK > 0, p_LK * np.log(np.maximum(p_LK, 1e-300) / q_LK), 0.0).sum(-1)
+    rest_L = np.maximum(share_L * (grid.vocab_size - logprobs_LK.shape[1]), 1e-30)
+    tail_L = tail_L.astype(np.float64)
+    outside_L = np.where(tail_L > 0, tail_L * np.log(np.maximum(tail_L, 1e-300) / rest_L), 0.0)
+    return np.asarray(np.maximum(inside_L + outside_L, 0.0))
 
 
 def _codes(p_LK: Array, grid: Grid) -> Array:

@@ -35,9 +35,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
+from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
@@ -179,11 +181,19 @@ def encode_shard(spec: ArraySpec, data: np.ndarray[Any, Any], shard_blocks: int)
     if is_absent(data).any():
         what = {"i": "negative ids", "f": "NaN", "u": "the fill value"}[data.dtype.kind]
         raise ValueError(f"shard of '{spec.name}' holds {what}")
-    memory = MemoryStore()
-    # One shard long, however few blocks it holds: absent inner chunks are marked so in the shard's index.
-    array = create_array(zarr.create_group(store=memory), spec, shard_blocks, shard_blocks)
-    array[: len(data)] = data
-    return bytes(memory._store_dict[f"{spec.name}/{shard_key(spec, 0)}"].to_bytes())
+    # What Zarr's sharding codec writes, byte for byte (tested), at a third of the time: the chunks in order, then for
+    # each its offset and length (all ones where there is none), and a checksum of that.
+    item = np.dtype(spec.dtype).newbyteorder("<")
+    index = np.full((shard_blocks, 2), 2**64 - 1, dtype="<u8")
+    chunks, offset = [], 0
+    for number, block in enumerate(data):
+        content = blosc.compress(np.ascontiguousarray(block, dtype=item), spec.compressor.encode(), spec.effort, 1)
+        content += google_crc32c.value(content).to_bytes(4, "little")
+        index[number] = offset, len(content)
+        chunks.append(content)
+        offset += len(content)
+    encoded = index.tobytes()
+    return b"".join([*chunks, encoded, google_crc32c.value(encoded).to_bytes(4, "little")])
 
 
 def is_absent(data: np.ndarray[Any, Any]) -> npt.NDArray[np.bool_]:

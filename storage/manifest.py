@@ -84,6 +84,10 @@ class Manifest(_Frozen):
         """`targets`, with format 1 spelt out; None for token blocks."""
         return (self.targets or FORMAT_1) if self.kind == "targets" else None
 
+    def as_json(self) -> dict[str, Any]:
+        """What is stored. Format 1 has no word of a form, and its readers would refuse one."""
+        return self.model_dump(exclude={"targets"} if self.targets is None else None)
+
     def total(self, fact: str, split: Split | None = None) -> float:
         """Sum of a number that every shard has among its facts, over one split or all."""
         chosen = self.splits.values() if split is None else [self.splits[split]]
@@ -180,12 +184,12 @@ class StoreWriter:
             fingerprint=fingerprint(inputs),
             inputs=dict(inputs),
             dims=dict(dims),
-            targets=form,
+            targets=None if form == FORMAT_1 else form,
             complete=False,
         )
         found = read_manifest(url)
         if found is None:
-            uri.write_json(uri.join(url, "manifest.json"), header.model_dump())
+            uri.write_json(uri.join(url, "manifest.json"), header.as_json())
             found = header
         # A store's folder is named by its fingerprint, so this is a foreign or an edited manifest.
         what = {"kind", "fingerprint", "inputs", "dims", "targets"}
@@ -272,7 +276,7 @@ class StoreWriter:
         for key, content in metadata.items():
             uri.write_bytes(uri.join(self.url, key), content)
         uri.remove_temporaries(self.url)
-        uri.write_json(uri.join(self.url, "manifest.json"), manifest.model_dump())
+        uri.write_json(uri.join(self.url, "manifest.json"), manifest.as_json())
         uri.remove_tree(uri.join(self.url, "commits"))
         self.manifest = manifest
         return manifest

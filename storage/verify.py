@@ -86,7 +86,7 @@ def uncommit(url: str, manifest: Manifest, damages: Sequence[Damage]) -> dict[Sp
         if damaged:
             redone[split] = damaged
     unfinished = manifest.model_copy(update={"complete": False, "splits": {}, "facts": {}})
-    uri.write_json(uri.join(url, "manifest.json"), unfinished.model_dump())
+    uri.write_json(uri.join(url, "manifest.json"), unfinished.as_json())
     for split, numbers in redone.items():
         for number in numbers:
             for name in manifest.splits[split].shards[number].objects:

@@ -15,12 +15,13 @@ from ddk.packing import PackingConfig
 from ddk.student import load_tokenizer
 from ddk.types import Split
 from storage import uri
-from storage.codec import TargetFormat
+from storage.codec import FORMAT_1, TargetFormat
 from storage.corpus import CorpusFile, DomainConfig, resolve_files
 from storage.digests import DigestCache
 from storage.fingerprint import fingerprint
 from storage.foreign import compression_url
 from storage.layout import BLOCKS_PER_SHARD, format_version
+from storage.manifest import read_manifest
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.server_teacher import server_identity
 from tasks.teacher import TeacherConfig, check_fits, engine_version, resolved_dtype, target_format
@@ -117,6 +118,8 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
             else teacher_inputs,
             "shard_blocks": teacher.shard_blocks,
         }
+        if older := _older_store(root, domain, teacher, targets_inputs, imported=corpus.imported):
+            targets_inputs, form = older, FORMAT_1
         dims = {"seq_len": packing.seq_len, "vocab_size": vocab_size}
         plans[domain] = StorePlan(
             domain=domain,
@@ -132,6 +135,20 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
             targets_form=form,
         )
     return Plan(domains=plans, teacher_folder=folder, vocab_size=vocab_size, eos_id=int(tokenizer.eos_token_id))
+
+
+def _older_store(
+    root: str, domain: str, teacher: TeacherConfig, inputs: Mapping[str, Any], *, imported: bool
+) -> dict[str, Any] | None:
+    """The inputs of a complete store of format 1 that holds what is asked for; None where there is none.
+
+    It keeps the same tokens without loss, so nothing need be captured again because the format has changed.
+    """
+    if imported or teacher.source != "engine" or teacher.draws or teacher.tail_temperatures:
+        return None
+    older = {name: value for name, value in inputs.items() if name != "keeps"} | {"format": format_version(FORMAT_1)}
+    manifest = read_manifest(uri.join(root, "targets", fingerprint(older), f"{domain}.zarr"))
+    return older if manifest is not None and manifest.complete else None
 
 
 def _corpus_inputs(corpus: DomainConfig) -> dict[str, Any]:

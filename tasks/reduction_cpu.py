@@ -64,18 +64,26 @@ def _exp(x: Any) -> Any:
     return (p * r * r + r + np.float32(1.0)) * power if x > np.float32(-87.0) else np.float32(0.0)
 
 
-@nb.njit(fastmath=_FAST)
-def _group_maxima(row: Float32s, groups: int, maxima: Float32s) -> None:
-    """maxima[g] = the largest of row[g], row[g + groups], row[g + 2·groups], …"""
+@nb.njit
+def _group_maxima(row: Float32s, groups: int, maxima: Float32s, sums: Float32s) -> bool:
+    """maxima[g] = the largest of row[g], row[g + groups], row[g + 2·groups], …
+
+    Returns whether all are numbers: a NaN, which no comparison shows, is one in its group's sum too.
+    """
     maxima[:] = row[:groups]
+    sums[:] = row[:groups]
     whole = len(row) // groups
     for i in range(1, whole):
         part = row[i * groups : (i + 1) * groups]
         for g in range(groups):
-            maxima[g] = part[g] if part[g] > maxima[g] else maxima[g]
+            v = part[g]
+            maxima[g] = v if v > maxima[g] else maxima[g]
+            sums[g] += v
     for g in range(len(row) - whole * groups):
         v = row[whole * groups + g]
         maxima[g] = v if v > maxima[g] else maxima[g]
+        sums[g] += v
+    return not np.isnan(sums).any()
 
 
 @nb.njit(fastmath=_FAST)
@@ -135,6 +143,31 @@ def _draw(row: Float32s, largest: np.float32, uniforms: Any, drawn: Any) -> None
 
 
 @nb.njit
+def _largest(values: Float32s, k: int) -> Any:
+    """The k-th largest; reorders the values (Hoare's selection)."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        pivot = values[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if k - 1 <= j:
+            high = j
+        elif k - 1 >= i:
+            low = i
+        else:
+            break
+    return values[k - 1]
+
+
+@nb.njit
 def _sort_key(value: np.float32, index: int) -> Any:
     """An unsigned integer that is smaller where the value is larger; equal values: where the index is smaller."""
     bits = np.float32(value).view(np.uint32)
@@ -160,15 +193,19 @@ def _reduce(
     drawn: Any,
 ) -> None:
     """Rows of `logits` [N, ≥ vocab] into rows `at` of the outputs; overwrites the logits."""
-    # Few groups beside k would make the bound loose; many cost more to select from. A multiple of the vector width.
-    groups = max(1, min(vocab, ((4 * k + 63) // 64) * 64))
-    maxima = np.empty(groups, np.float32)
+    # Few groups make the bound loose, and each is long to collect from; many cost more to select from. Measured.
+    per_k = 2 if vocab < 16_384 else 4 if vocab < 65_536 else 8
+    groups = max(1, min(vocab, ((per_k * k + 63) // 64) * 64))
+    maxima, scratch = np.empty(groups, np.float32), np.empty(groups, np.float32)
     keys = np.empty(vocab, np.uint64)
     for n in range(logits.shape[0]):
         row, out = logits[n][:vocab], at[n]
         label_logit = row[labels[n]]
-        _group_maxima(row, groups, maxima)
-        bound = np.partition(maxima, groups - k)[groups - k] if groups > k else np.float32(-np.inf)
+        if not _group_maxima(row, groups, maxima, scratch):
+            ids[out, :], logprobs[out, :], tail[out], true[out] = 0, np.nan, np.nan, np.nan
+            continue
+        scratch[:] = maxima
+        bound = _largest(scratch, k) if groups > k else np.float32(-np.inf)
         found = 0
         for g in range(groups):
             if maxima[g] >= bound:
@@ -176,10 +213,8 @@ def _reduce(
                     if row[j] >= bound:
                         keys[found] = _sort_key(row[j], j)
                         found += 1
-        if found < k:  # NaN among the logits
-            ids[out, :], logprobs[out, :], tail[out], true[out] = 0, np.nan, np.nan, np.nan
-            continue
-        top = np.sort(keys[:found])[:k]
+        top = keys[:found]
+        top.sort()
         largest = row[np.int64(top[0] & np.uint64(0xFFFFFFFF))]
         if uniforms.shape[1] > 0:
             _draw(row, largest, uniforms[out], drawn[out])
@@ -189,9 +224,9 @@ def _reduce(
             x = row[kept] - largest
             ids[out, i], logprobs[out, i] = kept, x
             row[kept] = _MASKED
-            if x > -np.inf:
-                top_total += np.exp(np.float64(x))
-                top_weighted += np.float64(x) * np.exp(np.float64(x))
+            e = np.float64(_exp(x))
+            top_total += e
+            top_weighted += e * max(x, np.float32(-87.0))
         rest_total, rest_weighted = _sums(row, largest)
         total = top_total + rest_total
         log_total = np.log(total)
@@ -202,7 +237,7 @@ def _reduce(
             rest = _sum_exp(row, largest, inverse_temperatures[m])
             inside = 0.0
             for i in range(k):
-                inside += np.exp(np.float64(logprobs[out, i]) * inverse_temperatures[m])
+                inside += _exp(logprobs[out, i] * inverse_temperatures[m])
             tail_at[out, m] = rest / (inside + rest)
         for i in range(k):
             logprobs[out, i] = logprobs[out, i] - log_total
@@ -218,11 +253,13 @@ class CpuReducer:
 
     def __init__(self, cores: list[int]) -> None:
         self._threads = len(cores)
-        self._pool = ThreadPoolExecutor(
-            max_workers=self._threads,
-            thread_name_prefix="ddk-reduce",
-            initializer=lambda: os.sched_setaffinity(0, cores) if hasattr(os, "sched_setaffinity") else None,
-        )
+        free = list(cores)
+
+        def pin() -> None:
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, [free.pop()])
+
+        self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="ddk-reduce", initializer=pin)
 
     def __call__(
         self,

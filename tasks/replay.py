@@ -95,7 +95,7 @@ def _compared(
 ) -> Iterator[ReplayedBlock]:
     stored = view.read(blocks)
     differences_BL = np.abs(now.true_logprobs_BL.astype(np.float64) - stored.true_logprobs_BL)
-    divergences_BL = divergences(now, stored, view.vocab_size, every=1).reshape(differences_BL.shape)
+    divergences_BL = divergences(now, stored, view.vocab_size).reshape(differences_BL.shape)
     for block, true_difference, divergence in zip(
         blocks, np.nanmean(differences_BL, axis=-1), divergences_BL.mean(-1), strict=True
     ):

@@ -254,9 +254,12 @@ def engine_environment(config: TeacherConfig) -> Iterator[None]:
         "MALLOC_MMAP_THRESHOLD_": "4000000000",
         "MALLOC_TRIM_THRESHOLD_": "8000000000",
     }
-    if not on_gpu() and config.tensor_parallel_size == 1:
-        # By default vLLM leaves one core to the front end, which has nothing to do while the worker runs.
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, _cores()))
+    if not on_gpu():
+        # By default vLLM leaves one core to the front end, which has little to do while the worker runs, and wants a
+        # NUMA node for each rank.
+        ranks, cores = config.tensor_parallel_size, _cores()
+        shares = [cores[len(cores) * i // ranks : len(cores) * (i + 1) // ranks] or cores[-1:] for i in range(ranks)]
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
     before = {name: os.environ.get(name) for name in wanted}
     # What the user has set stays, but for what capture cannot do without.
     forced = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"}

@@ -46,7 +46,7 @@ def reference(
         q = torch.softmax(z, 0)
         ce = ce - torch.log(q[y])
         # An entry of −inf is no entry: its token is one of those outside.
-        stored = [token for token, one in zip(stored, log_p.tolist(), strict=True) if one > -math.inf]
+        stored = [token for token, one in zip(stored, log_p.tolist(), strict=True) if one > -math.inf]  # noqa: PLW2901
         p = [math.exp(one) for one in log_p.tolist() if one > -math.inf]
         if how == "bucket":
             outside = [token for token in range(len(z)) if token not in stored]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,13 +15,13 @@ def test_a_flipped_byte_is_named_repaired_and_recaptured_alone(small_run: SmallR
     before = files_below(root / "targets")
     assert ddk("verify", str(root)).code == 0
 
-    victim = next(root.glob("targets/*/math.zarr")) / "train" / "logprobs" / "c" / "2" / "0" / "0"
+    victim = next(root.glob("targets/*/math.zarr")) / "train" / "codes" / "c" / "2" / "0"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     found = ddk("verify", str(root))
     assert found.code == 1
-    assert "math.zarr: train shard 2, train/logprobs/c/2/0/0: its bytes are not those that were written" in found.out
+    assert "math.zarr: train shard 2, train/codes/c/2/0: its bytes are not those that were written" in found.out
     # Training on it is refused, and says how to go on.
     refused = ddk("train", small_run.config, "--root", str(root), "--run", "other", "--set", "train.steps=40")
     assert refused.code == 2
@@ -38,3 +39,32 @@ def test_a_flipped_byte_is_named_repaired_and_recaptured_alone(small_run: SmallR
         path: c for path, c in before.items() if not path.endswith("manifest.json")
     }
     assert ddk("verify", str(root)).code == 0
+
+
+def test_the_live_teacher_recognises_its_own_targets_and_no_others(
+    small_run: SmallRun, ddk: Ddk, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(small_run.root, root)
+    math, code = (next(root.glob(f"targets/*/{domain}.zarr")) for domain in ("math", "code"))
+    called = ("--replay", small_run.config, "--root", str(root), "--blocks", "8")
+    held = ddk("verify", str(math), *called)
+    assert held.code == 0, held.err
+    assert "8 of 8 blocks are what the teacher says now" in held.out
+
+    # A shard of another domain, with its sizes and digests: every byte is what the manifest says, and all is wrong.
+    manifests = {store: json.loads((store / "manifest.json").read_text()) for store in (math, code)}
+    for name, record in manifests[code]["splits"]["train"]["shards"][1]["objects"].items():
+        source = next(path for path in (code / "train" / name / "c" / "1").rglob("*") if path.is_file())
+        shutil.copy(source, math / source.relative_to(code))
+        manifests[math]["splits"]["train"]["shards"][1]["objects"][name] = record
+    (math / "manifest.json").write_text(json.dumps(manifests[math]))
+    assert ddk("verify", str(math)).code == 0
+    wrong = ddk("verify", str(math), *called[:-1], "40", "--repair")
+    assert wrong.code == 1
+    assert wrong.out.count("WRONG train block") == 8, "the blocks of shard 1, and no others"
+    assert "taken out: train 1;" in wrong.out
+
+    other = ddk("verify", str(math), *called, "--set", "teacher.k=8")
+    assert other.code == 2
+    assert "none of the configuration's captured stores lies at" in other.err

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from zarr.storage import FsspecStore
+from zarr.storage import FsspecStore, MemoryStore
 
 from storage import uri
-from storage.layout import array_specs, encode_shard, shard_key
+from storage.codec import CodecConfig, TargetFormat
+from storage.layout import array_specs, create_array, encode_shard, shard_key
 
 DIMS = {
     "blocks": {"seq_len": 6, "vocab_size": 152_064, "shard_blocks": 4},
@@ -80,6 +81,19 @@ def test_the_same_data_is_the_same_bytes(maker, kind) -> None:
         assert encode_shard(spec, data, 4) == encode_shard(spec, data.copy(order="F"), 4)
         assert encode_shard(spec, data[:3], 4) != encode_shard(spec, data, 4)
         assert encode_shard(spec, data[::-1], 4) != encode_shard(spec, data, 4)
+
+
+@pytest.mark.parametrize("form", [None, TargetFormat(codec=CodecConfig(), entropy=True, draws=3, temperatures=(2.0,))])
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_a_shard_is_what_zarr_itself_writes(form: TargetFormat | None, blocks: int) -> None:
+    rng = np.random.default_rng(0)
+    for spec in (*array_specs("targets", DIMS["targets"], form), *array_specs("blocks", DIMS["blocks"])):
+        data = rng.integers(0, 200, (blocks, *spec.block_shape)).astype(spec.dtype)
+        data[0] = 0  # a chunk that compresses to nearly nothing
+        memory = MemoryStore()
+        array = create_array(zarr.create_group(store=memory), spec, 4, 4)
+        array[:blocks] = data
+        assert encode_shard(spec, data, 4) == memory._store_dict[f"{spec.name}/{shard_key(spec, 0)}"].to_bytes()
 
 
 def test_data_of_another_form_is_refused(maker) -> None:
