@@ -30,12 +30,13 @@ from numba.extending import intrinsic
 
 Float32s = npt.NDArray[np.float32]
 
-_FAST = {"nnan", "nsz", "arcp", "contract", "afn", "reassoc"}
-"""What the compiler may assume in sums: any order, no NaN. Not that there are no infinities: −inf is a logit."""
 _MASKED = np.float32(-1e30)
 """In place of a logit that is not to be summed: its exponential is 0, and so is its product with it."""
-_SUM_PART = 4096
-"""Values summed in float32 before they are added in float64: a long float32 sum would lose digits."""
+_LANES = 256
+"""Running sums side by side. Their order is written out, and no fast-math flag lets the compiler choose another: the
+code that numba runs right after compiling and the code that it loads later from its cache are optimised differently,
+and a shard's bytes must not depend on which of them it is."""
+_DRAW_PART = 256
 
 
 @intrinsic
@@ -48,20 +49,30 @@ def _as_float32(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@nb.njit(inline="always", fastmath=_FAST)
+@intrinsic
+def _fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
+    """x·y + z with one rounding, as the processor does it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@nb.njit(inline="always")
 def _exp(x: Any) -> Any:
     """e^x for x ≤ 0 within 2e-7 relative, 0 below −87: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by Cephes' polynomial."""
-    clamped = max(x, np.float32(-87.0))
-    n = np.floor(clamped * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = clamped - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
+    clamped = x if x > np.float32(-87.0) else np.float32(-87.0)
+    n = np.floor(_fma(clamped, np.float32(1.4426950408889634), np.float32(0.5)))
+    r = _fma(n, np.float32(2.12194440e-4), _fma(n, np.float32(-0.693359375), clamped))
+    p = _fma(np.float32(1.9875691500e-4), r, np.float32(1.3981999507e-3))
+    p = _fma(p, r, np.float32(8.3334519073e-3))
+    p = _fma(p, r, np.float32(4.1665795894e-2))
+    p = _fma(p, r, np.float32(1.6666665459e-1))
+    p = _fma(p, r, np.float32(5.0000001201e-1))
     power = _as_float32((nb.int32(n) + nb.int32(127)) << nb.int32(23))
-    return (p * r * r + r + np.float32(1.0)) * power if x > np.float32(-87.0) else np.float32(0.0)
+    value = (_fma(p, r * r, r) + np.float32(1.0)) * power
+    return value if x > np.float32(-87.0) else np.float32(0.0)
 
 
 @nb.njit
@@ -86,44 +97,54 @@ def _group_maxima(row: Float32s, groups: int, maxima: Float32s, sums: Float32s) 
     return not np.isnan(sums).any()
 
 
-@nb.njit(fastmath=_FAST)
-def _sums(row: Float32s, largest: np.float32) -> Any:
-    """Σ e^(x − largest) and Σ (x − largest)·e^(x − largest)."""
-    total = weighted = 0.0
-    for start in range(0, len(row), _SUM_PART):
-        s: Any = np.float32(0.0)
-        d: Any = np.float32(0.0)
-        part = row[start : start + _SUM_PART]
-        for j in range(len(part)):
-            x = part[j] - largest
+@nb.njit
+def _sums(row: Float32s, largest: np.float32, totals: Float32s, weighteds: Float32s) -> Any:
+    """Σ e^(x − largest) and Σ (x − largest)·e^(x − largest); the last two arguments are room to work in."""
+    totals[:], weighteds[:] = np.float32(0.0), np.float32(0.0)
+    whole = len(row) // _LANES
+    for i in range(whole):
+        part = row[i * _LANES : (i + 1) * _LANES]
+        for lane in range(_LANES):
+            x = part[lane] - largest
             e = _exp(x)
-            s += e
-            d += e * max(x, np.float32(-87.0))
-        total += s
-        weighted += d
+            totals[lane] += e
+            weighteds[lane] += e * (x if x > np.float32(-87.0) else np.float32(-87.0))
+    for lane in range(len(row) - whole * _LANES):
+        x = row[whole * _LANES + lane] - largest
+        e = _exp(x)
+        totals[lane] += e
+        weighteds[lane] += e * (x if x > np.float32(-87.0) else np.float32(-87.0))
+    total = weighted = 0.0
+    for lane in range(_LANES):
+        total += totals[lane]
+        weighted += weighteds[lane]
     return total, weighted
 
 
-@nb.njit(fastmath=_FAST)
-def _sum_exp(row: Float32s, largest: np.float32, inverse_temperature: np.float32) -> Any:
+@nb.njit
+def _sum_exp(row: Float32s, largest: np.float32, inverse_temperature: np.float32, totals: Float32s) -> Any:
+    totals[:] = np.float32(0.0)
+    whole = len(row) // _LANES
+    for i in range(whole):
+        part = row[i * _LANES : (i + 1) * _LANES]
+        for lane in range(_LANES):
+            totals[lane] += _exp((part[lane] - largest) * inverse_temperature)
+    for lane in range(len(row) - whole * _LANES):
+        totals[lane] += _exp((row[whole * _LANES + lane] - largest) * inverse_temperature)
     total = 0.0
-    for start in range(0, len(row), _SUM_PART):
-        s: Any = np.float32(0.0)
-        part = row[start : start + _SUM_PART]
-        for j in range(len(part)):
-            s += _exp((part[j] - largest) * inverse_temperature)
-        total += s
+    for lane in range(_LANES):
+        total += totals[lane]
     return total
 
 
 @nb.njit
-def _draw(row: Float32s, largest: np.float32, uniforms: Any, drawn: Any) -> None:
+def _draw(row: Float32s, largest: np.float32, uniforms: Any, drawn: Any, room: Float32s) -> None:
     """Inverse of the cumulative distribution at ascending uniform numbers; `drawn` comes out ascending."""
-    width = 256
+    width = _DRAW_PART
     parts = (len(row) + width - 1) // width
     sums = np.empty(parts, np.float64)
     for i in range(parts):
-        sums[i] = _sum_exp(row[i * width : (i + 1) * width], largest, np.float32(1.0))
+        sums[i] = _sum_exp(row[i * width : (i + 1) * width], largest, np.float32(1.0), room)
     total = sums.sum()
     part, before = 0, 0.0
     for n in range(len(uniforms)):
@@ -197,6 +218,7 @@ def _reduce(
     per_k = 2 if vocab < 16_384 else 4 if vocab < 65_536 else 8
     groups = max(1, min(vocab, ((per_k * k + 63) // 64) * 64))
     maxima, scratch = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    totals, weighteds = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     keys = np.empty(vocab, np.uint64)
     for n in range(logits.shape[0]):
         row, out = logits[n][:vocab], at[n]
@@ -217,7 +239,7 @@ def _reduce(
         top.sort()
         largest = row[np.int64(top[0] & np.uint64(0xFFFFFFFF))]
         if uniforms.shape[1] > 0:
-            _draw(row, largest, uniforms[out], drawn[out])
+            _draw(row, largest, uniforms[out], drawn[out], totals)
         top_total, top_weighted = 0.0, 0.0
         for i in range(k):
             kept = np.int64(top[i] & np.uint64(0xFFFFFFFF))
@@ -226,15 +248,15 @@ def _reduce(
             row[kept] = _MASKED
             e = np.float64(_exp(x))
             top_total += e
-            top_weighted += e * max(x, np.float32(-87.0))
-        rest_total, rest_weighted = _sums(row, largest)
+            top_weighted += e * (x if x > np.float32(-87.0) else np.float32(-87.0))
+        rest_total, rest_weighted = _sums(row, largest, totals, weighteds)
         total = top_total + rest_total
         log_total = np.log(total)
         tail[out] = rest_total / total
         true[out] = np.float64(label_logit) - np.float64(largest) - log_total
         entropy[out] = log_total - (top_weighted + rest_weighted) / total
         for m in range(len(inverse_temperatures)):
-            rest = _sum_exp(row, largest, inverse_temperatures[m])
+            rest = _sum_exp(row, largest, inverse_temperatures[m], totals)
             inside = 0.0
             for i in range(k):
                 inside += _exp(logprobs[out, i] * inverse_temperatures[m])

@@ -50,11 +50,21 @@ def test_stores_hold_every_block_and_its_targets(small_run: SmallRun, teacher_fo
             with torch.no_grad():
                 logits = model(torch.from_numpy(tokens[:, :-1].astype(np.int64))).logits[..., :VOCAB]
             truth = logits.double().log_softmax(-1)
-            assert (stored.ids == truth.topk(K).indices.numpy()).mean() >= 0.999
-            np.testing.assert_allclose(stored.logprobs, truth.topk(K).values.numpy(), atol=1e-4)
+            # What the grid allows: tokens of equal code may change places, and √p is off by half a step or so.
+            kept = stored.logprobs > -np.inf
+            ids = torch.from_numpy(stored.ids.astype(np.int64))
+            least = truth.topk(K).values[..., -1:].numpy()
+            at_ids = truth.gather(-1, ids).numpy()
+            assert kept.mean() > 0.99
+            assert (at_ids[kept] >= np.broadcast_to(least - 1e-4, at_ids.shape)[kept]).all(), "of the K most probable"
+            root_q, root_p = np.exp(stored.logprobs / 2), np.where(kept, np.exp(at_ids / 2), 0.0)
+            np.testing.assert_allclose(root_q, root_p, atol=1.5 / 254)
+            np.testing.assert_allclose(stored.tail_mass, 1 - (root_p**2).sum(-1), atol=2e-3)
+            entropy = -(truth.exp() * truth).sum(-1).numpy()
+            np.testing.assert_allclose(stored.entropy, entropy, atol=5e-3)
             labels = torch.from_numpy(tokens[:, 1:].astype(np.int64))
             true = truth.gather(-1, labels[..., None])[..., 0].numpy()
-            np.testing.assert_allclose(stored.true_logprobs, true, atol=1e-4)
+            np.testing.assert_allclose(stored.true_logprobs, true, atol=1.2e-3)
         assert teacher_perplexity(store.targets_url) == pytest.approx(np.exp(-true.mean()), rel=1e-5)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,3 +141,28 @@ def test_draws_are_unbiased(reduce: Reduce) -> None:
     share = np.bincount(drawn.ravel(), minlength=40) / drawn.size
     expected = logits[0].double().softmax(-1).numpy()
     np.testing.assert_allclose(share, expected, atol=5 * np.sqrt(expected.max() / drawn.size))
+
+
+def test_compiled_anew_or_from_its_cache_it_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    """Numba optimises the two differently; a shard's bytes must not depend on it."""
+    code = """
+import hashlib, numpy as np
+from tasks.reduction_cpu import CpuReducer, _reduce
+rng = np.random.default_rng(0)
+out = {name: np.zeros((64, 16), np.float32) for name in ("logprobs",)} | {"ids": np.zeros((64, 16), np.int32)}
+out |= {name: np.zeros(64, np.float32) for name in ("tail_mass", "true_logprobs", "entropy")}
+out |= {"tail_mass_at": np.zeros((64, 1), np.float32), "drawn": np.zeros((64, 5), np.int32)}
+out["uniforms"] = np.sort(rng.random((64, 5)), axis=-1)
+logits = (rng.standard_normal((64, 4999)) * 3).astype(np.float32)
+CpuReducer([0])(logits, 4990, np.arange(64), np.arange(64), np.array([0.5], np.float32), out)
+content = b"".join(out[name].tobytes() for name in sorted(out))
+print(sum(_reduce.stats.cache_hits.values()), hashlib.sha256(content).hexdigest())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    (anew, first), (cached, second) = (run.stdout.split() for run in runs)
+    assert (anew, cached) == ("0", "1")
+    assert first == second
