@@ -40,9 +40,9 @@ from tasks.vllm_teacher import VllmTeacher, engine_environment
 SEQ_LEN, K = 512, 64
 SHAPES = {
     # rows of the vocabulary, width, layers, heads, width of the MLP, blocks in a shard, blocks in a round
-    "4M": (4096, 256, 4, 4, 688, 64, 256),
-    "30M": (32000, 512, 4, 8, 1376, 32, 64),
-    "wide": (151_936, 128, 2, 2, 344, 32, 64),
+    "4M": (4096, 256, 4, 4, 688, 64, 128),
+    "30M": (32000, 512, 4, 8, 1376, 16, 32),
+    "wide": (151_936, 128, 2, 2, 344, 16, 32),
 }
 
 
@@ -170,7 +170,7 @@ class Paths:
     def users(self) -> int:
         from vllm import SamplingParams
 
-        some = self.tokens[:16]
+        some = self.tokens[:8]
         prompts = [{"prompt_token_ids": row[:-1].tolist()} for row in some]
         self.users_llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=K), use_tqdm=False)
         self.users_llm.reset_prefix_cache()
@@ -178,7 +178,7 @@ class Paths:
 
     @torch.inference_mode()
     def transformers(self) -> int:
-        some = torch.from_numpy(self.tokens[:32, :-1].astype(np.int64))
+        some = torch.from_numpy(self.tokens[:16, :-1].astype(np.int64))
         for start in range(0, len(some), 4):
             self.hf(some[start : start + 4]).logits.log_softmax(-1).topk(K, dim=-1)
         return some.numel()

@@ -238,7 +238,7 @@ def test_a_complete_store_of_format_1_is_not_captured_again(small_run: SmallRun,
     for split in ("train", "validation"):
         arrays = {"ids": targets.ids, "logprobs": targets.logprobs}
         more = {"tail_mass": targets.tail_mass, "true_logprobs": targets.true_logprobs}
-        writer.write_shard(split, 0, arrays | more)
+        writer.write_shard(split, 0, arrays | more, {"tail_mass_sum": float(targets.tail_mass.sum())})
     writer.finish()
     assert (tmp_path / "root").exists()
     plan = plan_stores(root, domains, packing, teacher)

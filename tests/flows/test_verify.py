@@ -60,7 +60,7 @@ def test_the_live_teacher_recognises_its_own_targets_and_no_others(
         manifests[math]["splits"]["train"]["shards"][1]["objects"][name] = record
     (math / "manifest.json").write_text(json.dumps(manifests[math]))
     assert ddk("verify", str(math)).code == 0
-    wrong = ddk("verify", str(math), *called[:-1], "40", "--repair")
+    wrong = ddk("verify", str(math), *called[:-1], "46", "--repair")
     assert wrong.code == 1
     assert wrong.out.count("WRONG train block") == 8, "the blocks of shard 1, and no others"
     assert "taken out: train 1;" in wrong.out
