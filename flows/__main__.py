@@ -7,6 +7,7 @@
     ddk export URL DEST         a store becomes Parquet files that others read
     ddk inspect URL             what a store or a run holds
     ddk verify URL              whether every byte of a store, or of all stores of a root, is what was written
+    ddk export URL FOLDER       a cache as Parquet files for others; ddk import CONFIG takes one over
 
 Exit codes: 0 done, 1 something failed, 2 something to put right in the call, the configuration or the data (one
 line says what; `--debug` shows the traceback).

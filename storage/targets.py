@@ -98,8 +98,10 @@ class TargetWriter:
         taken: dict[str, Any] = {
             **(facts or {}),
             "tail_mass_sum": float(targets.tail_mass_BL.sum(dtype=np.float64)),
-            "true_logprob_sum": float(targets.true_logprobs_BL.sum(dtype=np.float64)),
         }
+        true_sum = float(targets.true_logprobs_BL.sum(dtype=np.float64))
+        if not np.isnan(true_sum):  # where an imported cache does not say; JSON knows no NaN
+            taken["true_logprob_sum"] = true_sum
         if lost is not None:
             taken["distortion"] = lost.as_json()
         return self._writer.write_shard(split, shard, arrays, taken)

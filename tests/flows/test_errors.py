@@ -169,7 +169,8 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         main()
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    for command in ("quickstart", "distill", "pack", "cache", "train", "gap", "report", "inspect", "verify"):
+    commands = ("quickstart", "distill", "pack", "cache", "train", "gap", "report", "inspect", "verify")
+    for command in (*commands, "import", "export"):
         assert command in out
 
 
