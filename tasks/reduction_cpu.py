@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -196,7 +197,15 @@ def _sort_key(value: np.float32, index: int) -> Any:
     return (np.uint64(~ordered & np.uint32(0xFFFFFFFF)) << np.uint64(32)) | np.uint64(index)
 
 
-@nb.njit(nogil=True, cache=True)
+def _compiled_once(function: Callable[..., None]) -> Any:
+    """Kept where numba finds a folder that may be written to; else compiled by every process."""
+    try:
+        return nb.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return nb.njit(nogil=True)(function)
+
+
+@_compiled_once
 def _reduce(
     logits: Float32s,
     vocab: int,
