@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from ddk.errors import UserError
 from ddk.types import SampledTokens, SparseTargets
 from storage import compact
 
@@ -56,10 +57,10 @@ class TargetFormat(BaseModel):
         """That so many tokens a position can be stored.
 
         Raises:
-            ValueError: they cannot.
+            UserError: they cannot.
         """
         if self.codec.name == "compact" and k > compact.MOST_KEPT:
-            raise ValueError(
+            raise UserError(
                 f"the compact codec keeps at most {compact.MOST_KEPT:,} tokens a position, and k is {k:,}; "
                 f"lower teacher.k, or set teacher.codec.name: exact"
             )

@@ -71,9 +71,13 @@ class TargetWriter:
         inputs: everything that determines the store's bytes.
         dims: see `storage.manifest.Manifest.dims`.
         form: what is kept of a position, and how.
+
+    Raises:
+        UserError: the form cannot hold k tokens a position.
     """
 
     def __init__(self, url: str, inputs: Mapping[str, Any], dims: Mapping[str, int], form: TargetFormat) -> None:
+        form.check(dims["k"])
         self._writer = StoreWriter(url, "targets", inputs, dims, form)
         self._form = form
         self._vocab_size = dims["vocab_size"]
