@@ -320,5 +320,5 @@ def test_more_kept_tokens_than_can_be_counted_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 65,534 tokens a position"):
         form_of().check(k=70_000)
     form_of(codec=CodecConfig(name="exact")).check(k=70_000)
-    with pytest.raises(UserError, match="lower teacher.k, or set teacher.codec.name: exact"):
+    with pytest.raises(UserError, match=r"lower teacher\.k, or set teacher\.codec\.name: exact"):
         TargetWriter("unused", {}, {**DIMS, "k": 70_000}, form_of())
