@@ -10,15 +10,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 
 import capture_scale
 import capture_size
-from harness import Row, publish, row
+from harness import Row, publish, row, s3_server
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 ROUNDS = 5
 BARS = {  # of the floor, of the users' way, of transformers, of the hook (portable)
     "4M": (0.78, 5.0, 2.0, 0.85),
@@ -31,7 +30,8 @@ LABELS = {"4M": "4M, V = 4,096", "30M": "30M, V = 32,000", "wide": "20M, V = 151
 def speed_rows(name: str) -> Iterator[Row]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.path.dirname(os.path.abspath(__file__)),
+        # This checkout, whichever is installed.
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), HERE]),
         "MALLOC_MMAP_THRESHOLD_": "4000000000",
         "MALLOC_TRIM_THRESHOLD_": "8000000000",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
@@ -50,40 +50,6 @@ def speed_rows(name: str) -> Iterator[Row]:
     yield row(f"{label}: stored / prompt_logprobs", [ours / one for one in found["users"]], "x", of_users, ">")
     yield row(f"{label}: stored / transformers", [ours / one for one in found["transformers"]], "x", of_hf, ">")
     yield row(f"{label}: portable / stored", [one / ours for one in found["portable"]], "x", of_hook, ">")
-
-
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """A moto server on a free port of the loopback, with a bucket."""
-    import socket
-
-    import boto3
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    server = os.path.join(os.path.dirname(sys.executable), "moto_server")
-    process = subprocess.Popen(
-        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    os.environ |= {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "bench",
-        "AWS_SECRET_ACCESS_KEY": "bench",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
-        for _ in range(100):
-            try:
-                boto3.client("s3").create_bucket(Bucket="bench")
-                break
-            except Exception:
-                time.sleep(0.2)
-        yield "s3://bench"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def main() -> int:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from statistics import median
@@ -50,6 +55,38 @@ def publish(name: str, command: str, rows: Sequence[Row]) -> bool:
         verdict = "" if one.holds is None else ("holds" if one.holds else "FAILS")
         print(f"  {one.what:<52} {one.value:>10.3f} {one.unit:<9} {one.bar or '':<8} {verdict}")
     return all(one.holds is not False for one in rows)
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """A moto server on a free port of the loopback, with a bucket."""
+    import boto3  # not needed by all benchmarks, and slow to import
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    server = os.path.join(os.path.dirname(sys.executable), "moto_server")
+    process = subprocess.Popen(
+        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    os.environ |= {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "bench",
+        "AWS_SECRET_ACCESS_KEY": "bench",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        for _ in range(100):
+            try:
+                boto3.client("s3").create_bucket(Bucket="bench")
+                break
+            except Exception:
+                time.sleep(0.2)
+        yield "s3://bench"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def machine() -> str:

@@ -3,52 +3,57 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
+from ddk.data import loss_mask
 from ddk.errors import UserError
-from ddk.loss import cross_entropy_sum
-from ddk.student import forward_logits
+from ddk.parallel import World
 from ddk.types import BlockReader, DomainGap
 
 
 @torch.no_grad()
-def perplexity(
-    model: torch.nn.Module,
-    blocks: BlockReader,
-    *,
-    vocab_size: int,
-    batch_size: int,
-    autocast: torch.autocast | None = None,
-) -> float:
-    """ℓ = exp(mean cross-entropy per token, natural log) over all positions of the blocks.
+def perplexity(student: Any, blocks: BlockReader, *, batch_size: int, world: World | None = None) -> float:
+    """ℓ = exp(mean cross-entropy per token, natural log) over all positions of the blocks that carry loss.
 
     Args:
-        model: a causal language model; put into evaluation mode for the measurement and back afterwards.
+        student: a `ddk.student.StudentLoss`, or what `ddk.parallel.spread` makes of it; put into evaluation mode for
+            the measurement and back afterwards.
         blocks: validation blocks [N, L + 1].
-        vocab_size: tokens of the tokenizer; the model's rows beyond it take no part in the normaliser.
         batch_size: blocks a forward pass. Changes the speed, and the result only by rounding.
+        world: the ranks that measure together, each its share.
 
     Raises:
-        ValueError: there are no blocks.
+        ValueError: there are no blocks, or no position in them carries loss.
     """
     if len(blocks) == 0:
         raise ValueError("perplexity needs at least one block")
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, positions = 0.0, 0
+    world = world or World()
+    was_training = student.training
+    student.eval()
+    found = torch.zeros(2, dtype=torch.float64, device=world.device)
     try:
-        for start in range(0, len(blocks), batch_size):
-            tokens_BL1 = blocks.read(np.arange(start, min(start + batch_size, len(blocks))))
+        starts = list(range(0, len(blocks), batch_size))
+        # Every rank passes as often, if need be over a batch that it does not count: FSDP gathers weights together.
+        for turn in range(-(-len(starts) // world.size)):
+            number = turn * world.size + world.rank
+            start = starts[min(number, len(starts) - 1)]
+            indices = np.arange(start, min(start + batch_size, len(blocks)))
             # A copy: a reader may hand out a read-only array, which torch warns of.
-            tokens = torch.from_numpy(tokens_BL1.astype(np.int64)).to(device)
-            logits_TV = forward_logits(model, tokens[:, :-1], vocab_size, autocast).flatten(0, 1)
-            total += cross_entropy_sum(logits_TV, tokens[:, 1:].flatten()).double().item()
-            positions += logits_TV.shape[0]
+            tokens = torch.from_numpy(blocks.read(indices).astype(np.int64)).to(world.device)
+            valid_BL = loss_mask(blocks, indices)
+            valid = None if valid_BL is None else torch.from_numpy(valid_BL).to(world.device)
+            _, ce, _ = student(tokens[:, :-1], tokens[:, 1:], valid)
+            if number < len(starts):
+                found[0] += ce
+                found[1] += tokens[:, 1:].numel() if valid is None else valid.sum()
     finally:
-        model.train(was_training)
+        student.train(was_training)
+    total, positions = world.total(found).tolist()
+    if positions == 0:
+        raise ValueError("perplexity needs at least one position that carries loss")
     mean = total / positions
     # Beyond 709 exp overflows: infinite, as `domain_gap` then says in words.
     return math.inf if mean > 709.0 else math.exp(mean)

@@ -1,4 +1,4 @@
-"""Equations 1 and 2 of the paper: from perplexities to the next sampling mixture.
+"""Equations 1 and 2 of the paper: from perplexities to the next sampling mixture; and mixtures that stay.
 
 r is the paper's domain discrepancy factor, ℓ_S and ℓ_T the perplexities of student and teacher on a domain's
 validation set. Everything is computed in log space: a ratio of 800 does not overflow.
@@ -7,16 +7,19 @@ validation set. Everything is computed in log space: a ratio of 800 does not ove
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ddk.types import DomainGap, Mixture
 
+NamedWeights = Literal["equal", "proportional"]
+"""A fixed mixture that needs no numbers: every domain equally often, or each by its number of blocks."""
+
 
 class MixtureConfig(BaseModel):
-    """How the sampling mixture follows the gap."""
+    """From which domains the student learns, and how that follows the gap."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -25,10 +28,33 @@ class MixtureConfig(BaseModel):
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """Smoothing coefficient α of Eq. 2: every domain keeps at least (1 − α)/N."""
     initial: Literal["gap", "proportional"] = "gap"
-    """Mixture of the first interval: 'gap' follows Eq. 1; 'proportional' draws uniformly over all blocks, as
-    Algorithm 1 of the paper does before its first update."""
+    """Mixture of the first interval, for methods that follow the gap: 'gap' is the method's own (Eq. 1; uniform with
+    cpt_doremi); 'proportional' draws uniformly over all blocks, as Algorithm 1 of the paper does before its first
+    update."""
+    weights: NamedWeights | dict[str, float] | None = None
+    """Mixture of the methods that do not follow the gap (kd, cpt, minillm, ddk_equal, ted): 'equal', 'proportional'
+    (to the domains' numbers of blocks), or a positive weight for each domain. Default: the method's own."""
     stop_ratio: float | None = Field(default=None, ge=0.0)
     """Stop early once the largest ℓ_S/ℓ_T of all domains is at or below this ratio, e.g. 1.05. Never by default."""
+    doremi_step: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    """With cpt_doremi: step size η of the domain weights, per nat of excess loss."""
+    doremi_smoothing: float = Field(default=1e-3, ge=0.0, le=1.0)
+    """With cpt_doremi: c, so that every domain keeps at least c/N."""
+    reference_run: str | None = None
+    """With cpt_doremi: a finished run in the same root, on the same domains, whose student is the reference. Default:
+    the teacher is."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_are_positive(cls, weights: Any) -> Any:
+        if isinstance(weights, Mapping):
+            for domain, weight in weights.items():
+                number = isinstance(weight, int | float) and not isinstance(weight, bool)
+                if not (number and math.isfinite(weight) and weight > 0.0):
+                    raise ValueError(f"the weight of '{domain}' is {weight}; it must be a positive number")
+        elif weights not in (None, "equal", "proportional"):
+            raise ValueError("it must be 'equal', 'proportional', or a weight for each domain")
+        return weights
 
 
 def initial_mixture(student_ppl: Mapping[str, float], teacher_ppl: Mapping[str, float]) -> Mixture:
@@ -64,25 +90,61 @@ def update_mixture(
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
     old = mixture if isinstance(mixture, Mixture) else Mixture(probabilities=mixture)
-    ratios = _ratios(student_ppl, teacher_ppl)
-    if set(old.domains) != set(ratios):
-        raise ValueError(f"the mixture has domains {sorted(old.domains)}, the perplexities {sorted(ratios)}")
-    log_psi = {
-        domain: math.log(r) + ratios[domain] if r > 0.0 else -math.inf for domain, r in old.probabilities.items()
-    }
+    return exponentiated_mixture(old, _ratios(student_ppl, teacher_ppl), alpha)
+
+
+def exponentiated_mixture(old: Mixture, rise: Mapping[str, float], share: float) -> Mixture:
+    """ψ[i] = old[i] · exp(rise[i]); share · ψ[i]/Σ_j ψ[j] + (1 − share)/N.
+
+    Args:
+        rise: by domain, finite, of any size.
+        share: in [0, 1]; the rest is spread equally.
+
+    Raises:
+        ValueError: the domains differ.
+    """
+    if set(old.domains) != set(rise):
+        raise ValueError(f"the mixture has domains {sorted(old.domains)}, the perplexities {sorted(rise)}")
+    log_psi = {domain: math.log(r) + rise[domain] if r > 0.0 else -math.inf for domain, r in old.probabilities.items()}
     psi = _softmax(log_psi).probabilities
     uniform = 1.0 / len(psi)
-    return _normalised({domain: alpha * psi[domain] + (1.0 - alpha) * uniform for domain in psi})
+    return weighted_mixture({domain: share * psi[domain] + (1.0 - share) * uniform for domain in psi})
 
 
-def equal_mixture(domains: Sequence[str]) -> Mixture:
+def equal_mixture(domains: Iterable[str]) -> Mixture:
     """The same probability for every domain."""
-    return _normalised(dict.fromkeys(domains, 1.0))
+    return weighted_mixture(dict.fromkeys(domains, 1.0))
 
 
 def proportional_mixture(sizes: Mapping[str, int]) -> Mixture:
     """Each domain by its number of blocks: uniform over the corpus."""
-    return _normalised({domain: float(size) for domain, size in sizes.items()})
+    return weighted_mixture({domain: float(size) for domain, size in sizes.items()})
+
+
+def fixed_mixture(weights: NamedWeights | Mapping[str, float], sizes: Mapping[str, int]) -> Mixture:
+    """The mixture of `MixtureConfig.weights`.
+
+    Args:
+        sizes: train blocks by domain.
+
+    Raises:
+        ValueError: weights by hand that are not of exactly these domains.
+    """
+    if weights == "equal":
+        return equal_mixture(sizes)
+    if weights == "proportional":
+        return proportional_mixture(sizes)
+    if missing := sorted(set(sizes) - set(weights)):
+        raise ValueError(f"domain '{missing[0]}' has no weight; give one to each of {', '.join(sorted(sizes))}")
+    if unknown := sorted(set(weights) - set(sizes)):
+        raise ValueError(f"there is no domain '{unknown[0]}'; the domains are {', '.join(sorted(sizes))}")
+    return weighted_mixture({domain: float(weights[domain]) for domain in sizes})
+
+
+def weighted_mixture(weights: Mapping[str, float]) -> Mixture:
+    """Probabilities in proportion to weights, which are not negative and not all 0."""
+    total = math.fsum(weights.values())
+    return Mixture(probabilities={domain: weight / total for domain, weight in weights.items()})
 
 
 def caught_up(gaps: Sequence[DomainGap], stop_ratio: float | None) -> bool:
@@ -90,24 +152,32 @@ def caught_up(gaps: Sequence[DomainGap], stop_ratio: float | None) -> bool:
     return stop_ratio is not None and all(gap.ratio <= stop_ratio for gap in gaps)
 
 
-def _ratios(student_ppl: Mapping[str, float], teacher_ppl: Mapping[str, float]) -> dict[str, float]:
-    if set(student_ppl) != set(teacher_ppl) or not student_ppl:
+def check_perplexities(**by_model: Mapping[str, float]) -> None:
+    """That the models' perplexities are of the same domains, and numbers.
+
+    Args:
+        by_model: perplexities by domain, under the model's name: `student=…, teacher=…`.
+
+    Raises:
+        ValueError: domains differ, there are none, or a perplexity is not a positive finite number.
+    """
+    domains = [set(perplexities) for perplexities in by_model.values()]
+    if not domains[0] or any(one != domains[0] for one in domains):
         raise ValueError(
-            f"student and teacher need perplexities of the same domains, at least one; "
-            f"the student has {sorted(student_ppl)}, the teacher {sorted(teacher_ppl)}"
+            f"{' and '.join(by_model)} need perplexities of the same domains, at least one; "
+            + ", ".join(f"the {who} has {sorted(perplexities)}" for who, perplexities in by_model.items())
         )
-    for who, perplexities in (("student", student_ppl), ("teacher", teacher_ppl)):
+    for who, perplexities in by_model.items():
         for domain, value in perplexities.items():
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"the {who}'s perplexity on '{domain}' is {value}; it must be positive and finite")
+
+
+def _ratios(student_ppl: Mapping[str, float], teacher_ppl: Mapping[str, float]) -> dict[str, float]:
+    check_perplexities(student=student_ppl, teacher=teacher_ppl)
     return {domain: student_ppl[domain] / teacher_ppl[domain] for domain in student_ppl}
 
 
 def _softmax(logits: Mapping[str, float]) -> Mixture:
     largest = max(logits.values())
-    return _normalised({domain: math.exp(value - largest) for domain, value in logits.items()})
-
-
-def _normalised(weights: Mapping[str, float]) -> Mixture:
-    total = math.fsum(weights.values())
-    return Mixture(probabilities={domain: weight / total for domain, weight in weights.items()})
+    return weighted_mixture({domain: math.exp(value - largest) for domain, value in logits.items()})

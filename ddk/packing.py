@@ -6,6 +6,15 @@
 
 Blocks do not overlap: each is L + 1 tokens and yields L predictions. With every block comes a `Cursor`, the place in
 the documents where the next one begins, so that packing which was stopped goes on without reading what came before.
+
+A document may begin with a prompt, whose tokens are packed as all others are and marked: to predict them carries no
+loss. The mark belongs to the token that is predicted; position j of a block predicts its token j + 1, so whoever wants
+positions takes the block's marks from the second on:
+
+    document     [5 6 7 8] of which [5 6] is the prompt, L = 4
+    tokens        5 6 7 8 0
+    loss          0 0 1 1 1       EOS counts: it ends what follows the prompt
+    positions       0 1 1 1       position 0 predicts 6, within the prompt
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ddk.types import Int32Array
+from ddk.types import BoolArray, Int32Array
 
 Key = TypeVar("Key")
 
@@ -34,6 +43,18 @@ class PackingConfig(BaseModel):
     def block_tokens(self) -> int:
         """Tokens in a block: seq_len + 1."""
         return self.seq_len + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Document(Generic[Key]):
+    """A document as token ids."""
+
+    key: Key
+    """Where it lies; no two documents share one."""
+    ids: Int32Array
+    """Token ids [n], without EOS."""
+    prompt: int = 0
+    """How many of them, from the first on, are the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,48 +74,59 @@ class PackedBlock(Generic[Key]):
 
     tokens: Int32Array
     """Token ids [L + 1]."""
+    loss: BoolArray
+    """[L + 1], whether predicting the token carries loss: false for those of a prompt."""
     next: Cursor[Key]
 
 
 def pack(
-    documents: Iterable[tuple[Key, Int32Array]],
+    documents: Iterable[Document[Key]],
     seq_len: int,
     eos_id: int,
     start: Cursor[Key] | None = None,
 ) -> Iterator[PackedBlock[Key]]:
-    """Blocks of seq_len + 1 tokens from (key, token ids [n] int32 without EOS) pairs. Keys must be distinct.
+    """Blocks of seq_len + 1 tokens from documents.
 
     To resume behind a block, give its `next` as `start`, and the documents from `start.document` on: the blocks that
     follow are those that uninterrupted packing would have given.
 
     Raises:
         ValueError: the documents do not begin with the start's, that document is shorter than the start's offset, or
-            a document is not a one-dimensional int32 array.
+            a document is not a one-dimensional int32 array, or shorter than its prompt.
     """
-    block = np.empty(seq_len + 1, dtype=np.int32)
+    block, loss = _empty(seq_len)
     filled = 0
-    for key, stream, skipped in _streams(documents, eos_id, start):
+    for document, stream, skipped in _streams(documents, eos_id, start):
         position = skipped
         while position < len(stream):
             taken = min(len(block) - filled, len(stream) - position)
             block[filled : filled + taken] = stream[position : position + taken]
+            loss[filled : filled + max(0, min(document.prompt - position, taken))] = False
             filled, position = filled + taken, position + taken
             if filled == len(block):
-                yield PackedBlock(tokens=block, next=Cursor(document=key, offset=position))
-                block, filled = np.empty_like(block), 0
+                yield PackedBlock(tokens=block, loss=loss, next=Cursor(document=document.key, offset=position))
+                (block, loss), filled = _empty(seq_len), 0
+
+
+def _empty(seq_len: int) -> tuple[Int32Array, BoolArray]:
+    """Tokens yet to be filled in, and their marks: every token counts that is not said to be a prompt's."""
+    return np.empty(seq_len + 1, dtype=np.int32), np.ones(seq_len + 1, dtype=np.bool_)
 
 
 def _streams(
-    documents: Iterable[tuple[Key, Int32Array]], eos_id: int, start: Cursor[Key] | None
-) -> Iterator[tuple[Key, Int32Array, int]]:
-    """Each document's key, its tokens with EOS, and how many of them are packed already."""
+    documents: Iterable[Document[Key]], eos_id: int, start: Cursor[Key] | None
+) -> Iterator[tuple[Document[Key], Int32Array, int]]:
+    """Each document, its tokens with EOS, and how many of them are packed already."""
     expected = start
-    for key, ids in documents:
+    for document in documents:
+        key, ids = document.key, document.ids
         if ids.ndim != 1 or ids.dtype != np.int32:
             raise ValueError(f"document {key} is {ids.dtype} of shape {ids.shape}; packing takes one-dimensional int32")
+        if not 0 <= document.prompt <= len(ids):
+            raise ValueError(f"document {key} has {len(ids)} tokens, and {document.prompt} of them are its prompt")
         stream = np.append(ids, np.int32(eos_id))
         if expected is None:
-            yield key, stream, 0
+            yield document, stream, 0
             continue
         if key != expected.document:
             raise ValueError(
@@ -106,7 +138,7 @@ def _streams(
                 f"packing was to go on at token {expected.offset} of document {key}, which has {len(stream)}: "
                 "the corpus or the tokenizer is not the one that was being packed"
             )
-        yield key, stream, expected.offset
+        yield document, stream, expected.offset
         expected = None
     if expected is not None:
         raise ValueError(f"packing was to go on in document {expected.document}, and there is no such document")

@@ -6,7 +6,9 @@ What happens at a step:
    u, and point (i + u)/B of the cumulated mixture for each i. A domain with probability r gives ⌊B·r⌋ or ⌈B·r⌉
    blocks, B·r on average: unbiased, with the smallest possible scatter from step to step.
 2. The n-th block that a domain gives in a run is entry n mod N of that domain's permutation number ⌊n/N⌋: without
-   replacement until the domain is exhausted, then reshuffled and cycled.
+   replacement until the domain is exhausted, then reshuffled and cycled. Where a `Window` is given, a permutation goes
+   through the domain's shards in random order, some of them at a time, so that each is needed for a while and then not
+   again before the next epoch: a store of any size is read shard by shard.
 3. The batch is shuffled, so that a rank's share `batch[rank::world_size]` is no single domain's.
 
 No random state is carried: every number comes from a generator keyed by (seed, step) or (seed, domain, epoch). A
@@ -35,6 +37,27 @@ class SamplerState:
     """Blocks drawn so far, by domain."""
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How many neighbouring blocks are shuffled with how many others.
+
+    An epoch's order is: the domain's shards in random order, cut into windows of `shards` of them, the blocks of a
+    window shuffled together. A window that holds the whole domain makes no difference: any order is as likely.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+
+    shard_blocks: int
+    """Blocks of a shard; the domain's last may have fewer."""
+    shards: int
+    """Of a window; the last window of an epoch may have fewer."""
+
+    def __post_init__(self) -> None:
+        if self.shard_blocks < 1 or self.shards < 1:
+            raise ValueError(f"a window needs at least one shard of at least one block; this is {self}")
+
+
 def initial_state(sizes: Mapping[str, int]) -> SamplerState:
     """Nothing drawn yet.
 
@@ -48,7 +71,12 @@ def initial_state(sizes: Mapping[str, int]) -> SamplerState:
 
 
 def draw(
-    mixture: Mixture, sizes: Mapping[str, int], seed: int, state: SamplerState, batch_size: int
+    mixture: Mixture,
+    sizes: Mapping[str, int],
+    seed: int,
+    state: SamplerState,
+    batch_size: int,
+    windows: Mapping[str, Window] | None = None,
 ) -> tuple[tuple[Draw, ...], SamplerState]:
     """The batch of step `state.step`, and the state after it.
 
@@ -57,6 +85,7 @@ def draw(
         sizes: number of train blocks by domain.
         seed: of the run, non-negative.
         batch_size: blocks a step, over all ranks.
+        windows: by domain; one without is shuffled as a whole. The same throughout a run.
     """
     # Sorted, so that the order in which a configuration names its domains does not matter.
     domains = sorted(mixture.domains)
@@ -69,8 +98,10 @@ def draw(
     drawn = dict(state.drawn)
     batch: list[Draw] = []
     for domain, count in zip(domains, counts, strict=True):
+        window = windows.get(domain) if windows else None
         batch += [
-            Draw(domain=domain, index=_nth_block(seed, domain, sizes[domain], drawn[domain] + i)) for i in range(count)
+            Draw(domain=domain, index=_nth_block(seed, domain, sizes[domain], drawn[domain] + i, window))
+            for i in range(count)
         ]
         drawn[domain] += int(count)
     order = random.permutation(len(batch))
@@ -78,7 +109,13 @@ def draw(
 
 
 def draws_at(
-    history: Sequence[Mixture], interval: int, sizes: Mapping[str, int], seed: int, step: int, batch_size: int
+    history: Sequence[Mixture],
+    interval: int,
+    sizes: Mapping[str, int],
+    seed: int,
+    step: int,
+    batch_size: int,
+    windows: Mapping[str, Window] | None = None,
 ) -> tuple[Draw, ...]:
     """The batch of any step, from nothing but the mixtures that the intervals used.
 
@@ -86,12 +123,13 @@ def draws_at(
         history: mixture of interval 0, 1, …; interval i holds the steps from i·`interval` on.
         interval: optimizer steps under one mixture, K.
         step: from 0.
+        windows: as of `draw`.
 
     Replays all earlier steps' counts; a trainer keeps the `SamplerState` instead and gets the same.
     """
     state = initial_state(sizes)
     while True:
-        batch, after = draw(history[state.step // interval], sizes, seed, state, batch_size)
+        batch, after = draw(history[state.step // interval], sizes, seed, state, batch_size, windows)
         if state.step == step:
             return batch
         state = after
@@ -110,11 +148,30 @@ def _systematic_counts(probabilities: npt.NDArray[np.float64], u: float, batch_s
     return np.bincount(np.searchsorted(edges, points, side="right"), minlength=len(probabilities)).astype(np.int64)
 
 
-def _nth_block(seed: int, domain: str, size: int, n: int) -> int:
-    return int(_permutation(seed, domain, n // size, size)[n % size])
+def _nth_block(seed: int, domain: str, size: int, n: int, window: Window | None) -> int:
+    if window is not None and window.shards * window.shard_blocks >= size:
+        window = None
+    return int(_permutation(seed, domain, n // size, size, window)[n % size])
 
 
 @lru_cache(maxsize=128)
-def _permutation(seed: int, domain: str, epoch: int, size: int) -> npt.NDArray[np.int64]:
+def _permutation(seed: int, domain: str, epoch: int, size: int, window: Window | None) -> npt.NDArray[np.int64]:
     name = int.from_bytes(hashlib.blake2b(domain.encode(), digest_size=8).digest(), "little")
-    return np.random.default_rng([seed, name, epoch]).permutation(size)
+    random = np.random.default_rng([seed, name, epoch])
+    return random.permutation(size) if window is None else _by_windows(random, size, window)
+
+
+def _by_windows(random: np.random.Generator, size: int, window: Window) -> npt.NDArray[np.int64]:
+    """Example: 5 blocks, shards of 2, windows of 2. The shards come as [2, 0, 1], whose blocks are 4 | 0 1 | 2 3;
+    the first window shuffles [4, 0, 1], the second [2, 3].
+    """
+    shards = random.permutation(-(-size // window.shard_blocks))
+    order: npt.NDArray[np.int64] = (shards[:, None] * window.shard_blocks + np.arange(window.shard_blocks)).ravel()
+    order = order[order < size]
+    # Only the domain's last shard is shorter: what follows its window begins so much earlier.
+    missing = len(shards) * window.shard_blocks - size
+    last = int(np.flatnonzero(shards == len(shards) - 1)[0])
+    for first in range(0, len(shards), window.shards):
+        start, end = (at * window.shard_blocks - (missing if at > last else 0) for at in (first, first + window.shards))
+        random.shuffle(order[start:end])
+    return order

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ddk.errors import UserError
+from ddk.fused import dense_loss, fused_loss
+from ddk.loss import LossConfig, Teacher
+from ddk.parallel import World, on_first
 
 
 class StudentConfig(BaseModel):
@@ -29,11 +32,15 @@ class StudentConfig(BaseModel):
     """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
 
 
-def load_student(config: StudentConfig, vocab_size: int) -> torch.nn.Module:
-    """The model in float32 on the CPU, in evaluation mode.
+def load_student(
+    config: StudentConfig, vocab_size: int, *, dtype: torch.dtype = torch.float32, field: str = "student.model"
+) -> torch.nn.Module:
+    """The model on the CPU, in evaluation mode.
 
     Args:
         vocab_size: tokens of the tokenizer; the model must have at least as many rows (more are padding).
+        dtype: of its weights; a student that is to be trained has float32.
+        field: of the configuration that names it, for messages.
 
     Raises:
         UserError: no such model, no (whole) safetensors in it, or too few rows.
@@ -42,7 +49,7 @@ def load_student(config: StudentConfig, vocab_size: int) -> torch.nn.Module:
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             config.model,
             revision=config.revision,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -50,19 +57,19 @@ def load_student(config: StudentConfig, vocab_size: int) -> torch.nn.Module:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         no_folder = "" if os.path.isdir(config.model) else "there is no such folder, and from the hub: "
         raise UserError(
-            f"student.model '{config.model}' cannot be loaded: {no_folder}{str(error).partition(chr(10))[0]}"
+            f"{field} '{config.model}' cannot be loaded: {no_folder}{str(error).partition(chr(10))[0]}"
         ) from error
     # transformers would only warn, and train on from random numbers.
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"student.model '{config.model}' has no weights for '{missing[0]}'"
+            f"{field} '{config.model}' has no weights for '{missing[0]}'"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + "; is the folder whole, and its config.json the one that belongs to it?"
         )
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise UserError(
-            f"student.model '{config.model}' predicts {rows} tokens and the tokenizer has {vocab_size}; "
+            f"{field} '{config.model}' predicts {rows} tokens and the tokenizer has {vocab_size}; "
             f"teacher and student must share the tokenizer (they may be padded differently)"
         )
     return model.eval()  # type: ignore[no-any-return]
@@ -87,32 +94,126 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     return tokenizer
 
 
-def forward_logits(
-    model: torch.nn.Module, inputs_BL: Tensor, vocab_size: int, autocast: torch.autocast | None = None
-) -> Tensor:
-    """Logits [B, L, V] in the model's compute dtype, the padded vocabulary rows cut off.
+class StudentLoss(torch.nn.Module):
+    """A student with its loss in one forward pass, so that the output projection can be fused with it.
 
-    Padded rows (beyond the tokenizer) are no tokens: they take no part in any normaliser, here or in the targets.
-    """
-    with autocast or contextlib.nullcontext():
-        logits: Tensor = model(input_ids=inputs_BL, use_cache=False).logits
-    return logits[..., :vocab_size]
-
-
-def save_student(model: Any, tokenizer: Any, folder: str) -> None:
-    """An ordinary Hugging Face folder: config, safetensors weights in bfloat16, tokenizer.
+    Where the model's logits are just a projection of its last hidden states (nearly always), they are never formed as
+    a whole (`ddk.fused`). Models that do more with them (a soft cap, a learned scale) are found out by comparing, once
+    and on a few tokens, and go through `dense_loss`.
 
     Args:
+        model: a Hugging Face causal language model.
+        vocab_size: tokens of the tokenizer; padded rows beyond it are no tokens, and take no part in any normaliser.
+        loss: γ and the rest.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self.loss = loss
+        self.fused = _is_projection(model)
+        self.train(model.training)
+
+    @property
+    def extra_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, or kept in checkpoints, besides the model: by its names there."""
+        return {}
+
+    def forward(
+        self,
+        inputs_BL: Tensor,
+        labels_BL: Tensor,
+        valid_BL: Tensor | None = None,
+        teacher: Teacher | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`LossSums` as a tuple (total, ce, kl), which is what DDP and FSDP see through.
+
+        Args:
+            inputs_BL: token ids, int64.
+            labels_BL: the tokens that come next, int64.
+            valid_BL: bool, whether a position carries loss; None: all do.
+            teacher: of all B·L positions; None for cross-entropy alone.
+            scale: what the total is multiplied by.
+        """
+        # All positions, or the rows of those that count.
+        rows = slice(None) if valid_BL is None else valid_BL.flatten().nonzero()[:, 0]
+        labels_T = labels_BL.flatten()[rows]
+        teacher = None if teacher is None else teacher[rows]
+        if not self.fused:
+            logits_TV = self.model(input_ids=inputs_BL, use_cache=False).logits.flatten(0, 1)[rows]
+            sums = dense_loss(logits_TV[:, : self.vocab_size], labels_T, teacher, self.loss, scale=scale)
+        else:
+            hidden_BLD = self.model.base_model(input_ids=inputs_BL, use_cache=False).last_hidden_state
+            head = self.model.get_output_embeddings()
+            sums = fused_loss(
+                hidden_BLD.flatten(0, 1)[rows],
+                head.weight,
+                labels_T,
+                teacher,
+                self.loss,
+                bias_V=head.bias,
+                vocab_size=self.vocab_size,
+                scale=scale,
+            )
+        return sums.total, sums.ce, sums.kl
+
+
+@torch.no_grad()
+def _is_projection(model: Any) -> bool:
+    """Whether the model's logits are its output embedding times the decoder's last hidden states, and no more."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or model.base_model is model:
+        return False
+    tokens = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return torch.allclose(head(hidden), model(input_ids=tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    finally:
+        model.train(was_training)
+
+
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """The decoder's blocks, by the class names that the model gives for splitting; [] where it gives none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def student_weights(model: Any, world: World) -> dict[str, Tensor]:
+    """What `save_student` writes: whole weights in bfloat16 on the CPU, on rank 0; nothing on the others.
+
+    Tied weights are there under their first name only: copies in bfloat16 no longer share memory, and would be
+    written twice.
+    """
+    first_names = {name for name, _ in model.named_parameters()}
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
+    return on_first(
+        {name: value for name, value in model.state_dict().items() if name not in again},
+        world,
+        lambda value: value.to(torch.bfloat16).cpu() if value.is_floating_point() else value.cpu(),
+    )
+
+
+def save_student(model: Any, weights: Mapping[str, Tensor], folder: str) -> None:
+    """An ordinary Hugging Face folder: config and safetensors weights in bfloat16. The tokenizer goes beside them.
+
+    Args:
+        model: whose configuration is written.
+        weights: of `student_weights`.
         folder: a local folder; made if it is not there.
     """
     os.makedirs(folder, exist_ok=True)
-    # Tied weights under their first name only: copies in bfloat16 no longer share memory, and would be written twice.
-    first_names = {name for name, _ in model.named_parameters()}
-    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
-    weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name not in again}
-    model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
-    # save_pretrained names the live model's dtype, float32; whoever loads with dtype 'auto' would get that.
+    # Only the configuration of the live model is used: under FSDP it holds no whole weights.
+    with torch.device("meta"):
+        shell = type(model)(copy.deepcopy(model.config))
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(folder, state_dict=dict(weights), safe_serialization=True)
+    # save_pretrained names the shell's dtype, float32; whoever loads with dtype 'auto' would get that.
     config = copy.deepcopy(model.config)
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -1,12 +1,13 @@
-"""Trains the student, one interval at a time.
+"""Trains the student, one interval at a time, on one process or several.
 
-At every step: the sampler draws a batch under the interval's mixture, the loader brings its blocks and targets, the
-batch goes through the model in micro-batches whose gradients add up to the gradient of the mean over all positions,
-the gradient is clipped, AdamW steps at the step's learning rate.
+At every step: the sampler draws a batch under the interval's mixture, each rank takes its share of it, the loader
+brings its blocks and targets, they go through the model in micro-batches whose gradients add up to the gradient of the
+mean over all positions that carry loss (of all ranks and micro-batches together), the gradient is clipped, AdamW steps
+at the step's learning rate.
 
-Everything that the next step depends on is in `TrainerState` (small, JSON) and in the tensors that `tensors`
-returns; a trainer that loads both continues bit for bit (on the CPU; on a GPU as far as its kernels are
-deterministic). The learning rate is a function of the step, so there is no scheduler to save.
+Everything that the next step depends on is in `TrainerState` (small, JSON) and in the tensors of a checkpoint
+(`ddk.saving`); a trainer that loads both continues bit for bit (on the CPU, on as many ranks; on a GPU as far as its
+kernels are deterministic). The learning rate is a function of the step, so there is no scheduler to save.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from ddk.data import Batch, TrainData, prefetch
 from ddk.errors import UserError
-from ddk.loss import LossConfig, LossSums, cross_entropy_sum, distillation_sums
+from ddk.gap import perplexity
+from ddk.loss import LossConfig, teacher_of
+from ddk.parallel import Parallel, Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
-from ddk.student import forward_logits
-from ddk.types import Draw, Mixture
+from ddk.student import StudentLoss, layers_of
+from ddk.types import BlockReader, BoolArray, Draw, Mixture
 
 
 class TrainConfig(BaseModel):
@@ -41,7 +44,8 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(ge=1)
     """Blocks an optimizer step (over all devices)."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Blocks a forward and backward pass; smaller needs less memory. Must divide batch_size. Default: batch_size."""
+    """Blocks a forward and backward pass of one device; smaller needs less memory. Must divide a device's share of
+    batch_size. Default: all of that share."""
     learning_rate: float = Field(default=3e-5, gt=0.0)
     """Peak, reached after the warm-up."""
     min_learning_rate: float = Field(default=3e-6, ge=0.0)
@@ -62,8 +66,24 @@ class TrainConfig(BaseModel):
     """Of the forward pass; weights and optimizer are always float32. 'auto': bf16 on a GPU that has it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    processes: int | Literal["auto"] = "auto"
+    """Processes on this machine, one a device. 'auto': one for each GPU, or one where there is none. They must
+    divide batch_size."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines, each with as many processes; see docs/training.md for how the others are started."""
+    rendezvous: str = "127.0.0.1:0"
+    """HOST:PORT at which the machines meet, for more than one: an address of the first that the others reach."""
+    parallel: Parallel = "ddp"
+    """With more than one process: 'ddp' (the whole student on each) or 'fsdp' (FSDP2: each holds a share of weights,
+    gradients and optimizer, for students that do not fit one device with theirs)."""
+    compile: bool = False
+    """Compile the decoder's layers with torch.compile: slower to start, faster steps on a GPU."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay."""
+    shuffle_mib: int = Field(default=2048, ge=1)
+    """Data that is shuffled together, over all domains, in MiB (decoded; on S3 about a third of it). An epoch goes
+    through a domain's shards in random order, as many at a time as find room here, so that each is fetched once an
+    epoch. Domains that find room whole are shuffled as a whole."""
     log_every: int = Field(default=100, ge=1)
     """Steps between two lines of the log, besides the one at the end of each interval."""
 
@@ -71,9 +91,29 @@ class TrainConfig(BaseModel):
     def _micro_batches_divide(self) -> TrainConfig:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.processes != "auto" and self.processes < 1:
+            raise ValueError(f"processes is {self.processes}; it must be 'auto', or at least 1")
+        if self.processes != "auto":
+            self.share(self.processes * self.nodes)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         return self
+
+    def share(self, ranks: int) -> int:
+        """Blocks of a step that each of so many ranks takes.
+
+        Raises:
+            ValueError: the batch cannot be cut into equal shares, or these into micro-batches.
+        """
+        share, rest = divmod(self.batch_size, ranks)
+        if rest:
+            raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {ranks} processes")
+        if self.micro_batch_size is not None and share % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide the {share} blocks of each of {ranks} "
+                f"processes"
+            )
+        return share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,16 +137,16 @@ class StepReport:
     step: int
     """Steps done, this one included."""
     ce: float
-    """Mean cross-entropy per position of the batch, natural log."""
+    """Mean cross-entropy per position that carries loss, over the global batch, natural log."""
     kl: float
-    """Mean KL per position; 0 where no targets are read."""
+    """Mean divergence likewise; 0 where no targets are read."""
     learning_rate: float
     gradient_norm: float
     tokens: int
-    """Positions of the batch."""
+    """Positions of the global batch."""
     seconds: float
     waited_seconds: float
-    """The part of `seconds` spent waiting for data."""
+    """The part of `seconds` that the first rank spent waiting for data."""
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -133,24 +173,48 @@ def resolve_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def resolve_precision(config: TrainConfig, device: torch.device) -> Literal["bf16", "fp32"]:
+def resolve_processes(config: TrainConfig, device: torch.device) -> int:
+    """Processes on this machine.
+
+    Raises:
+        UserError: they cannot share the batch.
+    """
+    automatic = torch.cuda.device_count() if device.type == "cuda" else 1
+    processes = automatic if config.processes == "auto" else config.processes
+    if device.type == "cuda" and processes > automatic:
+        raise UserError(f"train.processes is {processes} and this machine has {automatic} GPUs; lower it")
+    try:
+        config.share(processes * config.nodes)
+    except ValueError as error:
+        raise UserError(f"train: {error}; change train.batch_size, or set train.processes") from None
+    return processes
+
+
+def resolve_precision(config: TrainConfig, device: torch.device) -> Precision:
     """bf16 only where asked for, or where 'auto' meets a GPU that computes in it."""
     if config.precision != "auto":
         return config.precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+Wrap = Callable[[Any, int, LossConfig], StudentLoss]
+
+
 class Trainer:
-    """One student in training on one device.
+    """One student in training: the part of one rank.
 
     Args:
-        model: a causal language model in float32; moved to the device.
+        model: a causal language model in float32, the same on every rank; moved to the device.
         data: train blocks and, where the loss reads them, targets of every domain.
         vocab_size: tokens of the tokenizer; the model's rows beyond it are padding.
         seed: of the sampler and of whatever the model draws (dropout).
+        separator: the token that ends a document, for `loss.mask_document_starts`.
+        wrap: makes a module that computes the loss out of model, vocab_size and loss; a method that adds terms has one
+            of its own.
+        world: the processes; alone by default, on the device of `config`.
 
     Raises:
-        ValueError: the loss has a KL term and the data no targets.
+        ValueError: the loss has a KL term and the data no targets, or the ranks cannot share the batch.
     """
 
     def __init__(
@@ -162,22 +226,36 @@ class Trainer:
         loss: LossConfig,
         vocab_size: int,
         seed: int,
+        separator: int | None = None,
+        wrap: Wrap = StudentLoss,
+        world: World | None = None,
     ) -> None:
         if loss.gamma > 0.0 and data.targets is None:
             raise ValueError(f"loss.gamma is {loss.gamma} and there are no targets to take the KL with; set it to 0")
+        if loss.mask_document_starts and separator is None:
+            raise ValueError("loss.mask_document_starts needs to know the token that ends a document")
         self.config = config
         self.loss = loss
         self.data = data if loss.gamma > 0.0 else replace(data, targets=None)
         self.vocab_size = vocab_size
         self.seed = seed
-        self.device = resolve_device(config)
+        self._separator = separator if loss.mask_document_starts else None
+        self.world = world or World(device=resolve_device(config))
+        self._share = config.share(self.world.size)
+        self.device = self.world.device
         self.precision = resolve_precision(config, self.device)
         self.model = model.to(self.device).train()
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student = wrap(self.model, vocab_size, loss)
+        layers = layers_of(self.model)
+        if config.compile:
+            for layer in layers:
+                layer.compile()
+        self._student = spread(student, layers, self.world, config.parallel, self.precision == "bf16")
         # Tied weights appear once here, under their first name.
-        self._parameters: dict[str, torch.nn.Parameter] = dict(self.model.named_parameters())
-        self._optimizer = self._make_optimizer()
+        self.parameters: dict[str, torch.nn.Parameter] = dict(self.model.named_parameters()) | student.extra_parameters
+        self.optimizer = self._make_optimizer()
         self.state = TrainerState(sampler=initial_state(data.sizes))
 
     @property
@@ -185,9 +263,12 @@ class Trainer:
         return self.state.step >= self.config.steps
 
     @property
-    def autocast(self) -> torch.autocast | None:
-        """The context of a forward pass; None in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else None
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        sharded = self.config.parallel == "fsdp" and self.world.size > 1  # FSDP casts by itself
+        if self.precision == "fp32" or sharded:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def train_interval(
         self,
@@ -225,82 +306,102 @@ class Trainer:
                         kl=kl,
                         learning_rate=rate,
                         gradient_norm=norm,
-                        tokens=batch.tokens_BL1[:, 1:].size,
+                        tokens=self.world.size * batch.tokens_BL1[:, 1:].size,
                         seconds=time.perf_counter() - started,
                         waited_seconds=waited,
                     )
                 )
         self.state = replace(self.state, mixture_versions=(*self.state.mixture_versions, version))
 
+    def perplexity(self, blocks: BlockReader) -> float:
+        """ℓ of the student as it is now; every rank measures its share of the blocks and learns the result.
+
+        Raises:
+            ValueError: there are no blocks.
+        """
+        with self.autocast:
+            return perplexity(
+                self._student,
+                blocks,
+                batch_size=self.config.micro_batch_size or self._share,
+                world=self.world,
+            )
+
     def _plan(self, mixture: Mixture, steps: int) -> tuple[list[Sequence[Draw]], list[SamplerState]]:
+        """This rank's share of every batch, and the state after it."""
         plans: list[Sequence[Draw]] = []
         states: list[SamplerState] = []
-        state = self.state.sampler
+        state, windows = self.state.sampler, self.data.windows(self.config.shuffle_mib)
         for _ in range(steps):
-            batch, state = draw(mixture, self.data.sizes, self.seed, state, self.config.batch_size)
-            plans.append(batch)
+            batch, state = draw(mixture, self.data.sizes, self.seed, state, self.config.batch_size, windows)
+            plans.append(self.world.share(batch))
             states.append(state)
         return plans, states
 
     def _step(self, batch: Batch) -> tuple[float, float, float, float]:
         """Returns mean CE, mean KL, the gradient's norm before clipping, and the learning rate."""
         step = self.state.step
-        # Keyed by the step, so that a model with dropout resumes with the same draws. Hashed, because torch's
-        # generator on the CPU takes the low 32 bits only: a seed in the high ones would change nothing.
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)[0]))
+        # Keyed by the step, so that a model with dropout resumes with the same draws; by the rank, so that two ranks
+        # draw different ones. Hashed, because torch's generator on the CPU takes the low 32 bits only: a seed in the
+        # high ones would change nothing.
+        key = [self.seed, step] + ([self.world.rank] if self.world.rank else [])
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         rate = learning_rate(self.config, step)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
-        positions = batch.tokens_BL1[:, 1:].size
-        ce = torch.zeros((), device=self.device)
-        kl = torch.zeros((), device=self.device)
-        for rows in self._micro_batches(len(batch.tokens_BL1)):
-            sums = self._forward(batch, rows)
-            # Sums over the batch's positions, so that micro-batches add up to the mean over all of them.
-            loss: Tensor = (sums.ce + self.loss.gamma * sums.kl) / positions
-            loss.backward()  # type: ignore[no-untyped-call]
-            ce += sums.ce.detach()
-            kl += sums.kl.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.gradient_clip or math.inf)
-        mean_ce, mean_kl, gradient_norm = ce.item() / positions, kl.item() / positions, norm.item()
-        if not all(map(math.isfinite, (mean_ce, mean_kl, gradient_norm))):
+        self.optimizer.zero_grad(set_to_none=True)
+        valid_BL = batch.valid(self._separator)
+        positions = self._positions(batch, valid_BL)
+        sums = torch.zeros(2, device=self.device)
+        parts = list(self._micro_batches(len(batch.tokens_BL1)))
+        for rows in parts:
+            synchronise(self._student, rows is parts[-1])
+            # Sums over the global batch's positions, so that micro-batches and ranks add up to the mean over all of
+            # them; times the ranks, because gradients are averaged over these.
+            total, ce, kl = self._forward(batch, valid_BL, rows, self.world.size / positions)
+            total.backward()  # type: ignore[no-untyped-call]
+            sums += torch.stack([ce, kl])
+        norm = whole(
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip or math.inf)
+        ).item()
+        mean_ce, mean_kl = (self.world.total(sums) / positions).tolist()
+        if not all(map(math.isfinite, (mean_ce, mean_kl, norm))):
             raise FloatingPointError(
-                f"step {step}: cross-entropy {mean_ce}, KL {mean_kl}, gradient norm {gradient_norm}; the training "
+                f"step {step}: cross-entropy {mean_ce}, KL {mean_kl}, gradient norm {norm}; the training "
                 f"has diverged: lower train.learning_rate and resume from the newest checkpoint"
             )
-        self._optimizer.step()
-        return mean_ce, mean_kl, gradient_norm, rate
+        self.optimizer.step()
+        return mean_ce, mean_kl, norm, rate
+
+    def _positions(self, batch: Batch, valid_BL: BoolArray | None) -> int:
+        """That carry loss, in the global batch; at least 1."""
+        if valid_BL is None:
+            return self.world.size * batch.tokens_BL1[:, 1:].size
+        counted = torch.tensor(int(valid_BL.sum()), dtype=torch.int64, device=self.device)
+        return max(1, int(self.world.total(counted).item()))
 
     def _micro_batches(self, blocks: int) -> Iterator[slice]:
         size = self.config.micro_batch_size or blocks
         for start in range(0, blocks, size):
             yield slice(start, start + size)
 
-    def _forward(self, batch: Batch, rows: slice) -> LossSums:
+    def _forward(
+        self, batch: Batch, valid_BL: BoolArray | None, rows: slice, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = self._on_device(batch.tokens_BL1[rows]).long()
-        logits_TV = forward_logits(self.model, tokens[:, :-1], self.vocab_size, self.autocast).flatten(0, 1)
-        labels_T = tokens[:, 1:].flatten()
-        if batch.targets is None:
-            ce = cross_entropy_sum(logits_TV, labels_T)
-            return LossSums(ce=ce, kl=torch.zeros_like(ce))
-        return distillation_sums(
-            logits_TV,
-            labels_T,
-            self._on_device(batch.targets.ids_BLK[rows]).long().flatten(0, 1),
-            self._on_device(batch.targets.logprobs_BLK[rows]).flatten(0, 1),
-            self._on_device(batch.targets.tail_mass_BL[rows]).flatten(),
-            tail=self.loss.tail,
-            temperature=self.loss.temperature,
-        )
+        teacher = None if batch.targets is None else teacher_of(batch.targets, self.loss, self.device, rows)
+        valid = None if valid_BL is None else self._on_device(valid_BL[rows])
+        with self.autocast:
+            found: tuple[Tensor, Tensor, Tensor] = self._student(tokens[:, :-1], tokens[:, 1:], valid, teacher, scale)
+        return found
 
     def _on_device(self, array: np.ndarray[Any, Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _make_optimizer(self) -> torch.optim.AdamW:
-        matrices = [p for p in self._parameters.values() if p.requires_grad and p.ndim >= 2]
-        others = [p for p in self._parameters.values() if p.requires_grad and p.ndim < 2]
+        matrices = [p for p in self.parameters.values() if p.requires_grad and p.ndim >= 2]
+        others = [p for p in self.parameters.values() if p.requires_grad and p.ndim < 2]
         return torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": self.config.weight_decay},
@@ -310,57 +411,3 @@ class Trainer:
             betas=(self.config.beta1, self.config.beta2),
             fused=self.device.type == "cuda",
         )
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors that the next step depends on: `model` (weights by name) and `optimizer` (`<what>.<name>`)."""
-        optimizer: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            for what, value in self._optimizer.state.get(parameter, {}).items():
-                optimizer[f"{what}.{name}"] = value.detach().cpu()
-        return {"model": {name: p.detach().cpu() for name, p in self._parameters.items()}, "optimizer": optimizer}
-
-    def load(self, state: TrainerState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take up where `state` and `tensors` were saved.
-
-        Raises:
-            ValueError: the tensors are of another model (the first name that differs is given), the optimizer's do
-                not cover it, or the state is of other domains.
-        """
-        if set(state.sampler.drawn) != set(self.data.sizes):
-            raise ValueError(
-                f"the checkpoint is of domains {sorted(state.sampler.drawn)}, this run has {sorted(self.data.sizes)}"
-            )
-        trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
-        # A missing moment would restart at zero, and nobody would notice.
-        wanted = {f"{what}.{name}" for name in trained for what in ("exp_avg", "exp_avg_sq", "step")}
-        if state.step > 0 and (differing := sorted(wanted ^ set(tensors["optimizer"]))):
-            raise ValueError(
-                f"the checkpoint's optimizer is of another model: '{differing[0]}' is in only one of the two"
-            )
-        load_weights(self._parameters, tensors["model"])
-        self._optimizer.state.clear()
-        for key, value in tensors["optimizer"].items():
-            what, name = key.split(".", 1)
-            parameter = self._parameters[name]
-            # AdamW keeps its step count on the CPU unless it is fused.
-            device = parameter.device if what != "step" or self.device.type == "cuda" else torch.device("cpu")
-            self._optimizer.state[parameter][what] = value.to(device).clone()
-        self.state = state
-
-
-def load_weights(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, Tensor]) -> None:
-    """Copy saved weights into a model's parameters.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    if differing := sorted(set(parameters) ^ set(weights)):
-        raise ValueError(f"the checkpoint is of another model: '{differing[0]}' is in only one of the two")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != weights[name].shape:
-                raise ValueError(
-                    f"the checkpoint is of another model: '{name}' has shape {tuple(weights[name].shape)} there and "
-                    f"{tuple(parameter.shape)} here"
-                )
-            parameter.copy_(weights[name])

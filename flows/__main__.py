@@ -3,6 +3,7 @@
     ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
     ddk distill CONFIG          everything: pack, cache, train, report
     ddk pack|cache|train|gap|report CONFIG      one stage
+    ddk join CONFIG             on the further machines of a training on several
     ddk import CONFIG           caches that others made become stores, without an engine
     ddk export URL DEST         a store becomes Parquet files that others read
     ddk inspect URL             what a store or a run holds
@@ -104,6 +105,24 @@ def train(config: ConfigPath, overrides: Overrides = None, root: Root = None, ru
     loaded = _load(config, overrides, root, run)
     _run_flow("train_student", loaded)
     _show_result(loaded, f"{_command()} distill {config}")
+
+
+@app.command()
+def join(
+    config: ConfigPath,
+    node_rank: Annotated[int, typer.Option("--node-rank", min=1, help="Which of the further machines this is.")],
+    overrides: Overrides = None,
+    root: Root = None,
+    run: Run = None,
+) -> None:
+    """On every machine but the first, where train.nodes is above 1: help with the training that `ddk train` leads."""
+    from flows.stages import open_session
+    from tasks.storage_block import use_storage_block
+    from tasks.train_processes import join_training
+
+    loaded = _load(config, overrides, root, run)
+    use_storage_block(loaded.storage_block)
+    join_training(open_session(loaded).job, node_rank)
 
 
 @app.command()
@@ -293,7 +312,7 @@ def _show_result(config: Any, command: str) -> None:
 
 def _next_step(config: Any, command: str) -> str:
     if config.method == "ddk":
-        return f"{command} --run equal --set method=kd   (the same with equal sampling; the cache is reused)"
+        return f"{command} --run equal --set method=ddk_equal   (the same with equal sampling; the cache is reused)"
     return "ddk report CONFIG for this report again; ddk inspect URL for any store"
 
 

@@ -2,7 +2,7 @@
 
     run: my-run                      # name of the run, below <root>/runs
     root: s3://bucket/ddk            # where everything is stored: a folder, or anything fsspec opens
-    method: ddk                      # ddk, ddk_no_smoothing, kd or cpt
+    method: ddk                      # or ddk_no_smoothing, ddk_equal, kd, cpt, minillm, cpt_doremi, ted
     seed: 0
     domains: {math: {train: [...], validation: [...]}, ...}
     packing: {seq_len: 1024}
@@ -29,10 +29,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ddk.errors import UserError
 from ddk.loss import LossConfig
-from ddk.methods import MethodName
+from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss
 from ddk.mixture import MixtureConfig
 from ddk.packing import PackingConfig
 from ddk.student import StudentConfig
+from ddk.ted import TedConfig
 from ddk.trainer import TrainConfig
 from storage.corpus import DomainConfig
 from storage.uri import absolute
@@ -56,7 +57,7 @@ class Config(BaseModel):
     """Name of a Prefect block with endpoint and credentials for S3: a Secret whose value is a JSON object of s3fs's
     options, or a RemoteFileSystem. Empty: they come from the environment."""
     method: MethodName = "ddk"
-    """'ddk', 'ddk_no_smoothing', 'kd' (equal sampling) or 'cpt' (no teacher in the loss)."""
+    """Which loss and which mixture: see docs/methods.md. 'ddk' is the paper's."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of the sampler and of dropout."""
     domains: dict[Name, DomainConfig] = Field(min_length=1)
@@ -73,6 +74,8 @@ class Config(BaseModel):
     """Steps, batches, learning rate."""
     mixture: MixtureConfig = MixtureConfig()
     """How the sampling follows the gap."""
+    ted: TedConfig = TedConfig()
+    """Of method ted alone."""
 
     @model_validator(mode="after")
     def _names_differ_in_more_than_case(self) -> Config:
@@ -80,6 +83,34 @@ class Config(BaseModel):
         folded = [name.casefold() for name in self.domains]
         if len(set(folded)) < len(folded):
             raise ValueError("two domains have names that differ in upper and lower case only; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _method_and_sections_go_together(self) -> Config:
+        check_method(self.method, self.mixture, self.loss, self.domains)
+        if METHODS[self.method].needs_teacher:
+            place = f"method {self.method} runs the teacher beside the student"
+            if self.train.parallel == "fsdp":
+                raise ValueError(f"{place}, whole on every device, and train.parallel is 'fsdp'; set it to 'ddp'")
+            if self.teacher.source == "server":
+                raise ValueError(f"{place}, and teacher.source is 'server'; set it to 'engine' and model to its folder")
+        return self
+
+    @model_validator(mode="after")
+    def _targets_have_what_the_loss_reads(self) -> Config:
+        loss = effective_loss(self.method, self.loss)
+        temperature = loss.tail_temperature
+        if temperature is not None and temperature not in self.teacher.tail_temperatures:
+            raise ValueError(
+                f"loss.temperature {temperature} with tail '{loss.tail}' needs the tail's mass at that temperature: "
+                f"add it to teacher.tail_temperatures (the teacher is then captured anew), or set loss.tail: "
+                f"renormalise, or loss.temperature: 1.0"
+            )
+        if loss.needs_draws and not self.teacher.draws:
+            raise ValueError(
+                "loss.tail 'sampled' reads random draws, and teacher.draws is 0: set it, e.g. to 50 (the teacher is "
+                "then captured anew), or set loss.tail: bucket"
+            )
         return self
 
     @property
@@ -93,6 +124,8 @@ class Config(BaseModel):
             loss=self.loss,
             train=self.train,
             mixture=self.mixture,
+            ted=self.ted,
+            trust_teacher_code=self.teacher.trust_remote_code,
         )
 
 

@@ -72,7 +72,7 @@ def _targets(url: str, manifest: Manifest) -> Iterator[str]:
             yield f"  distortion of {split}: none, float32 as captured"
     positions = sum(part.blocks for part in manifest.splits.values()) * manifest.dims["seq_len"]
     yield f"probability in the stored tokens: {1 - manifest.total('tail_mass_sum') / positions:.4%}"
-    yield f"teacher perplexity on the validation blocks: {teacher_perplexity(url):.4f}"
+    yield f"teacher perplexity on the validation blocks, all positions: {teacher_perplexity(url):.4f}"
 
 
 def _run(folder: RunFolder, config: dict[str, Any]) -> Iterator[str]:

@@ -65,6 +65,8 @@ def _named(annotation: Any) -> str:
         return f"`{annotation}`"
     if get_origin(annotation) in (list, tuple):
         return "list of " + _named(get_args(annotation)[0])
+    if get_origin(annotation) is dict:
+        return "number by name"
     if get_args(annotation):
         return " or ".join(_named(part) for part in get_args(annotation))
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]

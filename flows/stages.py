@@ -121,14 +121,14 @@ def train_student(config: Config) -> dict[str, Any]:
     Returns:
         `{"student", "report", "done_before"}`: the URLs of the final student and of the report's page.
     """
-    session = _open_session(config)
-    done_before = session.run.summary() is not None
-    if done_before:
-        logger.info("train %s: complete already", config.run)
-        student_url = session.run.student_url
-    else:
-        stopped_early = _train_to_the_end(session)
-        student_url = save_final_student(session, stopped_early)
+    with open_session(config) as session:
+        done_before = session.run.summary() is not None
+        if done_before:
+            logger.info("train %s: complete already", config.run)
+            student_url = session.run.student_url
+        else:
+            stopped_early = _train_to_the_end(session)
+            student_url = save_final_student(session, stopped_early)
     urls = report_run(config.root, config.run)
     return {"student": student_url, "report": urls["index.html"], "done_before": done_before}
 
@@ -140,11 +140,11 @@ def rebalance(config: Config) -> dict[str, Any]:
     Returns:
         The mixture record as plain data.
     """
-    session = _open_session(config)
-    found = session.history.at_step(session.step)
-    if found is not None:
-        logger.info("rebalance %s: step %d is measured already (version %d)", config.run, found.step, found.version)
-    return (found or _measure(session)).model_dump()
+    with open_session(config) as session:
+        found = session.history.at_step(session.step)
+        if found is not None:
+            logger.info("rebalance %s: step %d is measured already (version %d)", config.run, found.step, found.version)
+        return (found or _measure(session)).model_dump()
 
 
 @flow(name="report", flow_run_name="report {run}", persist_result=False)
@@ -176,7 +176,8 @@ def flow_parameters(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in Config.model_fields}
 
 
-def _open_session(config: Config) -> StudentSession:
+def open_session(config: Config) -> StudentSession:
+    """The run's session; its stores are planned anew."""
     plan: Plan = plan_stores(config.root, config.domains, config.packing, config.teacher)
     return StudentSession(config.settings, plan, config.model_dump(mode="json"))
 
@@ -192,7 +193,7 @@ def _train_to_the_end(session: StudentSession) -> str | None:
     while True:
         # A record of this very step was left by an earlier attempt: the same student, so the same measurement.
         record = session.history.at_step(session.step) or _measure(session)
-        if session.trainer.done:
+        if session.done:
             return None
         if caught_up(record.gaps, stop_ratio):
             return f"every domain's ratio is at or below mixture.stop_ratio {stop_ratio} at step {record.step}"

@@ -1,12 +1,13 @@
 """Checkpoints of a run: a folder of files each, which counts once its `state.json` is there.
 
-    <run>/checkpoints/step-00000050/model.safetensors
-                                    optimizer.safetensors
+    <run>/checkpoints/step-00000050/rank-00000.safetensors   one a rank that trained: `ddk.saving`
+                                    rank-00001.safetensors
                                     state.json             written last: sizes and digests of the others, and the
                                                            small state (sampler position, mixture versions)
 
 A checkpoint that was being written at a kill has no `state.json` and is never looked at again; the next save of the
-same step writes it anew. Files are checked against their digests before they are handed out.
+same step writes it anew. Files are checked against their digests before they are handed out. In format 1, of one
+process only, the files are `model.safetensors` and `optimizer.safetensors`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage import uri
 from storage.errors import FormatVersionError, StoreDamagedError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _COMMIT = "state.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -66,15 +69,58 @@ class CheckpointFolder:
             files: for each file's name, what writes it to a given local path.
             state: plain JSON data.
         """
-        # One that is written again must not count while its files change.
+        self.begin(step)
+        self.commit(step, {name: self.put(step, name, write) for name, write in files.items()}, state)
+
+    # The same in three steps, for several writers: one begins, all put their files, one commits.
+
+    def begin(self, step: int) -> None:
+        """From here on the checkpoint of this step does not count: its files may change."""
         uri.remove_file(uri.join(self.url(step), _COMMIT))
-        records: dict[str, _FileRecord] = {}
-        for name, write in files.items():
-            with uri.writing(uri.join(self.url(step), name)) as path:
-                write(path)
-                records[name] = _FileRecord(bytes=os.path.getsize(path), sha256=_sha256(path))
-        commit = _Commit(format_version=FORMAT_VERSION, step=step, files=records, state=dict(state))
+
+    def put(self, step: int, name: str, write: Callable[[str], None]) -> dict[str, Any]:
+        """Write one file, and return what `commit` is to know of it (plain JSON data)."""
+        with uri.writing(uri.join(self.url(step), name)) as path:
+            write(path)
+            return _FileRecord(bytes=os.path.getsize(path), sha256=_sha256(path)).model_dump()
+
+    def commit(self, step: int, records: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+        """Declare the files whole; the checkpoint counts when this returns.
+
+        Args:
+            records: what `put` said, by the files' names.
+            state: plain JSON data.
+        """
+        files = {name: _FileRecord(**record) for name, record in records.items()}
+        commit = _Commit(format_version=FORMAT_VERSION, step=step, files=files, state=dict(state))
         uri.write_json(uri.join(self.url(step), _COMMIT), commit.model_dump())
+
+    def format_version(self, step: int) -> int:
+        """Of a checkpoint that counts.
+
+        Raises:
+            FormatVersionError, StoreDamagedError: it cannot be read.
+        """
+        return self._commit(step).format_version
+
+    @contextmanager
+    def folder(self, step: int) -> Iterator[str]:
+        """A local folder with all of its files, checked, for as long as the context lasts.
+
+        Raises:
+            StoreDamagedError: one is missing, or its bytes are not those that were written.
+        """
+        if uri.is_local(self._url):
+            for name in self._commit(step).files:
+                with self.file(step, name):
+                    pass
+            yield uri.open_fs(self.url(step))[1]
+            return
+        with tempfile.TemporaryDirectory(prefix="ddk-checkpoint-") as folder:
+            for name in self._commit(step).files:
+                with self.file(step, name) as path:
+                    shutil.move(path, os.path.join(folder, name))
+            yield folder
 
     def state(self, step: int) -> dict[str, Any]:
         """The small state of a checkpoint that counts.

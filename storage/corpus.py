@@ -10,7 +10,8 @@ A file's suffix says what is in it:
 - `.txt`: a document ends at a blank line (or at the file's end). Its lines are joined by a line feed.
 - `.parquet`: a document is one row of a string column.
 
-The first two may end in `.gz` or `.zst` as well.
+The first two may end in `.gz` or `.zst` as well. Of the kinds that have fields, a further one may hold a document's
+prompt.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class DomainConfig(BaseModel):
     Give either this or validation files."""
     text_field: str = Field(default="text", min_length=1)
     """Name of the JSON field or Parquet column that holds the text. Text files need none."""
+    prompt_field: str | None = Field(default=None, min_length=1)
+    """Field of the prompt, for instruction data: its tokens come before those of `text_field`, and carry no loss. Every
+    record has the field; where it is null or empty there is no prompt. Both are tokenised as they are: a chat template
+    must be applied to them already. Not for text files."""
     max_train_blocks: int | None = Field(default=None, ge=1)
     """Stop after so many train blocks. Empty: all of them."""
     max_validation_blocks: int | None = Field(default=None, ge=1)
@@ -80,6 +85,19 @@ class DomainConfig(BaseModel):
             raise ValueError("shift goes with files that hold predictions; set targets: topk, or leave shift out")
         return self
 
+    @model_validator(mode="after")
+    def _a_prompt_is_a_field_of_documents(self) -> DomainConfig:
+        if self.prompt_field is not None and self.imported:
+            raise ValueError(
+                f"prompt_field goes with documents, and targets: {self.targets} takes rows of tokens, of which nobody "
+                "says which are the prompt's; leave prompt_field out, or capture the domain (targets: teacher)"
+            )
+        if self.prompt_field == self.text_field:
+            raise ValueError(
+                f"prompt_field and text_field are both '{self.text_field}'; text_field names what follows the prompt"
+            )
+        return self
+
     @property
     def imported(self) -> bool:
         """Whether the files hold a teacher's predictions already."""
@@ -97,15 +115,16 @@ class CorpusFile:
     """Bytes as stored (compressed); 0 where the server does not tell."""
 
 
-def resolve_files(patterns: Sequence[str], domain: str) -> list[CorpusFile]:
+def resolve_files(patterns: Sequence[str], domain: str, prompt_field: str | None = None) -> list[CorpusFile]:
     """The files that the patterns match: sorted by URL, each once, local ones as absolute paths.
 
     Raises:
-        UserError: a pattern matches no file, names a folder or cannot be listed, or a file's suffix is unknown.
+        UserError: a pattern matches no file, names a folder or cannot be listed, a file's suffix is unknown, or it is
+            a text file and there is to be a prompt.
     """
     found = {file.url: file for pattern in patterns for file in _expand(pattern, domain)}
     for file in found.values():
-        file_format(file, f"domain '{domain}': ")
+        check_fields(file, prompt_field, f"domain '{domain}': ")
     return [found[url] for url in sorted(found)]
 
 
@@ -148,6 +167,19 @@ def file_format(file: CorpusFile, place: str = "") -> tuple[str, str]:
     if kind is None or (kind == "parquet" and compression):
         raise UserError(f"{place}{file.url} has an unknown suffix; accepted are {_ACCEPTED}")
     return kind, compression
+
+
+def check_fields(file: CorpusFile, prompt_field: str | None, place: str = "") -> None:
+    """That the file's kind is known, and has fields where one is to hold the prompt.
+
+    Raises:
+        UserError: it is not so; the message begins with `place`.
+    """
+    if file_format(file, place)[0] == "text" and prompt_field is not None:
+        raise UserError(
+            f"{place}{file.url} holds plain text, which has no field '{prompt_field}'; prompt_field goes with .jsonl "
+            f"and .parquet files: leave it out, or put prompt and text into fields"
+        )
 
 
 def domain_seed(domain: str) -> int:

@@ -13,14 +13,14 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import zstandard
 
 from ddk.errors import UserError
 from storage import uri
-from storage.corpus import CorpusFile, file_format
+from storage.corpus import CorpusFile, check_fields, file_format
 
 _BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 _CHUNK = 1 << 20
@@ -28,30 +28,46 @@ _CHUNK = 1 << 20
 OnBytes = Callable[[int], None]
 
 
+class Text(NamedTuple):
+    """One document."""
+
+    record: int
+    text: str
+    prompt: str
+    """What comes before the text; empty where there is none, or no field for it."""
+
+
 def iter_documents(
-    file: CorpusFile, text_field: str, start: int = 0, on_bytes: OnBytes | None = None
-) -> Iterator[tuple[int, str]]:
-    """Record number and text of every document whose record number is at least `start`.
+    file: CorpusFile,
+    text_field: str,
+    start: int = 0,
+    on_bytes: OnBytes | None = None,
+    prompt_field: str | None = None,
+) -> Iterator[Text]:
+    """Every document whose record number is at least `start`.
 
     What lies before `start` is passed over unparsed: lines are only counted, Parquet row groups not even read.
     `on_bytes` hears how many stored bytes were read since its last call (a Parquet file is not read whole, so their
-    sum may differ from the file's size).
+    sum may differ from the file's size). Where the text is white space alone, its prompt is left out with it.
 
     Raises:
         UserError: with file and line or row: broken JSON, no object, a missing field or column, a field that is no
-            text, not UTF-8, a truncated or corrupt file, a file that is no longer there.
+            text, not UTF-8, a truncated or corrupt file, a file that is no longer there, a prompt's field of a text
+            file.
     """
+    check_fields(file, prompt_field)
     kind, compression = file_format(file)
+    fields = _Fields(text_field, prompt_field)
     with opened(file, on_bytes) as stored:
         if kind == "parquet":
-            documents = _parquet_rows(stored, file, text_field, start)
+            documents = _parquet_rows(stored, file, fields, start)
         elif kind == "json":
-            documents = _json_records(stored_lines(stored, file, compression), file, text_field, start)
+            documents = _json_records(stored_lines(stored, file, compression), file, fields, start)
         else:
             documents = _paragraphs(stored_lines(stored, file, compression), file, start)
-        for record, text in documents:
-            if text and not text.isspace():
-                yield record, text
+        for document in documents:
+            if document.text and not document.text.isspace():
+                yield document
 
 
 @contextlib.contextmanager
@@ -70,15 +86,34 @@ def opened(file: CorpusFile, on_bytes: OnBytes | None = None) -> Iterator[io.Raw
         raise UserError(f"{file.url} may not be read ({error}); check its permissions or the credentials") from None
 
 
+class _Fields(NamedTuple):
+    """Names of JSON fields or Parquet columns."""
+
+    text: str
+    prompt: str | None
+
+    def settings(self) -> Iterator[tuple[str, str]]:
+        """Each name, and what it is called in the configuration."""
+        yield self.text, "text_field"
+        if self.prompt is not None:
+            yield self.prompt, "prompt_field"
+
+
 def _json_records(
-    records: Iterator[tuple[int, bytes]], file: CorpusFile, text_field: str, start: int
-) -> Iterator[tuple[int, str]]:
+    records: Iterator[tuple[int, bytes]], file: CorpusFile, fields: _Fields, start: int
+) -> Iterator[Text]:
     for number, line in records:
         if number >= start and not line.isspace():
-            yield number, _json_text(_decode(line, file, number), _place(file, number), text_field)
+            place = _place(file, number)
+            record = _json_record(_decode(line, file, number), place, fields)
+            text = _json_text(record, place, fields.text)
+            # null: there is no prompt.
+            has_prompt = fields.prompt is not None and record[fields.prompt] is not None
+            yield Text(number, text, _json_text(record, place, str(fields.prompt)) if has_prompt else "")
 
 
-def _json_text(line: str, place: str, text_field: str) -> str:
+def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
+    """A JSON object that has the fields."""
     remedy = "each line must be one JSON object (`jq -c '.[]' array.json > lines.jsonl` turns an array into lines)"
     try:
         record = json.loads(line)
@@ -86,28 +121,35 @@ def _json_text(line: str, place: str, text_field: str) -> str:
         raise UserError(f"{place}: broken JSON ({error}); {remedy}") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: not a JSON object but {_named(record)}; {remedy}")
-    if text_field not in record:
-        raise UserError(f"{place}: no field '{text_field}'; set text_field to one that is there: {_listed(record)}")
-    text = record[text_field]
+    for name, setting in fields.settings():
+        if name not in record:
+            also = ", or give the record one (null for no prompt)" if setting == "prompt_field" else ""
+            there = _listed(record)
+            raise UserError(f"{place}: no field '{name}'; set {setting} to one that is there{also}: {there}")
+    return record
+
+
+def _json_text(record: dict[str, Any], place: str, name: str) -> str:
+    text = record[name]
     if not isinstance(text, str):
-        raise UserError(f"{place}: field '{text_field}' is not a string but {_named(text)}; mend or remove the record")
+        raise UserError(f"{place}: field '{name}' is not a string but {_named(text)}; mend or remove the record")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud800"
             half = f"\\u{ord(text[error.start]):04x}"
-            raise UserError(f"{place}: field '{text_field}' holds {half}, half a character; mend the record") from None
+            raise UserError(f"{place}: field '{name}' holds {half}, half a character; mend the record") from None
     return text
 
 
-def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int) -> Iterator[tuple[int, str]]:
+def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int) -> Iterator[Text]:
     first = 0
     document: list[str] = []
     inside = False
     for number, line in lines:
         if line.isspace():
             if document:
-                yield first, "\n".join(document)
+                yield Text(first, "\n".join(document), "")
             document, inside = [], False
             continue
         if not inside:
@@ -115,24 +157,26 @@ def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int
         if first >= start:
             document.append(_decode(line, file, number).rstrip("\r\n"))
     if document:
-        yield first, "\n".join(document)
+        yield Text(first, "\n".join(document), "")
 
 
-def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, column: str, start: int) -> Iterator[tuple[int, str]]:
+def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start: int) -> Iterator[Text]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    columns = [name for name, _ in fields.settings()]
     try:
         parquet = pq.ParquetFile(io.BufferedReader(stored))
-        _check_column(parquet.schema_arrow, file, column)
+        for name, setting in fields.settings():
+            _check_column(parquet.schema_arrow, file, name, setting)
         row, groups = 0, list(range(parquet.num_row_groups))
         while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= start:
             row += parquet.metadata.row_group(groups.pop(0)).num_rows
         # Few rows a batch: a row may be a whole book.
-        for batch in parquet.iter_batches(batch_size=64, row_groups=groups, columns=[column]):
-            for cell in batch.column(0):
+        for batch in parquet.iter_batches(batch_size=64, row_groups=groups, columns=columns):
+            for cells in zip(*(batch.column(name) for name in columns), strict=True):
                 if row >= start:
-                    yield row, _cell_text(cell, _place(file, row, "row"), column)
+                    yield _row_text(row, cells, _place(file, row, "row"), columns)
                 row += 1
     except FileNotFoundError:
         raise
@@ -141,28 +185,36 @@ def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, column: str, start: in
         raise UserError(f"{file.url} is not a readable Parquet file ({cause}); fetch or write it again") from error
 
 
-def _check_column(schema: Any, file: CorpusFile, column: str) -> None:
+def _check_column(schema: Any, file: CorpusFile, column: str, setting: str) -> None:
     import pyarrow.types as pt
 
     if column not in schema.names:
         raise UserError(
-            f"{file.url}: no column '{column}'; set text_field to one that is there: {_listed(schema.names)}"
+            f"{file.url}: no column '{column}'; set {setting} to one that is there: {_listed(schema.names)}"
         )
     kind = schema.field(column).type
     if pt.is_dictionary(kind):
         kind = kind.value_type
+    if pt.is_null(kind) and setting == "prompt_field":  # no row has a prompt
+        return
     if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)):
-        raise UserError(f"{file.url}: column '{column}' holds {kind}, not strings; name a text column as text_field")
+        raise UserError(f"{file.url}: column '{column}' holds {kind}, not strings; name a text column as {setting}")
 
 
-def _cell_text(cell: Any, place: str, column: str) -> str:
+def _row_text(row: int, cells: Sequence[Any], place: str, columns: Sequence[str]) -> Text:
+    """Of the text's cell and, where there is a column for it, the prompt's."""
+    text, *prompt = (_cell_text(cell, place, column) for cell, column in zip(cells, columns, strict=True))
+    if text is None:
+        raise UserError(f"{place}: column '{columns[0]}' is null; fill or remove such rows")
+    return Text(row, text, (prompt[0] or "") if prompt else "")
+
+
+def _cell_text(cell: Any, place: str, column: str) -> str | None:
     try:
         text = cell.as_py()
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: column '{column}' is not UTF-8 at byte {error.start}; mend the row") from None
-    if text is None:
-        raise UserError(f"{place}: column '{column}' is null; fill or remove such rows")
-    return str(text)
+    return None if text is None else str(text)
 
 
 def stored_lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> Iterator[tuple[int, bytes]]:

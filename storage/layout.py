@@ -4,6 +4,8 @@ A store holds one domain: a Zarr v3 group with a group for each split, `train` a
 
     <root>/blocks/<fingerprint>/<domain>.zarr
         tokens               int32   [N, L + 1]   packed token ids
+      and in format 2, where the corpus marks prompts (the dimension `marked` is 1):
+        loss                 uint8   [N, L + 1]   1 where predicting the token carries loss, 0 for a prompt's tokens
     <root>/targets/<fingerprint>/<domain>.zarr, exact (format 1, and format 2 with `codec: exact`)
         ids                  int32   [N, L, K]    most probable tokens, in descending order
         logprobs             float32 [N, L, K]    their log-probabilities
@@ -47,15 +49,20 @@ from ddk.types import SPLITS, Split
 from storage.codec import FORMAT_1, TargetFormat
 
 FORMAT_VERSION = 2
-"""The newest that is read. What the first can hold is still written as the first: token blocks."""
+"""The newest that is read. What the first can hold is still written as the first: token blocks without marks."""
 Kind = Literal["blocks", "targets"]
 BLOCKS_PER_SHARD = 1024
 """Of token blocks: small beside targets, so that a shard of them is a few megabytes at the usual lengths."""
 
 
-def format_version(form: TargetFormat | None) -> int:
-    """Of a store of blocks (None) or of targets of this form."""
-    return 1 if form is None or form == FORMAT_1 else 2
+def format_version(form: TargetFormat | None, *, marked: bool = False) -> int:
+    """Of a store of blocks (None), with marks or without, or of targets of this form."""
+    return 2 if marked or form not in (None, FORMAT_1) else 1
+
+
+def is_marked(dims: Mapping[str, int]) -> bool:
+    """Whether a store of blocks says which tokens carry loss."""
+    return bool(dims.get("marked"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +86,12 @@ class ArraySpec:
 
 
 def array_specs(kind: Kind, dims: Mapping[str, int], form: TargetFormat | None = None) -> tuple[ArraySpec, ...]:
-    """The arrays of a store whose dimensions are `dims` (`seq_len`, for targets also `k`)."""
+    """The arrays of a store whose dimensions are `dims` (`seq_len`, for targets also `k`; see `Manifest.dims`)."""
     seq_len = dims["seq_len"]
     if kind == "blocks":
-        return (ArraySpec(name="tokens", dtype="int32", block_shape=(seq_len + 1,), dimensions=("position",)),)
+        tokens = ArraySpec(name="tokens", dtype="int32", block_shape=(seq_len + 1,), dimensions=("position",))
+        loss = ArraySpec(name="loss", dtype="uint8", block_shape=(seq_len + 1,), dimensions=("position",))
+        return (tokens, loss) if is_marked(dims) else (tokens,)
     form = form or FORMAT_1
     return _exact(seq_len, dims["k"], form) if form.codec.name == "exact" else _compact(seq_len, dims["k"], form)
 
@@ -109,7 +118,7 @@ def _exact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
 
 
 def _compact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
-    def flat(name: str, dtype: Literal["uint8", "uint16", "uint32"], most: int, effort: int = 5) -> ArraySpec:
+    def flat(name: str, dtype: Literal["uint8", "uint16", "uint32"], most: int, effort: int) -> ArraySpec:
         return ArraySpec(name=name, dtype=dtype, block_shape=(seq_len * most,), dimensions=("entry",), effort=effort)
 
     rows = 3 + form.entropy + len(form.temperatures) + (form.draws > 0)
@@ -123,8 +132,10 @@ def _compact(seq_len: int, k: int, form: TargetFormat) -> tuple[ArraySpec, ...]:
             compressor="zlib",
             effort=5,
         ),
-        flat("id_deltas", "uint32", k),
-        flat("codes", "uint8" if form.codec.levels <= 254 else "uint16", k),
+        # More effort takes longer than it saves: 5 in place of 4 a fifth more time for 0.5%, and codes, which have no
+        # repetitions, are no smaller than with the least but one.
+        flat("id_deltas", "uint32", k, 4),
+        flat("codes", "uint8" if form.codec.levels <= 254 else "uint16", k, 2),
     ]
     if form.draws:
         # More effort saves 2% here, and takes as long as the top k's arrays together.

@@ -32,6 +32,7 @@ from storage.layout import (
     encode_shard,
     format_version,
     group_metadata,
+    is_marked,
     shard_key,
 )
 
@@ -71,7 +72,7 @@ class Manifest(_Frozen):
     inputs: dict[str, Any]
     """Everything that the fingerprint covers."""
     dims: dict[str, int]
-    """`seq_len`, `vocab_size`, `shard_blocks`; for targets also `k`."""
+    """`seq_len`, `vocab_size`, `shard_blocks`; for targets also `k`, for blocks with marked prompts also `marked`."""
     targets: TargetFormat | None = None
     """What is kept of a position, and how; None for token blocks, and for targets of format 1."""
     complete: bool
@@ -179,7 +180,7 @@ class StoreWriter:
         self._own: dict[tuple[Split, int], ShardRecord] = {}
         self._shard_blocks = dims["shard_blocks"]
         header = Manifest(
-            format_version=format_version(form),
+            format_version=format_version(form, marked=is_marked(dims)),
             kind=kind,
             fingerprint=fingerprint(inputs),
             inputs=dict(inputs),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,15 @@ def use_options(protocol: str, options: Mapping[str, Any]) -> None:
     with _lock:
         environment = _environment.setdefault(protocol, dict(conf.get(protocol, {})))
         conf[protocol] = {**environment, **options}
+
+
+def as_environment() -> dict[str, str]:
+    """Variables that give a process that is started with them the options of `use_options`.
+
+    They hold secrets: for a child's environment, and nowhere else.
+    """
+    with _lock:
+        return {f"FSSPEC_{name.upper()}": json.dumps(fsspec.config.conf[name]) for name in _environment}
 
 
 def _check_s3(options: Mapping[str, Any]) -> None:

@@ -5,10 +5,16 @@ index's crc32c. Zarr itself reads all this too (tested); reading it here costs a
 array of a batch is fetched in one go:
 
     local        the index and the chunks that are wanted, from the file
-    remote       where the whole store fits the cache: every shard is fetched once, whole, and kept (`CACHE`)
-                 else: the index of a shard once, then the wanted chunks by their ranges, all at the same time
+    remote       the same from a copy of the whole shard on the local disk (`storage.shard_cache`), one request a shard
+    by ranges    the index of a shard once, then the wanted chunks by their ranges, all at the same time: where copies
+                 cannot be kept, or are not worth it
 
-Each chunk is checked against its crc32c. What is missing or damaged is named by `ShardDamagedError`.
+Copies are not worth it where hardly three shards fit the cache, or where little of what is fetched is read before it
+has to make room (`ShardCache.is_worth_it`): blocks drawn at random from stores far larger than the cache, or shared out
+among more than eight machines.
+
+Each chunk is checked against its crc32c. What is missing or damaged is read once more from where it lies, since the
+copy may be bad or the shard repaired; then `ShardDamagedError` names it.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
@@ -27,13 +33,16 @@ import numpy.typing as npt
 from numcodecs import blosc
 
 from ddk.types import Split
-from storage import uri
+from storage import shard_cache, uri
 from storage.layout import ArraySpec, shard_key
 from storage.manifest import ShardRecord
+from storage.shard_cache import ShardObject, WrongSizeError
 
 Array = np.ndarray[Any, Any]
 _AT_ONCE = 16
 _INDICES_KEPT = 4096
+_LEAST_SHARDS = 3
+"""That the cache must hold: one that is read, one that is fetched, one to choose from."""
 _MISSING = 2**64 - 1
 """In a shard's index: there is no such chunk."""
 
@@ -47,46 +56,13 @@ class ShardDamagedError(Exception):
         self.shards = sorted(why)
 
 
-class ByteCache:
-    """Whole objects by their URL, the least recently used ones dropped beyond `capacity` bytes. Thread-safe."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._held: OrderedDict[str, bytes] = OrderedDict()
-        self._size = 0
-        self._lock = threading.Lock()
-
-    def get(self, url: str) -> bytes | None:
-        with self._lock:
-            if url in self._held:
-                self._held.move_to_end(url)
-            return self._held.get(url)
-
-    def put(self, url: str, content: bytes) -> None:
-        with self._lock:
-            self._size += len(content) - len(self._held.pop(url, b""))
-            self._held[url] = content
-            while self._size > self.capacity and len(self._held) > 1:
-                self._size -= len(self._held.popitem(last=False)[1])
-
-    def drop(self, urls: Iterable[str]) -> None:
-        with self._lock:
-            for url in urls:
-                self._size -= len(self._held.pop(url, b""))
-
-
-CACHE = ByteCache(int(os.environ.get("DDK_SHARD_CACHE_MIB", "2048")) * 2**20)
-"""Of this process, for all remote stores together."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     """Some blocks of one shard of one array."""
 
     spec: ArraySpec
     shard: int
-    url: str
-    size: int
+    object: ShardObject
     rows: npt.NDArray[np.int64]
     """Of the shard."""
     places: npt.NDArray[np.int64]
@@ -111,8 +87,10 @@ class ShardReader:
         self._specs = {spec.name: spec for spec in specs}
         self._shard_blocks = shard_blocks
         self._local = uri.is_local(url)
-        total = sum(record.bytes for shard in records for record in shard.objects.values())
-        self._whole = total <= CACHE.capacity // 2
+        self._cache = None if self._local else shard_cache.shared()
+        sizes = [sum(record.bytes for record in shard.objects.values()) for shard in records]
+        if self._cache is not None and self._cache.capacity < _LEAST_SHARDS * max(sizes, default=0):
+            self._cache = None
         self._indices: OrderedDict[str, Array] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -126,19 +104,55 @@ class ShardReader:
             name: np.empty((len(blocks), *self._specs[name].block_shape), self._specs[name].dtype) for name in names
         }
         wanted = [self._wanted(self._specs[name], shard, blocks) for name in names for shard in self._shards(blocks)]
-        chunks = self._from_disk(wanted) if self._local else self._from_afar(wanted)
-        for name in names:
-            why: dict[int, str] = {}
-            for part, found in zip(wanted, chunks, strict=True):
-                if part.spec.name == name:
-                    problem = found if isinstance(found, str) else _decode(part, found, results[name])
-                    if problem is not None:
-                        why[part.shard] = problem
-            if why:
-                # Read it anew when asked again: it may have been repaired.
-                CACHE.drop(part.url for part in wanted)
-                raise ShardDamagedError(name, why)
+        damaged = self._fill(results, wanted)
+        if damaged and not self._local:
+            self._forget(part for part, _ in damaged)
+            damaged = self._fill(results, [part for part, _ in damaged])
+        if damaged:
+            # Read it anew when asked again: it may have been repaired.
+            self._forget(part for part, _ in damaged)
+            name = damaged[0][0].spec.name
+            raise ShardDamagedError(name, {part.shard: why for part, why in damaged if part.spec.name == name})
         return results
+
+    def fetch(self, names: Sequence[str], blocks: npt.NDArray[np.int64]) -> bool:
+        """Copy the shards of the given blocks to the local disk, for a later `read`; nothing is decoded.
+
+        Returns:
+            False where there is no room for all of them before more of what was fetched so has been read. True where
+            shards are not copied at all.
+        """
+        shards = self._shards(blocks) if self._cache is not None else []
+        return all(self._fetch(self._object(self._specs[name], shard)) for shard in shards for name in names)
+
+    def _fetch(self, wanted: ShardObject) -> bool:
+        cache = self._cache
+        if cache is None or cache.has(wanted):
+            return True
+        if not cache.has_room_ahead(wanted.size):
+            return False
+        held = cache.obtain(wanted, ahead=True)
+        if held is not None:
+            os.close(held.descriptor)
+            self._account(wanted.size if held.fetched else 0, 0)
+        return True
+
+    def _fill(self, results: Mapping[str, Array], wanted: Sequence[_Wanted]) -> list[tuple[_Wanted, str]]:
+        """Read and decode; returns what could not be, and why."""
+        damaged: list[tuple[_Wanted, str]] = []
+        chunks = self._from_disk(wanted) if self._local else self._from_afar(wanted)
+        for part, found in zip(wanted, chunks, strict=True):
+            problem = found if isinstance(found, str) else _decode(part, found, results[part.spec.name])
+            if problem is not None:
+                damaged.append((part, problem))
+        return damaged
+
+    def _forget(self, parts: Iterable[_Wanted]) -> None:
+        for part in parts:
+            if self._cache is not None:
+                self._cache.drop(part.object)
+            with self._lock:
+                self._indices.pop(part.object.url, None)
 
     def _shards(self, blocks: npt.NDArray[np.int64]) -> list[int]:
         return [int(shard) for shard in np.unique(blocks // self._shard_blocks)]
@@ -148,20 +162,24 @@ class ShardReader:
         return _Wanted(
             spec=spec,
             shard=shard,
-            url=uri.join(self._url, self._split, spec.name, shard_key(spec, shard)),
-            size=self._records[shard].objects[spec.name].bytes,
+            object=self._object(spec, shard),
             rows=blocks[places] % self._shard_blocks,
             places=places,
         )
+
+    def _object(self, spec: ArraySpec, shard: int) -> ShardObject:
+        record = self._records[shard].objects[spec.name]
+        url = uri.join(self._url, self._split, spec.name, shard_key(spec, shard))
+        return ShardObject(url=url, size=record.bytes, sha256=record.sha256)
 
     def _from_disk(self, wanted: Sequence[_Wanted]) -> list[list[bytes] | str]:
         found: list[list[bytes] | str] = []
         for part in wanted:
             try:
-                with open(uri.open_fs(part.url)[1], "rb", buffering=0) as file:
+                with open(uri.open_fs(part.object.url)[1], "rb", buffering=0) as file:
                     size = os.fstat(file.fileno()).st_size
-                    if size != part.size:
-                        found.append(f"{size:,} bytes instead of {part.size:,}")
+                    if size != part.object.size:
+                        found.append(f"{size:,} bytes instead of {part.object.size:,}")
                         continue
                     found.append(self._chunks(part, _reader_of_file(file.fileno())))
             except (FileNotFoundError, NotADirectoryError):
@@ -177,7 +195,7 @@ class ShardReader:
 
     def _index_range(self, part: _Wanted) -> tuple[int, int]:
         length = 16 * self._shard_blocks + 4
-        return max(part.size - length, 0), length
+        return max(part.object.size - length, 0), length
 
     def _index(self, content: bytes) -> Array | str:
         """[shard_blocks, 2] offsets and lengths, or what is wrong."""
@@ -186,46 +204,61 @@ class ShardReader:
         return np.frombuffer(content[:-4], dtype="<u8").reshape(-1, 2)
 
     def _from_afar(self, wanted: Sequence[_Wanted]) -> list[list[bytes] | str]:
-        return self._from_whole_objects(wanted) if self._whole else self._by_ranges(wanted)
+        found = [self._from_copy(part) for part in wanted]
+        missing = [place for place, chunks in enumerate(found) if chunks is None]
+        if missing:
+            with ThreadPoolExecutor(max_workers=_AT_ONCE, thread_name_prefix="ddk-shards") as executor:
+                fetched = executor.map(self._fetched_chunks, [wanted[place] for place in missing])
+                for place, chunks in zip(missing, fetched, strict=True):
+                    found[place] = chunks
+        return cast("list[list[bytes] | str]", found)
 
-    def _from_whole_objects(self, wanted: Sequence[_Wanted]) -> list[list[bytes] | str]:
-        sizes = {part.url: part.size for part in wanted}
-        held = {url: CACHE.get(url) for url in sizes}
-        missing = [url for url, content in held.items() if content is None]
-        for url, content in zip(missing, uri.read_whole_many(missing), strict=True):
-            held[url] = content
-            if content is not None and len(content) == sizes[url]:
-                CACHE.put(url, content)
-        found: list[list[bytes] | str] = []
-        for part in wanted:
-            content = held[part.url]
-            if content is None or len(content) != part.size:
-                lost = content is None
-                found.append("never written, or lost" if lost else f"{len(content or b''):,} bytes of {part.size:,}")
-            else:
-                found.append(self._chunks(part, _reader_of_bytes(content)))
-        return found
+    def _from_copy(self, part: _Wanted) -> list[bytes] | str | None:
+        """None where there is none."""
+        descriptor = None if self._cache is None else self._cache.open(part.object)
+        return None if descriptor is None else self._from_descriptor(part, descriptor, fetched=False)
 
-    def _by_ranges(self, wanted: Sequence[_Wanted]) -> list[list[bytes] | str]:
-        with ThreadPoolExecutor(max_workers=_AT_ONCE, thread_name_prefix="ddk-ranges") as executor:
-            return list(executor.map(self._by_range, wanted))
+    def _fetched_chunks(self, part: _Wanted) -> list[bytes] | str:
+        try:
+            held = None if self._cache is None else self._cache.obtain(part.object)
+        except FileNotFoundError:
+            return "never written, or lost"
+        except WrongSizeError as error:
+            return str(error)
+        if held is None:
+            return self._by_range(part)
+        return self._from_descriptor(part, held.descriptor, fetched=held.fetched)
+
+    def _from_descriptor(self, part: _Wanted, descriptor: int, *, fetched: bool) -> list[bytes] | str:
+        try:
+            chunks = self._chunks(part, _reader_of_file(descriptor))
+        finally:
+            os.close(descriptor)
+        used = 0 if isinstance(chunks, str) else sum(map(len, chunks))
+        self._account(part.object.size if fetched else 0, used)
+        return chunks
+
+    def _account(self, fetched: int, used: int) -> None:
+        cache = self._cache
+        if cache is not None and not cache.is_worth_it(f"{self._url} ({self._split})", fetched, used):
+            self._cache = None
 
     def _by_range(self, part: _Wanted) -> list[bytes] | str:
         try:
             index = self._remote_index(part)
             ranges = index if isinstance(index, str) else _ranges(part, index)
-            return ranges if isinstance(ranges, str) else uri.read_ranges(part.url, ranges)
+            return ranges if isinstance(ranges, str) else uri.read_ranges(part.object.url, ranges)
         except FileNotFoundError:
             return "never written, or lost"
 
     def _remote_index(self, part: _Wanted) -> Array | str:
         with self._lock:
-            if part.url in self._indices:
-                return self._indices[part.url]
-        index = self._index(uri.read_range(part.url, *self._index_range(part)))
+            if part.object.url in self._indices:
+                return self._indices[part.object.url]
+        index = self._index(uri.read_range(part.object.url, *self._index_range(part)))
         if not isinstance(index, str):
             with self._lock:
-                self._indices[part.url] = index
+                self._indices[part.object.url] = index
                 while len(self._indices) > _INDICES_KEPT:
                     self._indices.popitem(last=False)
         return index
@@ -235,16 +268,12 @@ def _reader_of_file(descriptor: int) -> Read:
     return lambda start, count: os.pread(descriptor, count, start)
 
 
-def _reader_of_bytes(content: bytes) -> Read:
-    return lambda start, count: content[start : start + count]
-
-
 def _ranges(part: _Wanted, index: Array) -> list[tuple[int, int]] | str:
     """(offset, length) of the wanted chunks, or what is wrong."""
     chosen = index[part.rows]
     if (chosen == _MISSING).any():
         return "never written, or lost"
-    if (chosen.sum(-1) > part.size).any():
+    if (chosen.sum(-1) > part.object.size).any():
         return "its index is not what was written"
     return [(int(offset), int(length)) for offset, length in chosen]
 

@@ -6,17 +6,18 @@ against its crc32c; what is missing or damaged is an error that names the store,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ddk.types import Float32Array, Int32Array, SparseTargets, Split
+from ddk.types import BoolArray, Float32Array, Int32Array, SparseTargets, Split
 from storage import compact
 from storage.codec import FORMAT_1, UNKNOWN_TRUE_LOGPROB, TargetFormat, decode
 from storage.errors import StoreDamagedError
-from storage.layout import Kind, array_specs
+from storage.layout import Kind, array_specs, is_marked
 from storage.manifest import Manifest, require_complete
 from storage.shards import ShardDamagedError, ShardReader
 
@@ -35,10 +36,10 @@ class _View:
         self._blocks = self.manifest.splits[split].blocks
         # The arrays are described by the format's table, not by their `zarr.json`: nothing else is read to open a
         # store, and nothing else can be damaged.
-        specs = array_specs(self.kind, self.manifest.dims, self.manifest.form)
-        self._names = tuple(spec.name for spec in specs)
+        self._specs = array_specs(self.kind, self.manifest.dims, self.manifest.form)
+        self._names = tuple(spec.name for spec in self._specs)
         records = self.manifest.splits[split].shards
-        self._reader = ShardReader(url, split, specs, records, self.manifest.dims["shard_blocks"])
+        self._reader = ShardReader(url, split, self._specs, records, self.shard_blocks)
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -54,10 +55,36 @@ class _View:
         """Tokens of the tokenizer, V; every id is below it."""
         return self.manifest.dims["vocab_size"]
 
-    def _read(self, names: Sequence[str], indices: Indices) -> dict[str, np.ndarray[Any, Any]]:
+    @property
+    def shard_blocks(self) -> int:
+        """Blocks of a shard; the last may have fewer."""
+        return self.manifest.dims["shard_blocks"]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, decoded: a number of the format, whatever the content compresses to."""
+        return sum(math.prod(spec.block_shape) * np.dtype(spec.dtype).itemsize for spec in self._specs)
+
+    def fetch(self, indices: Indices) -> bool:
+        """Copy the shards of the given blocks to the local disk, for a later read; nothing is decoded.
+
+        Returns:
+            False where there is no room for all of them before more of what was fetched so has been read. True where
+            nothing is copied: from a local store, or without `storage.shard_cache`.
+
+        Raises:
+            FileNotFoundError, UnreachableError: a shard cannot be had; reading it says more.
+        """
+        return self._reader.fetch(self._names, self._checked(indices))
+
+    def _checked(self, indices: Indices) -> npt.NDArray[np.int64]:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"blocks {wanted.min()} to {wanted.max()} of {self.url} ({self.split}), of {len(self)}")
+        return wanted
+
+    def _read(self, names: Sequence[str], indices: Indices) -> dict[str, np.ndarray[Any, Any]]:
+        wanted = self._checked(indices)
         try:
             return self._reader.read(names, wanted)
         except ShardDamagedError as error:
@@ -83,6 +110,22 @@ class BlockView(_View):
             StoreDamagedError: a checksum does not hold, or a block is missing.
         """
         return self._read(["tokens"], indices)["tokens"]
+
+    @property
+    def marked(self) -> bool:
+        """Whether some positions carry no loss: those whose label is a prompt's token."""
+        return is_marked(self.manifest.dims)
+
+    def loss_mask(self, indices: Indices) -> BoolArray | None:
+        """[n, L] of the given blocks, true where position j's label (token j + 1) carries loss; None: all do.
+
+        Raises:
+            StoreDamagedError: as `read`.
+        """
+        if not self.marked:
+            return None
+        # Stored for each token; a block's first is no position's label.
+        return np.asarray(self._read(["loss"], indices)["loss"][:, 1:] == 1)
 
 
 class TargetView(_View):

@@ -53,7 +53,7 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher) -> dict[str, Any]:
     manifest = writer.manifest
     positions = sum(part.blocks for part in manifest.splits.values()) * store.targets_dims["seq_len"]
     retained = 1.0 - manifest.total("tail_mass_sum") / positions
-    teacher_ppl = perplexity_of(manifest, store.targets_url)
+    teacher_ppl = perplexity_of(manifest, store.targets_url, store.marked_blocks_url)
     logger.info(
         "cache %s: %s; teacher perplexity %.3f, %.2f%% of its probability in the %d stored tokens",
         domain,

@@ -11,7 +11,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddk.errors import UserError
-from ddk.student import load_tokenizer, save_student
+from ddk.methods.registry import METHODS
+from ddk.student import load_tokenizer
 from storage.mixtures import MixtureHistory, MixtureRecord
 from storage.runs import RunFolder
 from storage.uri import put_folder
@@ -58,7 +59,8 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         "training_seconds": round(sum(row["seconds"] for row in folder.metrics()), 3),
     }
     with tempfile.TemporaryDirectory(prefix="ddk-student-") as local:
-        save_student(session.trainer.model, tokenizer, local)
+        session.training.export(local)
+        tokenizer.save_pretrained(local)
         records = interval_records(folder)
         card = render_model_card(summarise(folder, records, summary), records)
         with open(os.path.join(local, "README.md"), "w", encoding="utf-8") as file:
@@ -93,6 +95,8 @@ def summarise(
     if config is None:
         raise UserError(f"there is no run '{folder.name}' in {folder.url}; correct the name, or run `ddk train` first")
     done = finished or folder.summary() or {}
+    # A method may set fields of the loss whatever the file says; what was trained with is what is reported.
+    fixed = METHODS[config["method"]].loss if config["method"] in METHODS else {}
     return RunSummary(
         name=folder.name,
         method=config["method"],
@@ -102,7 +106,7 @@ def summarise(
         tokens_seen=records[-1].tokens_seen,
         steps=records[-1].step,
         seq_len=config["packing"]["seq_len"],
-        settings=config,
+        settings={**config, "loss": {**config["loss"], **fixed}},
         wall_seconds=done.get("training_seconds"),
         stopped_early=done.get("stopped_early"),
     )

@@ -18,7 +18,8 @@ from tasks.report_page import count, percent, ppl, ratio
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 RECIPE: Mapping[str, str] = {
-    "gamma": "weight of the KL term (γ)",
+    "gamma": "weight of the divergence (γ)",
+    "divergence": "divergence from the teacher",
     "temperature": "temperature",
     "tail": "treatment of the tail",
     "alpha": "smoothing of the mixture (α)",
@@ -121,7 +122,7 @@ def escape(text: str) -> str:
 
 def distils(method: str) -> bool:
     """Whether the method trains on the teacher's targets; a method that this version does not know is taken to."""
-    from ddk.methods import METHODS  # brings torch, which nothing else here needs
+    from ddk.methods.registry import METHODS  # brings torch, which nothing else here needs
 
     return all(known.reads_targets for name, known in METHODS.items() if name == method)
 
@@ -129,7 +130,7 @@ def distils(method: str) -> bool:
 def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
     """What `RECIPE` names of this run's settings; where two sections have one name, with the sections' names."""
     # What the configuration holds but the method does not use would be a false statement here.
-    unused = set() if distils(summary.method) else {"gamma", "temperature", "tail"}
+    unused = set() if distils(summary.method) else {"gamma", "divergence", "temperature", "tail"}
     unused |= set() if summary.method == "ddk" else {"alpha"}
     settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in flat_settings(summary.settings)]
     names = [name for _, name, _ in settings]

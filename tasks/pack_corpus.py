@@ -2,12 +2,16 @@
 
 A split is one stream, cut into blocks and written a shard at a time. With every shard goes the place in the corpus
 where the next one begins, so that packing which was killed goes on there.
+
+Of a domain with a `prompt_field` it is stored too which tokens carry loss (array `loss`), and each shard's record
+counts the positions that do. The teacher is captured at all positions all the same: what counts is said by the blocks
+alone, to whoever trains or measures on them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,8 @@ from ddk.errors import UserError
 from ddk.packing import Cursor, PackedBlock, pack
 from ddk.student import load_tokenizer
 from ddk.types import SPLITS, Split
-from storage.manifest import ShardRecord, StoreWriter
+from storage.layout import is_marked
+from storage.manifest import Manifest, ShardRecord, StoreWriter
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
 from tasks.tokenize import DocumentKey, tokenize_documents
@@ -32,7 +37,8 @@ def pack_corpus(plan: Plan, domain: str) -> dict[str, Any]:
         `{"domain", "url", "train_blocks", "validation_blocks", "done_before"}`.
 
     Raises:
-        UserError: a file of the corpus is not as it should be, or a split holds no block.
+        UserError: a file of the corpus is not as it should be, or a split holds no block, or no position that carries
+            loss.
     """
     store = plan[domain]
     writer = StoreWriter(store.blocks_url, "blocks", store.blocks_inputs, store.blocks_dims)
@@ -43,15 +49,18 @@ def pack_corpus(plan: Plan, domain: str) -> dict[str, Any]:
         started = time.monotonic()
         for split in SPLITS:
             _pack_split(plan, store, writer, split)
+            if is_marked(store.blocks_dims):
+                _refuse_without_loss(store, writer, split)
         writer.finish(facts={"seconds": round(time.monotonic() - started, 3)})
     splits = writer.manifest.splits
     if not done_before:
         logger.info(
-            "pack %s: %d train and %d validation blocks of %d tokens",
+            "pack %s: %d train and %d validation blocks of %d tokens%s",
             domain,
             splits["train"].blocks,
             splits["validation"].blocks,
             store.blocks_dims["seq_len"] + 1,
+            _shares_with_loss(writer.manifest) if is_marked(store.blocks_dims) else "",
         )
     return {
         "domain": domain,
@@ -81,14 +90,26 @@ def _pack_split(plan: Plan, store: StorePlan, writer: StoreWriter, split: Split)
             # an empty attempt.
             end = len(batch) < shard_blocks
             if batch:
+                arrays, counts = _arrays(batch, marked=is_marked(store.blocks_dims))
                 last = batch[-1].next
-                facts = {"next": [*last.document, last.offset], "end": end}
-                writer.write_shard(split, shard, {"tokens": np.stack([block.tokens for block in batch])}, facts)
+                writer.write_shard(split, shard, arrays, {"next": [*last.document, last.offset], "end": end, **counts})
                 written += len(batch)
             if end:
                 break
     if written == 0:
         _refuse_empty(store, split)
+
+
+def _arrays(
+    batch: Sequence[PackedBlock[DocumentKey]], *, marked: bool
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, int]]:
+    """A shard's arrays [n, L + 1] by name, and what is counted of it."""
+    tokens = np.stack([block.tokens for block in batch])
+    if not marked:
+        return {"tokens": tokens}, {}
+    loss = np.stack([block.loss for block in batch])
+    # A block's first token is predicted by no position of it.
+    return {"tokens": tokens, "loss": loss.astype(np.uint8)}, {"with_loss": int(loss[:, 1:].sum())}
 
 
 def _blocks(
@@ -124,3 +145,20 @@ def _refuse_empty(store: StorePlan, split: Split) -> None:
         f"domain '{store.domain}' has fewer {split} tokens than one block of {store.blocks_dims['seq_len'] + 1} "
         f"(in {names}); {remedy}"
     )
+
+
+def _refuse_without_loss(store: StorePlan, writer: StoreWriter, split: Split) -> None:
+    shards = writer.committed(split).values()
+    if not any(shard.facts["with_loss"] for shard in shards):
+        blocks = sum(shard.blocks for shard in shards)
+        raise UserError(
+            f"domain '{store.domain}': no {split} position carries loss, for all {blocks} {split} blocks of "
+            f"{store.blocks_dims['seq_len']} positions lie within prompts (field '{store.corpus.prompt_field}'); give "
+            f"it more {split} records, raise domains.*.max_{split}_blocks or packing.seq_len, or check prompt_field"
+        )
+
+
+def _shares_with_loss(manifest: Manifest) -> str:
+    positions = {split: manifest.splits[split].blocks * manifest.dims["seq_len"] for split in SPLITS}
+    shares = [f"{manifest.total('with_loss', split) / positions[split]:.1%} of {split}" for split in SPLITS]
+    return f"; {' and '.join(shares)} positions carry loss"

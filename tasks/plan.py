@@ -20,7 +20,7 @@ from storage.corpus import CorpusFile, DomainConfig, resolve_files
 from storage.digests import DigestCache
 from storage.fingerprint import fingerprint
 from storage.foreign import compression_url
-from storage.layout import BLOCKS_PER_SHARD, format_version
+from storage.layout import BLOCKS_PER_SHARD, format_version, is_marked
 from storage.manifest import read_manifest
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.server_teacher import server_identity
@@ -46,6 +46,11 @@ class StorePlan:
     targets_inputs: Mapping[str, Any]
     targets_dims: Mapping[str, int]
     targets_form: TargetFormat
+
+    @property
+    def marked_blocks_url(self) -> str | None:
+        """The store of blocks where some of its positions carry no loss; None where all do."""
+        return self.blocks_url if is_marked(self.blocks_dims) else None
 
     def files(self, split: Split) -> tuple[CorpusFile, ...]:
         """The files that hold the split's documents."""
@@ -88,8 +93,9 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
     teacher_inputs = _teacher_inputs(teacher, folder, digests, root) if captures else {}
     plans: dict[str, StorePlan] = {}
     for domain, corpus in domains.items():
-        train = resolve_files(corpus.train, domain)
-        validation = resolve_files(corpus.validation, domain) if corpus.validation else train
+        marked = corpus.prompt_field is not None
+        train = resolve_files(corpus.train, domain, corpus.prompt_field)
+        validation = resolve_files(corpus.validation, domain, corpus.prompt_field) if corpus.validation else train
         both = {file.url for file in train} & {file.url for file in validation}
         if corpus.validation and both:
             raise UserError(
@@ -97,7 +103,7 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
             )
         blocks_inputs = {
             "kind": "blocks",
-            "format": format_version(None),
+            "format": format_version(None, marked=marked),
             "domain": domain,
             "corpus": {
                 **_corpus_inputs(corpus),
@@ -128,7 +134,7 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
             validation_files=tuple(validation),
             blocks_url=uri.join(root, "blocks", fingerprint(blocks_inputs), f"{domain}.zarr"),
             blocks_inputs=blocks_inputs,
-            blocks_dims={**dims, "shard_blocks": BLOCKS_PER_SHARD},
+            blocks_dims={**dims, "shard_blocks": BLOCKS_PER_SHARD, **({"marked": 1} if marked else {})},
             targets_url=uri.join(root, "targets", fingerprint(targets_inputs), f"{domain}.zarr"),
             targets_inputs=targets_inputs,
             targets_dims={**dims, "k": teacher.k, "shard_blocks": teacher.shard_blocks},
@@ -154,6 +160,9 @@ def _older_store(
 def _corpus_inputs(corpus: DomainConfig) -> dict[str, Any]:
     """What of a domain's settings, besides its files, determines its blocks."""
     other = {"train", "validation", "targets", "shift", "compression_config"}
+    # Left out where there is none, so that stores from before there were prompts are found.
+    if corpus.prompt_field is None:
+        other.add("prompt_field")
     if not corpus.imported:
         return corpus.model_dump(exclude=other)
     return {**corpus.model_dump(exclude={*other, "text_field"}), "rows": IMPORT_VERSION}

@@ -6,6 +6,13 @@ before and this module reads the one after.
 
 No special tokens are added; text that spells one (`<|endoftext|>`) becomes that token, as it does in chat corpora by
 intention.
+
+Where a domain has a `prompt_field`, prompt and text are tokenised each by itself and laid end to end, so that the
+boundary falls between two tokens whatever the tokenizer would have merged across it. Nothing is put between them and no
+chat template is applied: who wants one renders it into the two fields, the header of the answer at the prompt's end
+and the end of the turn at the text's.
+
+    prompt "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"    text "4<|im_end|>\n"
 """
 
 from __future__ import annotations
@@ -16,15 +23,17 @@ from typing import Any
 
 import numpy as np
 
+from ddk.packing import Document
 from ddk.types import Int32Array, Split
 from storage.corpus import CorpusFile, DomainConfig, domain_seed, in_validation
-from storage.documents import iter_documents
+from storage.documents import Text, iter_documents
 
 DocumentKey = tuple[int, int]
 """File index and record number: where a document lies, and in which order it comes."""
 
-Tokenized = list[tuple[DocumentKey, Int32Array]]
+Tokenized = list[Document[DocumentKey]]
 
+_NO_TOKENS = np.empty(0, dtype=np.int32)
 MAX_BATCH_CHARACTERS = 1 << 22
 """A batch of long documents is closed early, so that memory stays bounded."""
 
@@ -39,8 +48,8 @@ def tokenize_documents(
     start: DocumentKey = (0, 0),
     on_progress: Callable[[int], None] | None = None,
     batch_documents: int = 256,
-) -> Iterator[tuple[DocumentKey, Int32Array]]:
-    """Key and token ids [n] int32 (n ≥ 1, no EOS) of the split's documents from `start` on.
+) -> Iterator[Document[DocumentKey]]:
+    """The split's documents from `start` on, each with at least one token behind its prompt.
 
     `files` are the ones that hold the split: the validation files where the config names some, else the train files,
     of which `validation_fraction` is held out. `tokenizer` is a Hugging Face tokenizer, best a fast one; truncation
@@ -56,7 +65,7 @@ def tokenize_documents(
     def wanted(file: CorpusFile, record: int) -> bool:
         return not fraction or in_validation(seed, file.name, record, fraction) == (split == "validation")
 
-    documents = _documents(files, config.text_field, wanted, start, on_progress or (lambda _: None))
+    documents = _documents(files, config, wanted, start, on_progress or (lambda _: None))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize") as executor:
         ahead: Future[Tokenized] | None = None
         for batch in _batches(documents, batch_documents):
@@ -69,18 +78,18 @@ def tokenize_documents(
 
 def _documents(
     files: Sequence[CorpusFile],
-    text_field: str,
+    config: DomainConfig,
     wanted: Callable[[CorpusFile, int], bool],
     start: DocumentKey,
     on_progress: Callable[[int], None],
-) -> Iterator[tuple[DocumentKey, str]]:
+) -> Iterator[tuple[DocumentKey, Text]]:
     for index, file in enumerate(files):
         progress = _FileProgress(file.size, on_progress)
         if index >= start[0]:
             first = start[1] if index == start[0] else 0
-            for record, text in iter_documents(file, text_field, first, progress.read):
-                if wanted(file, record):
-                    yield (index, record), text
+            for document in iter_documents(file, config.text_field, first, progress.read, config.prompt_field):
+                if wanted(file, document.record):
+                    yield (index, document.record), document
         progress.finish()
 
 
@@ -101,13 +110,13 @@ class _FileProgress:
 
 
 def _batches(
-    documents: Iterator[tuple[DocumentKey, str]], batch_documents: int
-) -> Iterator[list[tuple[DocumentKey, str]]]:
-    batch: list[tuple[DocumentKey, str]] = []
+    documents: Iterator[tuple[DocumentKey, Text]], batch_documents: int
+) -> Iterator[list[tuple[DocumentKey, Text]]]:
+    batch: list[tuple[DocumentKey, Text]] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document[1])
+    for key, document in documents:
+        batch.append((key, document))
+        characters += len(document.text) + len(document.prompt)
         if len(batch) >= batch_documents or characters >= MAX_BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -115,9 +124,17 @@ def _batches(
         yield batch
 
 
-def _tokenize(encode: Callable[[list[str]], list[Int32Array]], batch: list[tuple[DocumentKey, str]]) -> Tokenized:
-    keys, texts = zip(*batch, strict=True)
-    return [(key, ids) for key, ids in zip(keys, encode(list(texts)), strict=True) if len(ids)]
+def _tokenize(encode: Callable[[list[str]], list[Int32Array]], batch: list[tuple[DocumentKey, Text]]) -> Tokenized:
+    prompted = [number for number, (_, document) in enumerate(batch) if document.prompt]
+    # One call, so that the tokenizer's threads share one batch: all texts, then such prompts as there are.
+    encoded = encode([document.text for _, document in batch] + [batch[number][1].prompt for number in prompted])
+    prompts = dict(zip(prompted, encoded[len(batch) :], strict=True))
+    tokenized: Tokenized = []
+    for number, (key, _) in enumerate(batch):
+        ids, prompt = encoded[number], prompts.get(number, _NO_TOKENS)
+        if len(ids):
+            tokenized.append(Document(key, np.concatenate([prompt, ids]), len(prompt)))
+    return tokenized
 
 
 def _encoder(tokenizer: Any) -> Callable[[list[str]], list[Int32Array]]:

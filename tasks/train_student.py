@@ -2,7 +2,8 @@
 
 The flow owns the loop: `train_interval`, `evaluate_gap`, `update_mixture`, and again. Each is idempotent by what is
 stored (checkpoints, mixture history), so that a flow that died is simply run again. Between the tasks the student
-stays in memory, in a `StudentSession`; a session that starts anew loads the newest checkpoint.
+stays in memory, in a `StudentSession`: in this process, or in one a device; a session that starts anew loads the
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -11,35 +12,45 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-import safetensors.torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from torch import Tensor
+from pydantic import BaseModel
 
 from ddk.data import TrainData
-from ddk.gap import domain_gap, perplexity
+from ddk.errors import UserError
+from ddk.gap import domain_gap
 from ddk.loss import LossConfig
-from ddk.methods import METHODS, MethodName, effective_loss, mixture_after
+from ddk.methods.registry import METHODS, MethodName, effective_loss, mixture_after
 from ddk.mixture import MixtureConfig
-from ddk.sampler import SamplerState
-from ddk.student import StudentConfig, load_student
-from ddk.trainer import StepReport, TrainConfig, Trainer, TrainerState
-from ddk.types import BlockReader, DomainGap
-from storage.blocks import open_blocks
-from storage.checkpoints import CheckpointFolder
+from ddk.parallel import World
+from ddk.student import StudentConfig
+from ddk.ted import TedConfig
+from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
+from ddk.types import DomainGap
 from storage.digests import DigestCache
 from storage.mixtures import MixtureHistory, MixtureRecord, make_record
 from storage.runs import RunFolder
-from storage.targets import open_targets, teacher_perplexity
+from storage.targets import teacher_perplexity
 from storage.uri import join
 from tasks.models import check_same_tokenizer, local_folder, weight_digests
 from tasks.plan import Plan
 from tasks.progress import logger, meter
+from tasks.train_processes import TrainingProcesses
+from tasks.training import RankTraining, Training, TrainingJob, open_data
 
 # What changes how a run goes but not which student comes out (on one machine).
-_OPERATIONAL = {"device", "keep_checkpoints", "log_every"}
+_OPERATIONAL = {
+    *("device", "keep_checkpoints", "log_every"),
+    *("processes", "nodes", "rendezvous", "parallel", "compile"),
+}
+# Added after runs had been started without them: with these values they are those runs' own.
+_ADDED_TO_LOSS = ("divergence", "beta", "mask_document_starts")
+_ADDED_TO_MIXTURE = ("weights", "doremi_step", "doremi_smoothing", "reference_run")
+# These drew every domain equally once, and now in proportion to its size: not the same run.
+_MIXTURE_CHANGED = {"kd": "proportional", "cpt": "proportional"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +65,9 @@ class RunSettings:
     loss: LossConfig
     train: TrainConfig
     mixture: MixtureConfig
+    ted: TedConfig
+    trust_teacher_code: bool
+    """`teacher.trust_remote_code`, for a method that loads the live teacher."""
 
 
 class StudentSession:
@@ -76,99 +90,142 @@ class StudentSession:
         self.plan = plan
         self.run = RunFolder(settings.root, settings.run)
         self.history = MixtureHistory(self.run.url)
-        self.checkpoints = CheckpointFolder(self.run.url)
         self.student_folder = local_folder(settings.student.model, settings.student.revision, "student.model")
         check_same_tokenizer(plan.teacher_folder, self.student_folder)
         self.run.claim(self._identity(), config)
+        self._training: Training | None = None
 
-    @cached_property
-    def trainer(self) -> Trainer:
-        """The student in training, where the newest checkpoint left it."""
-        settings = self.settings
-        loss = effective_loss(settings.method, settings.loss)
-        trainer = Trainer(
-            load_student(
-                settings.student.model_copy(update={"model": self.student_folder, "revision": None}),
-                self.plan.vocab_size,
-            ),
-            self._data(reads_targets=loss.gamma > 0.0),
-            config=settings.train,
-            loss=loss,
-            vocab_size=self.plan.vocab_size,
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+    @property
+    def training(self) -> Training:
+        """The student in training, where the newest checkpoint left it; started when first asked for.
+
+        Raises:
+            UserError: the machine or the stores do not fit the configuration.
+        """
+        if self._training is None:
+            train = self.settings.train
+            device = resolve_device(train)
+            processes = resolve_processes(train, device)
+            if processes * train.nodes > 1:
+                logger.info("train: %d processes on %d machine(s), %s", processes, train.nodes, train.parallel)
+                self._training = TrainingProcesses(self.job, processes)
+            else:
+                self._training = RankTraining(self.job, World(device=device), logger.info)
+        return self._training
+
+    @property
+    def job(self) -> TrainingJob:
+        settings, plan = self.settings, self.plan
+        return TrainingJob(
+            run_url=self.run.url,
+            student=settings.student.model_copy(update={"model": self.student_folder, "revision": None}),
             seed=settings.seed,
+            loss=effective_loss(settings.method, settings.loss),
+            train=settings.train,
+            vocab_size=plan.vocab_size,
+            separator=plan.eos_id,
+            blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
+            targets={domain: store.targets_url for domain, store in plan.domains.items()},
+            **self._live_teacher(),
         )
-        steps = self.checkpoints.steps()
-        if steps:
-            self._load(trainer, steps[-1])
-        return trainer
+
+    def _live_teacher(self) -> dict[str, Any]:
+        if not METHODS[self.settings.method].needs_teacher:
+            return {}
+        teacher = StudentConfig(model=self.plan.teacher_folder, trust_remote_code=self.settings.trust_teacher_code)
+        return {"ted": self.settings.ted, "teacher": teacher}
+
+    @property
+    def state(self) -> TrainerState:
+        return self.training.state
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self.trainer.state.step
+        return self.state.step
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.settings.train.steps
 
     @property
     def tokens_seen(self) -> int:
         """Positions trained on."""
-        return sum(self.trainer.state.sampler.drawn.values()) * self._seq_len
+        return sum(self.state.sampler.drawn.values()) * self._seq_len
 
     @cached_property
     def teacher_ppl(self) -> dict[str, float]:
         """ℓ_T by domain, from the stored log-probabilities."""
-        return {domain: teacher_perplexity(store.targets_url) for domain, store in self.plan.domains.items()}
+        return {
+            domain: teacher_perplexity(store.targets_url, store.marked_blocks_url)
+            for domain, store in self.plan.domains.items()
+        }
 
     @cached_property
-    def validation(self) -> dict[str, BlockReader]:
-        return {domain: open_blocks(store.blocks_url, "validation") for domain, store in self.plan.domains.items()}
+    def reference_ppl(self) -> dict[str, float] | None:
+        """ℓ by domain of `mixture.reference_run`'s student, as it was last measured; None where none is named.
+
+        Raises:
+            UserError: there is no such run, it is not complete, or it has other domains.
+        """
+        name = self.settings.mixture.reference_run
+        if name is None:
+            return None
+        folder = RunFolder(self.settings.root, name)
+        records = MixtureHistory(folder.url).records()
+        if not records or folder.summary() is None:
+            raise UserError(f"mixture.reference_run '{name}' is no complete run below {self.settings.root}; train it")
+        found = {domain: both.student for domain, both in records[-1].perplexities.items()}
+        if set(found) != set(self.plan.domains):
+            raise UserError(
+                f"mixture.reference_run '{name}' has domains {sorted(found)}, this run {sorted(self.plan.domains)}"
+            )
+        return found
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Train blocks by domain."""
+        return self._data.sizes
+
+    @cached_property
+    def _data(self) -> TrainData:
+        return open_data(self.job)
+
+    @property
+    def _shuffled_whole(self) -> bool:
+        """Whether every domain finds room in the shuffle, so that `train.shuffle_mib` makes no difference."""
+        windows = self._data.windows(self.settings.train.shuffle_mib)
+        return all(self.sizes[domain] <= one.shards * one.shard_blocks for domain, one in windows.items())
 
     @property
     def _seq_len(self) -> int:
         return next(iter(self.plan.domains.values())).blocks_dims["seq_len"]
-
-    def save(self) -> None:
-        """A checkpoint of the present state; those beyond `keep_checkpoints` go."""
-        tensors = self.trainer.tensors()
-        state = self.trainer.state
-        self.checkpoints.save(
-            state.step,
-            {f"{name}.safetensors": _writer(group) for name, group in tensors.items()},
-            {
-                "step": state.step,
-                "drawn": dict(state.sampler.drawn),
-                "mixture_versions": list(state.mixture_versions),
-            },
-        )
-        self.checkpoints.prune(self.settings.train.keep_checkpoints)
-
-    def _load(self, trainer: Trainer, step: int) -> None:
-        stored = self.checkpoints.state(step)
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name in ("model", "optimizer"):
-            with self.checkpoints.file(step, f"{name}.safetensors") as path:
-                tensors[name] = safetensors.torch.load_file(path)
-        sampler = SamplerState(step=stored["step"], drawn=stored["drawn"])
-        trainer.load(TrainerState(sampler=sampler, mixture_versions=tuple(stored["mixture_versions"])), tensors)
-        logger.info("train: resumed from the checkpoint at step %d of %d", step, trainer.config.steps)
-
-    def _data(self, *, reads_targets: bool) -> TrainData:
-        stores = self.plan.domains
-        return TrainData(
-            blocks={domain: open_blocks(store.blocks_url) for domain, store in stores.items()},
-            targets={domain: open_targets(store.targets_url) for domain, store in stores.items()}
-            if reads_targets
-            else None,
-        )
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings
         digests = DigestCache(join(settings.root, "digests.json"))
         identity = {
             "method": settings.method,
+            **({"drawn": drawn} if (drawn := _MIXTURE_CHANGED.get(settings.method)) else {}),
             "seed": settings.seed,
             "student": weight_digests(self.student_folder, digests, "student.model"),
-            "loss": effective_loss(settings.method, settings.loss).model_dump(),
-            "train": settings.train.model_dump(exclude=_OPERATIONAL),
-            "mixture": settings.mixture.model_dump(),
+            "loss": _without_defaults(effective_loss(settings.method, settings.loss), _ADDED_TO_LOSS),
+            "train": settings.train.model_dump(
+                exclude=_OPERATIONAL | ({"shuffle_mib"} if self._shuffled_whole else set())
+            ),
+            "mixture": _without_defaults(settings.mixture, _ADDED_TO_MIXTURE),
+            **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
+            **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
             "stores": {
                 domain: {"blocks": store.blocks_url.split("/")[-2], "targets": store.targets_url.split("/")[-2]}
                 for domain, store in self.plan.domains.items()
@@ -177,8 +234,9 @@ class StudentSession:
         return dict(json.loads(json.dumps(identity)))
 
 
-def _writer(tensors: Mapping[str, Tensor]) -> Any:
-    return lambda path: safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+def _without_defaults(section: BaseModel, added: tuple[str, ...]) -> dict[str, Any]:
+    defaults = {name: type(section).model_fields[name].default for name in added}
+    return {name: value for name, value in section.model_dump().items() if defaults.get(name, ...) != value}
 
 
 @task(task_run_name="train steps from {first_step}", cache_policy=NO_CACHE, persist_result=False)
@@ -189,7 +247,7 @@ def train_interval(session: StudentSession, record: MixtureRecord, first_step: i
         Means over the interval: `{"step", "ce", "kl", "tokens_per_second", "waiting"}`; `waiting` is the share of
         time spent waiting for data.
     """
-    trainer, settings = session.trainer, session.settings
+    settings = session.settings
     steps = min(settings.mixture.interval, settings.train.steps - first_step)
     reports: list[StepReport] = []
     with meter(f"train from step {first_step}", steps, "steps") as progress:
@@ -200,9 +258,9 @@ def train_interval(session: StudentSession, record: MixtureRecord, first_step: i
             if report.step % settings.train.log_every == 0:
                 logger.info("step %d: cross-entropy %.4f, KL %.4f", report.step, report.ce, report.kl)
 
-        trainer.train_interval(record.mixture, record.version, steps, on_step)
+        session.training.train_interval(record.mixture, record.version, steps, on_step)
     session.run.write_metrics(first_step, [asdict(report) for report in reports])
-    session.save()
+    session.training.save()
     seconds = sum(report.seconds for report in reports)
     result = {
         "step": session.step,
@@ -233,16 +291,8 @@ def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, floa
     Raises:
         ValueError: a perplexity is not finite.
     """
-    trainer, train = session.trainer, session.settings.train
     gaps: dict[str, dict[str, float]] = {}
-    for domain, blocks in session.validation.items():
-        student_ppl = perplexity(
-            trainer.model,
-            blocks,
-            vocab_size=session.plan.vocab_size,
-            batch_size=train.micro_batch_size or train.batch_size,
-            autocast=trainer.autocast,
-        )
+    for domain, student_ppl in session.training.perplexities().items():
         gap = domain_gap(domain, student_ppl, session.teacher_ppl[domain])
         gaps[domain] = {"student": gap.student_ppl, "teacher": gap.teacher_ppl}
     return gaps
@@ -251,7 +301,7 @@ def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, floa
 @task(task_run_name="mixture at step {step}", cache_policy=NO_CACHE, persist_result=False)
 def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mapping[str, float]]) -> MixtureRecord:
     """Append the mixture that follows from a measurement (Eq. 1 at first, then the method's rule) to the history."""
-    settings, state = session.settings, session.trainer.state
+    settings, state = session.settings, session.state
     records = session.history.records()
     measured = [DomainGap(domain=d, student_ppl=g["student"], teacher_ppl=g["teacher"]) for d, g in gaps.items()]
     mixture = mixture_after(
@@ -259,7 +309,8 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
         records[-1].mixture if records else None,
         measured,
         settings.mixture,
-        session.trainer.data.sizes,
+        session.sizes,
+        session.reference_ppl,
     )
     record = make_record(
         version=len(records),

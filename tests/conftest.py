@@ -17,7 +17,7 @@ from storage.s3 import S3
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An S3 server in a process of its own; the environment points at it. Yields the URL of an empty bucket."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,6 +40,8 @@ def s3_server() -> Iterator[str]:
             patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
             patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
             patch.setenv("NO_PROXY", "127.0.0.1")
+            # Not what an earlier run of the tests left on this machine.
+            patch.setenv("DDK_SHARD_CACHE_DIR", str(tmp_path_factory.mktemp("shards") / "cache"))
             _forget_file_systems()
             s3fs.S3FileSystem().mkdir("ddk-tests")
             yield "s3://ddk-tests"

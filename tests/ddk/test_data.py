@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddk.ahead import FetchesAhead
 from ddk.data import Batch, TrainData, prefetch
+from ddk.sampler import Window
 from ddk.types import Draw, SparseTargets
 
 L, K = 3, 2
@@ -205,3 +207,208 @@ def test_reading_goes_on_while_the_consumer_works() -> None:
     # Three plans of one or two domains each, all read although only one batch was taken.
     assert sum(len(blocks.reads) for blocks in data.blocks.values()) == 5
     batches.close()
+
+
+# Fetching ahead
+
+
+class FarBlocks(Blocks):
+    """Notes what is fetched, and how far the reading was then."""
+
+    def __init__(self, domain_number: int, size: int) -> None:
+        super().__init__(domain_number, size)
+        self.fetched: list[tuple[int, ...]] = []
+        self.distance: list[int] = []
+        self.room = True
+        self.refused = 0
+        self.broken = False
+        self.released = threading.Event()
+        self.released.set()
+        self.entered = threading.Event()
+
+    def fetch(self, indices) -> bool:
+        self.entered.set()
+        self.released.wait(30)
+        if self.broken:
+            raise OSError("no answer")
+        if not self.room:
+            self.refused += 1
+            return False
+        self.fetched.append(tuple(indices))
+        self.distance.append(min(indices) - len(self.reads))
+        return True
+
+
+def far_data(size: int = 200) -> TrainData:
+    return TrainData(blocks={"web": FarBlocks(0, size)}, targets=None)
+
+
+def one_a_step(count: int) -> list[list[Draw]]:
+    return [[Draw(domain="web", index=index)] for index in range(count)]
+
+
+def fetching_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "ddk-fetch"]
+
+
+def wait_until_fetched(far: FarBlocks, index: int) -> None:
+    wait_for(lambda: (index,) in far.fetched)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_every_step_is_fetched_ahead_and_none_too_early() -> None:
+    data = far_data()
+    far = data.blocks["web"]
+    assert isinstance(far, FetchesAhead)
+    batches = prefetch(one_a_step(100), data, ahead=2, fetch_ahead=10)
+    for number, batch in enumerate(batches):
+        assert batch.tokens_BL1[0, 0] == 10 * number
+        # Two batches wait, and a third is read and has no place yet.
+        reading = min(number + 3, 99)
+        wait_until_fetched(far, min(reading + 10, 99))
+        assert max(far.fetched) <= (reading + 11,)
+    assert len(far.fetched) == len(set(far.fetched)) >= 85
+    assert {index for (index,) in far.fetched} >= set(range(14, 100)), "of the first some were read at once"
+    assert max(far.distance) <= 11
+    assert fetching_threads() == reading_threads() == []
+
+
+def test_blocks_and_targets_of_each_domain_are_fetched() -> None:
+    class FarTargets(Targets):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            self.fetched: list[list[int]] = []
+
+        def fetch(self, indices) -> bool:
+            self.fetched.append(list(indices))
+            return True
+
+    data = TrainData(
+        blocks={"web": FarBlocks(0, 50), "code": Blocks(1, 50)},
+        targets={"web": FarTargets(0, 50), "code": FarTargets(1, 50)},
+    )
+    draws = [Draw(domain="code", index=3), Draw(domain="web", index=5), Draw(domain="code", index=4)]
+    batches = prefetch([draws[:1]] * 8 + [draws], data, ahead=1)
+    next(batches)
+    wait_for(lambda: len(data.targets["code"].fetched) >= 6 and data.blocks["web"].fetched)
+    list(batches)
+    assert data.blocks["web"].fetched == [(5,)]
+    assert data.targets["web"].fetched == [[5]]
+    assert [3, 4] in data.targets["code"].fetched
+
+
+def test_plans_that_come_one_by_one_are_not_run_through_for_fetching() -> None:
+    data = far_data()
+    assert len(list(prefetch(iter(one_a_step(20)), data))) == 20
+    assert data.blocks["web"].fetched == []
+    assert len(list(prefetch(one_a_step(20), data, fetch_ahead=0))) == 20
+    assert data.blocks["web"].fetched == []
+
+
+def test_where_there_is_no_room_it_is_asked_again_when_more_was_read() -> None:
+    data = far_data()
+    far = data.blocks["web"]
+    far.room = False
+    batches = prefetch(one_a_step(60), data, ahead=1, fetch_ahead=20)
+    for _ in range(5):
+        next(batches)
+    time.sleep(0.1)
+    refused = far.refused
+    time.sleep(0.1)
+    assert refused == far.refused < 8 * 8, "not again and again"
+    assert far.fetched == []
+    far.room = True
+    next(batches)
+    for number, _ in enumerate(batches, 6):
+        wait_until_fetched(far, min(number + 20, 59))
+    assert number == 59
+    assert {index for (index,) in far.fetched} >= set(range(20, 60))
+
+
+def test_what_the_reading_has_passed_is_not_fetched_any_more() -> None:
+    far = {f"d{number}": FarBlocks(number, 50) for number in range(12)}
+    data = TrainData(blocks=far, targets=None)
+    for blocks in far.values():
+        blocks.released.clear()
+    batches = prefetch([[Draw(domain=name, index=step) for name in far] for step in range(30)], data)
+    next(batches)
+    wait_for(lambda: sum(blocks.entered.is_set() for blocks in far.values()) == 8)
+    for _ in range(20):  # eight fetches are in flight, and those that were to follow have not begun
+        next(batches)
+    for blocks in far.values():
+        blocks.released.set()
+    assert len(list(batches)) == 9
+    assert sum(step <= 20 for blocks in far.values() for (step,) in blocks.fetched) == 8
+
+
+def test_what_fails_while_fetching_is_left_to_the_read() -> None:
+    data = far_data()
+    data.blocks["web"].broken = True
+    assert len(list(prefetch(one_a_step(30), data))) == 30
+    assert fetching_threads() == []
+
+
+def test_closing_in_the_middle_of_a_fetch_does_not_hang() -> None:
+    data = far_data()
+    far = data.blocks["web"]
+    far.released.clear()
+    batches = prefetch(one_a_step(60), data)
+    next(batches)
+    assert far.entered.wait(5)
+    started = time.monotonic()
+    batches.close()
+    assert time.monotonic() - started < 1.0
+    assert fetching_threads() != []
+    far.released.set()
+    wait_for(lambda: fetching_threads() == [])
+    assert len(far.fetched) <= 8, "only what was in flight"
+
+
+def test_closing_while_there_is_no_room_ends_the_threads() -> None:
+    data = far_data()
+    data.blocks["web"].room = False
+    batches = prefetch(one_a_step(60), data)
+    next(batches)
+    time.sleep(0.2)
+    assert len(fetching_threads()) == 8
+    batches.close()
+    assert fetching_threads() == reading_threads() == []
+
+
+# Windows
+
+
+class ShardedBlocks(Blocks):
+    shard_blocks = 1024
+    block_bytes = 8_000
+
+
+class ShardedTargets(Targets):
+    shard_blocks = 64
+    block_bytes = 92_000
+
+
+def sharded_data(domains: int, targets: bool = True) -> TrainData:
+    names = [f"d{number}" for number in range(domains)]
+    return TrainData(
+        blocks={name: ShardedBlocks(number, 50) for number, name in enumerate(names)},
+        targets={name: ShardedTargets(number, 50) for number, name in enumerate(names)} if targets else None,
+    )
+
+
+def test_windows_share_the_bytes_that_are_shuffled_together() -> None:
+    # A shard of targets, and the token blocks that go with it: 64 · 100,000 bytes = 6.1 MiB.
+    assert sharded_data(1).windows(100) == {"d0": Window(64, 16)}
+    assert sharded_data(4).windows(100) == {f"d{number}": Window(64, 4) for number in range(4)}
+    assert sharded_data(4).windows(1) == {f"d{number}": Window(64, 1) for number in range(4)}, "one shard at least"
+    assert sharded_data(2, targets=False).windows(100) == {f"d{number}": Window(1024, 6) for number in range(2)}
+
+
+def test_lists_in_memory_have_no_windows() -> None:
+    assert train_data().windows(100) == {}

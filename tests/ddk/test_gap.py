@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -7,9 +8,17 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from ddk.gap import domain_gap, perplexity
+from ddk import gap
+from ddk.gap import domain_gap
+from ddk.loss import LossConfig
+from ddk.student import StudentLoss
 
 V, PADDED, L, N = 50, 64, 12, 7
+
+
+def perplexity(model, blocks, *, vocab_size: int, batch_size: int, autocast=None) -> float:
+    with autocast or contextlib.nullcontext():
+        return gap.perplexity(StudentLoss(model, vocab_size, LossConfig(gamma=0.0)), blocks, batch_size=batch_size)
 
 
 class Blocks:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,9 +11,50 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from ddk.loss import LossConfig, cross_entropy_sum, distillation_sums
+from ddk.fused import dense_loss, fused_loss
+from ddk.loss import LossConfig, LossSums, teacher_side
 
 TAILS = ("bucket", "renormalise", "residual")
+
+
+class Sums(NamedTuple):
+    """Both terms apart, each with its gradient."""
+
+    ce: Tensor
+    kl: Tensor
+
+
+PATHS = ("logits", "projection")
+path = PATHS[0]
+
+
+@pytest.fixture(autouse=True, params=PATHS)
+def _each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is asked twice: of the loss on logits, and of the one fused with a projection (the identity here,
+    in chunks of three positions). Large vocabularies have no room for that."""
+    monkeypatch.setattr(sys.modules[__name__], "path", request.param)
+
+
+def sums_of(logits: Tensor, labels: Tensor, teacher: object, loss: LossConfig) -> LossSums:
+    if path == "logits" or logits.shape[1] > 1000:
+        return dense_loss(logits, labels, teacher, loss)
+    one = torch.eye(logits.shape[1], dtype=logits.dtype)
+    return fused_loss(logits, one, labels, teacher, loss, chunk_bytes=3 * 4 * logits.shape[1])
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return sums_of(logits, labels, None, LossConfig(gamma=0.0)).total
+
+
+def distillation_sums(logits, labels, ids, logprobs, tail_mass, *, tail="bucket", temperature=1.0) -> Sums:
+    loss = LossConfig(gamma=1.0, tail=tail, temperature=temperature)
+    both = sums_of(logits, labels, teacher_side(ids, logprobs, tail_mass, loss), loss)
+    ce = cross_entropy_sum(logits, labels)
+    assert ce.item() == pytest.approx(both.ce.item(), rel=1e-5, abs=1e-5 * max(1.0, logits.abs().max().item()))
+    assert both.total.item() == pytest.approx((both.ce + both.kl).item(), rel=1e-6)
+    # Gradients only go through the total; the value is the sum's own, without what subtracting would cancel.
+    kl = both.total - ce
+    return Sums(ce, both.kl + (kl - kl.detach()))
 
 
 def case(T: int, V: int, k: int, *, seed: int = 0, scale: float = 2.0, label_in_set: bool | None = None):
@@ -181,8 +224,8 @@ def test_renormalise_has_no_gradient_outside_the_set() -> None:
         distillation_sums(logits, labels, ids, logprobs, tail, tail="renormalise").kl, logits
     )
     outside = torch.ones_like(logits, dtype=torch.bool).scatter(-1, ids, value=False)
-    assert (gradient[outside] == 0).all()
-    assert (gradient[~outside] != 0).any()
+    assert gradient[outside].abs().max() < 2e-7  # that of the cross-entropy is taken away with its own rounding
+    assert gradient[~outside].abs().max() > 1e-2
     one = distillation_sums(logits, labels, ids[:, :1], logprobs[:, :1], tail, tail="renormalise").kl
     assert one.item() == 0.0
 
@@ -339,7 +382,7 @@ def test_teacher_in_half_precision_and_no_gradient_to_it() -> None:
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_cross_entropy_is_the_same_in_both_functions(tail: str) -> None:
+def test_cross_entropy_is_that_of_torch(tail: str) -> None:
     arguments = case(40, 30, 5)
     ce = distillation_sums(*arguments, tail=tail).ce.item()
     assert ce == pytest.approx(cross_entropy_sum(*arguments[:2]).item(), rel=1e-6)
@@ -357,11 +400,12 @@ def test_the_sums_of_parts_are_the_sum_of_the_whole(tail: str) -> None:
 
 
 @pytest.mark.parametrize("tail", ["bucket", "residual"])
-def test_a_temperature_needs_the_tail_it_can_have(tail: str) -> None:
-    with pytest.raises(ValueError, match=f"temperature 2.0 needs tail='renormalise', not '{tail}'"):
+def test_a_temperature_needs_its_tail(tail: str) -> None:
+    with pytest.raises(ValueError, match=r"temperature 2.0 needs the tail's mass at it"):
         distillation_sums(*case(2, 5, 2), tail=tail, temperature=2.0)
-    with pytest.raises(ValidationError, match=r"set tail: renormalise, or temperature: 1\.0"):
-        LossConfig(temperature=2.0, tail=tail)
+    assert LossConfig(temperature=2.0, tail=tail).tail_temperature == 2.0
+    assert LossConfig(temperature=2.0, tail="renormalise").tail_temperature is None
+    assert LossConfig(temperature=2.0, tail=tail, gamma=0.0).tail_temperature is None
 
 
 def test_config() -> None:

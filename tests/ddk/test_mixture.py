@@ -14,6 +14,7 @@ from ddk.mixture import (
     MixtureConfig,
     caught_up,
     equal_mixture,
+    fixed_mixture,
     initial_mixture,
     proportional_mixture,
     update_mixture,
@@ -180,9 +181,9 @@ def test_a_mixture_and_its_mapping_are_the_same_input() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        ({"a": 1.0}, {"b": 1.0}, r"the same domains, at least one; the student has \['a'\], the teacher \['b'\]"),
-        ({"a": 1.0, "b": 1.0}, {"a": 1.0}, r"the student has \['a', 'b'\], the teacher \['a'\]"),
-        ({}, {}, r"at least one; the student has \[\], the teacher \[\]"),
+        ({"a": 1.0}, {"b": 1.0}, r"the same domains, at least one; the student has \['a'\], the teacher has \['b'\]"),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0}, r"the student has \['a', 'b'\], the teacher has \['a'\]"),
+        ({}, {}, r"at least one; the student has \[\], the teacher has \[\]"),
         ({"a": math.nan}, {"a": 1.0}, "the student's perplexity on 'a' is nan; it must be positive and finite"),
         ({"a": math.inf}, {"a": 1.0}, "the student's perplexity on 'a' is inf"),
         ({"a": 0.0}, {"a": 1.0}, "the student's perplexity on 'a' is 0.0"),
@@ -217,6 +218,17 @@ def test_equal_and_proportional() -> None:
         equal_mixture([])
 
 
+def test_fixed_mixtures() -> None:
+    sizes = {"x": 30, "y": 10}
+    assert fixed_mixture("equal", sizes) == equal_mixture("xy")
+    assert fixed_mixture("proportional", sizes) == proportional_mixture(sizes)
+    assert fixed_mixture({"y": 3, "x": 1}, sizes).probabilities == {"x": 0.25, "y": 0.75}
+    with pytest.raises(ValueError, match="domain 'y' has no weight; give one to each of x, y"):
+        fixed_mixture({"x": 1.0}, sizes)
+    with pytest.raises(ValueError, match="there is no domain 'z'; the domains are x, y"):
+        fixed_mixture({"x": 1.0, "y": 1.0, "z": 1.0}, sizes)
+
+
 def test_caught_up() -> None:
     gaps = [
         DomainGap(domain="a", student_ppl=4.2, teacher_ppl=4.0),
@@ -234,3 +246,29 @@ def test_config() -> None:
     for wrong in ({"alpha": 1.5}, {"interval": 0}, {"initial": "other"}, {"smoothing": 1}):
         with pytest.raises(ValidationError):
             MixtureConfig.model_validate(wrong)
+
+
+@pytest.mark.parametrize("weights", [None, "equal", "proportional", {"a": 1, "b": 0.5}])
+def test_weights(weights) -> None:
+    config = MixtureConfig(weights=weights)
+    assert config.weights == weights
+    assert MixtureConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 0.0, "b": 1.0}, "the weight of 'a' is 0.0; it must be a positive number"),
+        ({"a": 1, "b": -1}, "the weight of 'b' is -1; it must be a positive number"),
+        ({"a": math.nan}, "the weight of 'a' is nan"),
+        ({"a": math.inf}, "the weight of 'a' is inf"),
+        ({"a": True}, "the weight of 'a' is True"),
+        ({"a": None}, "the weight of 'a' is None"),
+        ("gap", "it must be 'equal', 'proportional', or a weight for each domain"),
+        ([1, 2], "it must be 'equal', 'proportional', or a weight for each domain"),
+    ],
+)
+def test_wrong_weights(weights, message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as found:
+        MixtureConfig(weights=weights)
+    assert [error["loc"] for error in found.value.errors()] == [("weights",)], "one error, at the field"

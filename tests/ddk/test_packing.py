@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ddk.packing import Cursor, PackedBlock, PackingConfig, pack
+from ddk.packing import Cursor, Document, PackedBlock, PackingConfig, pack
 
 EOS = 0
 
@@ -17,15 +17,27 @@ def ids(*tokens: int) -> np.ndarray:
     return np.array(tokens, dtype=np.int32)
 
 
-def keyed(documents: list[list[int]]) -> list[tuple[tuple[int, int], np.ndarray]]:
-    return [((0, 10 * number), ids(*document)) for number, document in enumerate(documents)]
+def keyed(documents: list[list[int]], prompts: list[int] | None = None) -> list[Document[tuple[int, int]]]:
+    lengths = prompts or [0] * len(documents)
+    return [
+        Document((0, 10 * number), ids(*document), prompt)
+        for number, (document, prompt) in enumerate(zip(documents, lengths, strict=True))
+    ]
 
 
 def as_lists(blocks: list[PackedBlock]) -> list[list[int]]:
     return [block.tokens.tolist() for block in blocks]
 
 
+def marks(blocks: list[PackedBlock]) -> list[list[int]]:
+    return [block.loss.astype(int).tolist() for block in blocks]
+
+
 documents_strategy = st.lists(st.lists(st.integers(1, 200_000), max_size=12), max_size=12)
+prompted_strategy = st.lists(
+    st.tuples(st.lists(st.integers(1, 200_000), max_size=9), st.lists(st.integers(1, 200_000), max_size=9)), max_size=12
+)
+"""Prompt and text of each document."""
 
 
 def test_the_example_of_the_module() -> None:
@@ -48,7 +60,7 @@ def test_resuming_at_any_block_gives_the_rest(documents: list[list[int]], seq_le
     pairs = keyed(documents)
     blocks = list(pack(pairs, seq_len, EOS))
     for number, block in enumerate(blocks):
-        rest = [pair for pair in pairs if pair[0] >= block.next.document]
+        rest = [one for one in pairs if one.key >= block.next.document]
         resumed = list(pack(rest, seq_len, EOS, start=block.next))
         assert as_lists(resumed) == as_lists(blocks[number + 1 :])
         assert [one.next for one in resumed] == [one.next for one in blocks[number + 1 :]]
@@ -57,12 +69,14 @@ def test_resuming_at_any_block_gives_the_rest(documents: list[list[int]], seq_le
 def test_blocks_share_no_memory() -> None:
     first, second = pack(keyed([[1, 2, 3, 4, 5, 6, 7]]), 3, EOS)
     first.tokens[:] = 99
+    first.loss[:] = False
     assert second.tokens.tolist() == [5, 6, 7, 0]
+    assert second.loss.all()
 
 
 def test_documents_are_read_no_further_than_needed() -> None:
     def documents():
-        yield 0, ids(1, 2, 3)
+        yield Document(0, ids(1, 2, 3))
         raise AssertionError("read ahead")
 
     block = next(pack(documents(), 3, EOS))
@@ -72,16 +86,61 @@ def test_documents_are_read_no_further_than_needed() -> None:
 @pytest.mark.parametrize(
     ("documents", "start", "message"),
     [
-        ([(2, ids(1))], Cursor(document=1, offset=1), r"go on in document 1, and the documents begin with 2"),
-        ([(1, ids(1))], Cursor(document=1, offset=3), r"at token 3 of document 1, which has 2: the corpus or the tok"),
+        ([Document(2, ids(1))], Cursor(document=1, offset=1), r"go on in document 1, and the documents begin with 2"),
+        (
+            [Document(1, ids(1))],
+            Cursor(document=1, offset=3),
+            r"at token 3 of document 1, which has 2: the corpus or the tok",
+        ),
         ([], Cursor(document=1, offset=0), r"go on in document 1, and there is no such document"),
-        ([(1, np.zeros(2))], None, r"document 1 is float64 of shape \(2,\); packing takes one-dimensional int32"),
-        ([(1, np.zeros((2, 1), np.int32))], None, r"document 1 is int32 of shape \(2, 1\)"),
+        (
+            [Document(1, np.zeros(2))],
+            None,
+            r"document 1 is float64 of shape \(2,\); packing takes one-dimensional int32",
+        ),
+        ([Document(1, np.zeros((2, 1), np.int32))], None, r"document 1 is int32 of shape \(2, 1\)"),
+        ([Document(1, ids(5, 6), 3)], None, "document 1 has 2 tokens, and 3 of them are its prompt"),
+        ([Document(1, ids(5, 6), -1)], None, "document 1 has 2 tokens, and -1 of them"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(documents, start, message) -> None:
     with pytest.raises(ValueError, match=message):
         list(pack(documents, 3, EOS, start=start))
+
+
+def test_the_marks_belong_to_the_tokens_that_are_predicted() -> None:
+    """The second prompt, [4 5 6], lies across the border of two blocks, and the third document has none."""
+    blocks = list(pack(keyed([[1, 2, 3], [4, 5, 6, 7], [8, 9]], [1, 3, 0]), 4, EOS))
+    assert as_lists(blocks) == [[1, 2, 3, 0, 4], [5, 6, 7, 0, 8]]
+    assert marks(blocks) == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    # By position j, which predicts token j + 1: 2 3 EOS and not 4; not 6, but 7 EOS 8.
+    assert [block.loss[1:].astype(int).tolist() for block in blocks] == [[1, 1, 1, 0], [0, 1, 1, 1]]
+    assert blocks[0].loss.dtype == np.bool_
+
+
+@given(documents=prompted_strategy, seq_len=st.integers(1, 20))
+def test_marks_are_those_of_the_documents_laid_end_to_end(
+    documents: list[tuple[list[int], list[int]]], seq_len: int
+) -> None:
+    stream: list[tuple[int, int]] = []
+    for prompt, text in documents:
+        stream += [(token, 0) for token in prompt] + [(token, 1) for token in [*text, EOS]]
+    size = seq_len + 1
+    expected = [stream[at : at + size] for at in range(0, len(stream) - size + 1, size)]
+    given_ = keyed([prompt + text for prompt, text in documents], [len(prompt) for prompt, _ in documents])
+    blocks = list(pack(given_, seq_len, EOS))
+    assert as_lists(blocks) == [[token for token, _ in block] for block in expected]
+    assert marks(blocks) == [[mark for _, mark in block] for block in expected]
+    # Where the prompts end changes no token, and no place.
+    unmarked = list(pack(keyed([prompt + text for prompt, text in documents]), seq_len, EOS))
+    assert as_lists(unmarked) == as_lists(blocks)
+    assert [block.next for block in unmarked] == [block.next for block in blocks]
+    assert all(block.loss.all() for block in unmarked)
+    for number, block in enumerate(blocks):
+        rest = [one for one in given_ if one.key >= block.next.document]
+        resumed = list(pack(rest, seq_len, EOS, start=block.next))
+        assert as_lists(resumed) == as_lists(blocks[number + 1 :])
+        assert marks(resumed) == marks(blocks[number + 1 :])
 
 
 def test_config() -> None:

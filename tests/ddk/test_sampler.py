@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ddk.mixture import equal_mixture
-from ddk.sampler import SamplerState, _systematic_counts, draw, draws_at, initial_state
+from ddk.sampler import SamplerState, Window, _systematic_counts, draw, draws_at, initial_state
 from ddk.types import Draw, Mixture
 
 
@@ -211,6 +211,118 @@ PINNED = [
     [("web", 841_656), ("math", 79), ("code", 2), ("code", 1)],
     [("math", 90), ("code", 1), ("code", 0), ("web", 870_248)],
 ]
+
+
+# Windows
+
+
+def order_of(size: int, window: Window | None, seed: int = 0, epochs: int = 1, domain: str = "web") -> list[list[int]]:
+    """The order of each epoch of one domain, drawn one block a step."""
+    state, mixture, found = initial_state({domain: size}), equal_mixture([domain]), []
+    for _ in range(epochs * size):
+        batch, state = draw(mixture, {domain: size}, seed, state, 1, None if window is None else {domain: window})
+        found.append(batch[0].index)
+    return [found[start : start + size] for start in range(0, len(found), size)]
+
+
+windows_strategy = st.builds(Window, shard_blocks=st.integers(1, 9), shards=st.integers(1, 5))
+
+
+@given(size=st.integers(1, 60), window=windows_strategy, seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_an_epoch_goes_through_whole_shards_a_window_at_a_time(size: int, window: Window, seed: int) -> None:
+    first, second = order_of(size, window, seed, epochs=2)
+    assert sorted(first) == sorted(second) == list(range(size))
+    for order in (first, second):
+        seen: list[int] = []
+        while len(seen) < size:
+            # What begins here is a window: some shards, all of their blocks, and none of the others'.
+            shards: set[int] = set()
+            part: list[int] = []
+            while order[len(seen) + len(part) :] and (
+                len(shards) < window.shards or not _whole(part, shards, window, size)
+            ):
+                part.append(order[len(seen) + len(part)])
+                shards.add(part[-1] // window.shard_blocks)
+            assert len(shards) <= window.shards
+            assert len(shards) == window.shards or len(seen) + len(part) == size, "only the last one is smaller"
+            assert _whole(part, shards, window, size)
+            seen += part
+
+
+def _whole(part: list[int], shards: set[int], window: Window, size: int) -> bool:
+    return sorted(part) == [block for block in range(size) if block // window.shard_blocks in shards]
+
+
+@given(size=st.integers(1, 40), shard_blocks=st.integers(1, 50), more=st.integers(0, 3), seed=st.integers(0, 9))
+@settings(deadline=None, max_examples=40)
+def test_a_window_that_holds_the_domain_changes_nothing(size: int, shard_blocks: int, more: int, seed: int) -> None:
+    window = Window(shard_blocks, -(-size // shard_blocks) + more)
+    assert order_of(size, window, seed, epochs=2) == order_of(size, None, seed, epochs=2)
+
+
+def test_without_windows_the_order_is_that_of_earlier_versions() -> None:
+    """Runs that were begun by them go on with the same draws."""
+    expected = {
+        ("web", 42, 0): [3, 7, 4, 5, 10, 6, 2, 1, 9, 0, 8, 11],
+        ("web", 42, 3): [10, 11, 0, 8, 4, 5, 1, 2, 9, 7, 3, 6],
+        ("größe", 0, 0): [5, 7, 2, 9, 0, 1, 8, 10, 6, 4, 3, 11],
+    }
+    for (domain, seed, epoch), order in expected.items():
+        for window in (None, Window(4, 3), Window(5, 9)):
+            assert order_of(12, window, seed, epoch + 1, domain)[epoch] == order
+
+
+def test_pinned_windows() -> None:
+    assert order_of(12, Window(2, 3), 42) == [PINNED_WINDOWS[0]]
+    assert order_of(11, Window(4, 1), 42, epochs=2)[1] == PINNED_WINDOWS[1]
+
+
+PINNED_WINDOWS = [[8, 9, 4, 3, 2, 5, 11, 1, 6, 7, 0, 10], [10, 9, 8, 0, 2, 1, 3, 6, 7, 4, 5]]
+
+
+def test_every_order_of_a_window_is_as_likely() -> None:
+    """Six blocks in shards of two, of which two are a window: six pairs of shards, and four blocks in 24 orders."""
+    epochs = [tuple(order) for order in order_of(6, Window(2, 2), 5, epochs=6000)]
+    lasts = Counter(frozenset(order[4:]) for order in epochs)
+    assert set(lasts) == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5})}
+    assert all(abs(count - 2000) < 150 for count in lasts.values())  # four standard deviations of √(6000 · 2/9)
+    for last in lasts:
+        orders = Counter(order[:4] for order in epochs if frozenset(order[4:]) == last)
+        assert len(orders) == 24
+        expected = lasts[last] / 24
+        assert sum((count - expected) ** 2 / expected for count in orders.values()) < 56  # χ², 23 degrees, p = 1e-4
+    assert abs(sum(order[4] < order[5] for order in epochs) - 3000) < 160
+
+
+@given(world=worlds(), window=windows_strategy)
+@settings(deadline=None, max_examples=20)
+def test_windows_are_a_pure_function_too(world, window: Window) -> None:
+    history, sizes, seed, batch_size, interval = world
+    windows = dict.fromkeys(list(sizes)[:2], window)
+    state, steps = initial_state(sizes), 2 * interval
+    for step in range(steps):
+        draw(history[0], sizes, seed, state, batch_size)  # what is cached of other orders is not in the way
+        batch, state = draw(history[step // interval], sizes, seed, state, batch_size, windows)
+        assert draws_at(history, interval, sizes, seed, step, batch_size, windows) == batch
+
+
+def test_a_domain_without_a_window_is_shuffled_whole() -> None:
+    sizes, mixture = {"a": 40, "b": 40}, equal_mixture(["a", "b"])
+    plain, windowed = [], []
+    for windows, found in ((None, plain), ({"a": Window(4, 2)}, windowed)):
+        state = initial_state(sizes)
+        for _ in range(40):
+            batch, state = draw(mixture, sizes, 1, state, 2, windows)
+            found.append({one.domain: one.index for one in batch})
+    assert [batch["b"] for batch in plain] == [batch["b"] for batch in windowed]
+    assert [batch["a"] for batch in plain] != [batch["a"] for batch in windowed]
+
+
+@pytest.mark.parametrize(("shard_blocks", "shards"), [(0, 1), (1, 0), (-4, 3)])
+def test_an_empty_window_is_refused(shard_blocks: int, shards: int) -> None:
+    with pytest.raises(ValueError, match="a window needs at least one shard of at least one block"):
+        Window(shard_blocks, shards)
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from ddk.errors import UserError
-from ddk.student import StudentConfig, forward_logits, load_student, load_tokenizer, save_student
+from ddk.parallel import World
+from ddk.student import StudentConfig, load_student, load_tokenizer, save_student, student_weights
 
 V, PADDED = 257, 272
 SHAPE = {
@@ -55,10 +56,15 @@ def tiny_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, **({"eos_token": "<|endoftext|>"} if eos else {}))
 
 
+def save(model, path: str) -> None:
+    save_student(model, student_weights(model, World()), path)
+    tiny_tokenizer().save_pretrained(path)
+
+
 @pytest.fixture
 def folder(tmp_path) -> str:
     path = str(tmp_path / "student")
-    save_student(tiny_model(), tiny_tokenizer(), path)
+    save(tiny_model(), path)
     return path
 
 
@@ -75,7 +81,7 @@ def weights_file(folder: str) -> str:
 def test_saved_and_loaded_by_transformers(tmp_path, kind: str, tied: bool) -> None:
     model, path = tiny_model(kind, tied).train(), str(tmp_path / "a" / "b")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    save_student(model, tiny_tokenizer(), path)
+    save(model, path)
 
     stored = load_file(weights_file(path))
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
@@ -103,10 +109,10 @@ def test_saved_and_loaded_by_transformers(tmp_path, kind: str, tied: bool) -> No
 def test_saving_again_over_an_older_student(tmp_path, tied: bool) -> None:
     path = str(tmp_path / "student")
     model = tiny_model(tied=tied)
-    save_student(model, tiny_tokenizer(), path)
+    save(model, path)
     with torch.no_grad():
         model.model.embed_tokens.weight.add_(1.0)
-    save_student(model, tiny_tokenizer(), path)
+    save(model, path)
     expected = model.model.embed_tokens.weight.to(torch.bfloat16).float()
     assert torch.equal(load(path).model.embed_tokens.weight, expected)
 
@@ -117,18 +123,6 @@ def test_loaded_in_float32_for_evaluation(folder: str) -> None:
     assert not student.training
     assert next(student.parameters()).device.type == "cpu"
     assert all(parameter.requires_grad for parameter in student.parameters())
-
-
-@pytest.mark.parametrize("vocab_size", [V, PADDED])
-def test_padded_rows_are_cut_off_the_logits(folder: str, vocab_size: int) -> None:
-    student = load(folder, vocab_size)
-    inputs = torch.arange(10).reshape(2, 5)
-    logits = forward_logits(student, inputs, vocab_size)
-    assert logits.shape == (2, 5, vocab_size)
-    assert torch.equal(logits, student(input_ids=inputs).logits[..., :vocab_size])
-    half = forward_logits(student, inputs, vocab_size, torch.autocast("cpu", torch.bfloat16))
-    assert half.dtype == torch.bfloat16
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_fewer_rows_than_tokens(folder: str) -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from fake_data import MIXTURE, PADDED, SIZES, Blocks, K, L, V, tiny_model, train_data
 from pydantic import ValidationError
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from ddk import saving
 from ddk.data import TrainData
 from ddk.loss import LossConfig
 from ddk.mixture import equal_mixture
@@ -18,84 +22,10 @@ from ddk.trainer import (
     Trainer,
     TrainerState,
     learning_rate,
-    load_weights,
     resolve_device,
     resolve_precision,
 )
-from ddk.types import Draw, Mixture, SparseTargets
-
-V, PADDED, L, K = 50, 64, 8, 5
-SIZES = {"code": 9, "web": 14}
-MIXTURE = Mixture(probabilities={"code": 0.6, "web": 0.4})
-
-
-class Blocks:
-    def __init__(self, size: int, seed: int, tokens: np.ndarray | None = None) -> None:
-        random = np.random.default_rng(seed)
-        self.tokens = random.integers(0, V, (size, L + 1), dtype=np.int32) if tokens is None else tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, indices) -> np.ndarray:
-        return self.tokens[np.asarray(indices)]
-
-
-class Targets:
-    """A random teacher over all V tokens; `dense` is the whole, `read` its K most probable entries."""
-
-    k = K
-    vocab_size = V
-
-    def __init__(self, size: int, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        dense = torch.from_numpy(2.0 * random.standard_normal((size, L, V))).log_softmax(-1)
-        self.dense = dense.numpy()
-        self.reads = 0
-
-    def __len__(self) -> int:
-        return len(self.dense)
-
-    def read(self, indices) -> SparseTargets:
-        self.reads += 1
-        dense = self.dense[np.asarray(indices)]
-        ids = np.argsort(-dense, -1)[..., :K]
-        kept = np.take_along_axis(dense, ids, -1)
-        return SparseTargets(
-            ids_BLK=ids.astype(np.int32),
-            logprobs_BLK=kept.astype(np.float32),
-            tail_mass_BL=(1 - np.exp(kept).sum(-1)).astype(np.float32),
-            true_logprobs_BL=np.zeros(ids.shape[:2], np.float32),
-        )
-
-
-def train_data(targets: bool = True, sizes: dict[str, int] = SIZES) -> TrainData:
-    return TrainData(
-        blocks={domain: Blocks(size, number) for number, (domain, size) in enumerate(sizes.items())},
-        targets={domain: Targets(size, 7 + number) for number, (domain, size) in enumerate(sizes.items())}
-        if targets
-        else None,
-    )
-
-
-def tiny_model(tied: bool = False, dropout: float = 0.0, seed: int = 0, hidden: int = 32) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=PADDED,
-            hidden_size=hidden,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            attention_dropout=dropout,
-            initializer_range=0.1,
-            tie_word_embeddings=tied,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+from ddk.types import Draw, Mixture
 
 
 def with_dropout() -> GPT2LMHeadModel:
@@ -125,7 +55,12 @@ def trainer(model=None, data: TrainData | None = None, *, gamma: float = 0.2, se
 
 
 def weights(one: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in one.tensors()["model"].items()}
+    return {name: parameter.detach().clone() for name, parameter in one.parameters.items()}
+
+
+def everything(one: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and the optimizer's moments."""
+    return {name: tensor.clone() for name, tensor in saving._live(one, one.state.step).items()}
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -356,12 +291,11 @@ def test_the_kl_falls_where_only_it_counts() -> None:
 
 def test_bf16_on_the_cpu() -> None:
     exact, half = trainer(), trainer(precision="bf16")
-    assert exact.autocast is None
     one, other = run(exact, 5), run(half, 5)
     assert other[0].ce == pytest.approx(one[0].ce, rel=2e-2)
     assert other[0].ce != one[0].ce
     assert other[-1].ce == pytest.approx(one[-1].ce, rel=5e-2)
-    assert all(tensor.dtype == torch.float32 for part in half.tensors().values() for tensor in part.values())
+    assert all(tensor.dtype == torch.float32 for tensor in everything(half).values())
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
@@ -400,6 +334,46 @@ def test_a_kl_term_without_targets_is_refused() -> None:
         ValueError, match=r"loss.gamma is 0.2 and there are no targets to take the KL with; set it to 0"
     ):
         trainer(data=train_data(targets=False), gamma=0.2)
+
+
+# Positions that carry no loss
+
+
+def test_a_documents_first_token_is_left_out_where_asked() -> None:
+    """What follows the token that ends documents is no label, for cross-entropy and KL alike."""
+    data = train_data()
+    draws, _ = draw(MIXTURE, SIZES, 1, initial_state(SIZES), 4)
+    tokens = torch.from_numpy(np.stack([data.blocks[each.domain].tokens[each.index] for each in draws])).long()
+    separator = int(tokens[1, 3])
+    counts = tokens[:, :-1] != separator
+    one = Trainer(
+        tiny_model(),
+        data,
+        config=train_config(),
+        loss=LossConfig(gamma=0.5, mask_document_starts=True),
+        vocab_size=V,
+        seed=1,
+        separator=separator,
+    )
+    (report,) = run(one, 1)
+    losses = -tiny_model()(tokens[:, :-1]).logits[..., :V].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    assert report.ce == pytest.approx(losses[counts].mean().item(), rel=1e-5)
+    assert report.ce != pytest.approx(losses.mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="needs to know the token that ends a document"):
+        Trainer(
+            tiny_model(), data, config=train_config(), loss=LossConfig(mask_document_starts=True), vocab_size=V, seed=1
+        )
+
+
+def test_a_batch_in_which_nothing_counts_changes_only_what_decays() -> None:
+    data = train_data()
+    for reader in data.blocks.values():
+        reader.loss_mask = lambda indices: np.zeros((len(indices), L), np.bool_)
+    one = trainer(data=data, weight_decay=0.0, micro_batch_size=2)
+    before = weights(one)
+    (report,) = run(one, 1)
+    assert (report.ce, report.kl, report.gradient_norm) == (0.0, 0.0, 0.0)
+    assert_same(weights(one), before)
 
 
 # Intervals and state
@@ -455,13 +429,20 @@ def test_intervals_only_matter_through_their_mixtures() -> None:
     assert once.state.sampler == thrice.state.sampler
 
 
-def saved(one: Trainer) -> tuple[TrainerState, dict[str, dict[str, torch.Tensor]]]:
-    """As a checkpoint would: copies, and the state through plain values."""
-    state = TrainerState(
-        sampler=SamplerState(step=one.state.step, drawn=dict(one.state.sampler.drawn)),
-        mixture_versions=(*one.state.mixture_versions,),
-    )
-    return state, {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in one.tensors().items()}
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a trainer as a checkpoint would; gives the state, through plain values, and the folder."""
+
+    def save(one: Trainer) -> tuple[TrainerState, str]:
+        state = TrainerState(
+            sampler=SamplerState(step=one.state.step, drawn=dict(one.state.sampler.drawn)),
+            mixture_versions=(*one.state.mixture_versions,),
+        )
+        folder = str(tmp_path / f"saved-{len(list(tmp_path.iterdir()))}")
+        saving.save(one, folder)
+        return state, folder
+
+    return save
 
 
 MODELS = {
@@ -474,7 +455,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("interval", [1, 2])
-def test_resuming_is_bit_for_bit(model: str, interval: int) -> None:
+def test_resuming_is_bit_for_bit(model: str, interval: int, saved) -> None:
     mixtures = [MIXTURE, Mixture(probabilities={"code": 0.1, "web": 0.9}), equal_mixture(["code", "web"])]
     whole = trainer(MODELS[model](), steps=6, micro_batch_size=2)
     for version, mixture in enumerate(mixtures):
@@ -483,7 +464,7 @@ def test_resuming_is_bit_for_bit(model: str, interval: int) -> None:
     first = trainer(MODELS[model](), steps=6, micro_batch_size=2)
     for version in range(interval):
         run(first, 2, mixtures[version], version)
-    state, tensors = saved(first)
+    state, folder = saved(first)
     run(first, 2)  # what it does after the save must not matter
 
     torch.manual_seed(999)
@@ -492,15 +473,14 @@ def test_resuming_is_bit_for_bit(model: str, interval: int) -> None:
         for parameter in fresh.parameters():
             parameter.normal_()
     resumed = trainer(fresh, steps=6, micro_batch_size=2)
-    resumed.load(state, tensors)
+    saving.load(resumed, state, folder)
     assert resumed.state == state
     torch.rand(17)  # nor the global generator
     for version in range(interval, 3):
         run(resumed, 2, mixtures[version], version)
     assert resumed.done
     assert resumed.state == whole.state
-    for part, expected in whole.tensors().items():
-        assert_same(expected, resumed.tensors()[part])
+    assert_same(everything(whole), everything(resumed))
 
 
 def test_the_seed_of_the_run_reaches_the_dropout() -> None:
@@ -522,42 +502,45 @@ def test_dropout_differs_from_step_to_step() -> None:
     assert len({report.ce for report in run(one, 3, equal_mixture(["web"]))}) == 3
 
 
-def test_a_save_before_the_first_step() -> None:
+def test_a_save_before_the_first_step(saved) -> None:
     first = trainer()
-    state, tensors = saved(first)
-    assert tensors["optimizer"] == {}
+    state, folder = saved(first)
     resumed = trainer(tiny_model(seed=5))
-    resumed.load(state, tensors)
+    saving.load(resumed, state, folder)
     run(first, 2)
     run(resumed, 2)
     assert_same(weights(first), weights(resumed))
 
 
-def test_loading_copies() -> None:
-    first = trainer()
-    run(first, 1)
-    state, tensors = saved(first)
-    kept = {part: {name: t.clone() for name, t in group.items()} for part, group in tensors.items()}
-    resumed = trainer()
-    resumed.load(state, tensors)
+def test_whole_tensors_of_the_first_format_are_taken_up() -> None:
+    """What version 0.1 wrote: weights and moments by parameter, with AdamW's step count beside them."""
+    whole, first, resumed = trainer(), trainer(), trainer(tiny_model(seed=5))
+    run(whole, 4)
+    run(first, 2)
+    tensors = everything(first)
+    optimizer = {name: t for name, t in tensors.items() if not name.startswith("model.")}
+    optimizer |= {f"step.{name}": torch.tensor(2.0) for name in first.parameters}
+    # 'model.' also begins the parameters' own names.
+    model = {name[len("model.") :]: t for name, t in tensors.items() if name.startswith("model.")}
+    saving.load_first_format(resumed, first.state, model, optimizer)
     run(resumed, 2)
-    for part, group in kept.items():
-        assert_same(group, tensors[part])
+    assert_same(everything(whole), everything(resumed))
+    del optimizer["exp_avg.lm_head.weight"]
+    with pytest.raises(ValueError, match=r"another model: 'exp_avg.lm_head.weight' is in only one of the two"):
+        saving.load_first_format(resumed, first.state, model, optimizer)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_weights_appear_once(tied: bool) -> None:
+def test_tied_weights_appear_once(tied: bool, saved) -> None:
     one = trainer(tiny_model(tied=tied))
     run(one, 1)
-    tensors = one.tensors()
-    assert "model.embed_tokens.weight" in tensors["model"]
-    assert ("lm_head.weight" in tensors["model"]) is not tied
-    assert set(tensors["optimizer"]) == {
-        f"{what}.{name}" for name in tensors["model"] for what in ("step", "exp_avg", "exp_avg_sq")
-    }
-    addresses = [tensor.data_ptr() for tensor in tensors["model"].values()]
-    assert len(set(addresses)) == len(addresses), "safetensors refuses shared memory"
-    assert sum(len(group["params"]) for group in one._optimizer.param_groups) == len(tensors["model"])
+    _, folder = saved(one)
+    (file,) = Path(folder).iterdir()
+    stored = safetensors.torch.load_file(file)
+    assert "model.model.embed_tokens.weight" in stored
+    assert ("model.lm_head.weight" in stored) is not tied
+    assert set(stored) == {f"{what}.{name}" for name in one.parameters for what in ("model", "exp_avg", "exp_avg_sq")}
+    assert sum(len(group["params"]) for group in one.optimizer.param_groups) == len(one.parameters)
     assert (one.model.lm_head.weight is one.model.model.embed_tokens.weight) is tied
 
 
@@ -566,34 +549,27 @@ def test_tied_weights_appear_once(tied: bool) -> None:
     [
         (
             lambda: tiny_model(tied=True),
-            "the checkpoint is of another model: 'lm_head.weight' is in only one of the two",
+            "the checkpoint is of another model: 'exp_avg.lm_head.weight' is in only one of the two",
         ),
         (lambda: tiny_model(hidden=16), r"of another model: '.*' has shape \(.*16.*\) there and \(.*32.*\) here"),
         (with_dropout, "the checkpoint is of another model: '.*' is in only one of the two"),
     ],
 )
-def test_another_models_checkpoint_is_refused(other, message) -> None:
+def test_another_models_checkpoint_is_refused(other, message, saved) -> None:
     source, target = trainer(other()), trainer()
     before = target.state
     with pytest.raises(ValueError, match=message):
-        target.load(*saved(source))
+        saving.load(target, *saved(source))
     assert target.state == before
 
 
-def test_another_corpus_checkpoint_is_refused() -> None:
+def test_another_corpus_checkpoint_is_refused(saved) -> None:
     source = trainer()
     sizes = {"code": 9, "books": 14}
     with pytest.raises(
         ValueError, match=r"the checkpoint is of domains \['code', 'web'\], this run has \['books', 'code'\]"
     ):
-        trainer(data=train_data(sizes=sizes)).load(*saved(source))
-
-
-def test_load_weights_alone() -> None:
-    source, target = tiny_model(seed=1), tiny_model(seed=2)
-    load_weights(dict(target.named_parameters()), {name: p.detach() for name, p in source.named_parameters()})
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    assert all(parameter.requires_grad for parameter in target.parameters())
+        saving.load(trainer(data=train_data(sizes=sizes)), *saved(source))
 
 
 # When it goes wrong
@@ -604,15 +580,14 @@ def test_a_loss_that_is_no_number_changes_nothing() -> None:
     run(one, 2)
     with torch.no_grad():
         one.model.lm_head.weight[3, 3] = math.nan
-    state, tensors = saved(one)
+    state, before = one.state, everything(one)
     reports: list[StepReport] = []
     with pytest.raises(FloatingPointError, match=r"step 2: cross-entropy nan, .* lower train.learning_rate and resume"):
         one.train_interval(MIXTURE, 1, 3, reports.append)
     assert reports == []
     assert one.state == state
-    for part, group in tensors.items():
-        for name, tensor in one.tensors()[part].items():
-            torch.testing.assert_close(tensor, group[name], rtol=0, atol=0, equal_nan=True)
+    for name, tensor in everything(one).items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_targets_that_are_no_numbers_are_noticed_too() -> None:

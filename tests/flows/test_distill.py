@@ -171,10 +171,11 @@ def test_a_second_call_does_nothing(small_run: SmallRun, ddk: Ddk) -> None:
     assert seconds < 120, "no engine may start for a complete store"
 
 
-@pytest.mark.parametrize(("method", "reads"), [("kd", True), ("cpt", False)])
+@pytest.mark.parametrize(("method", "reads"), [("kd", True), ("cpt", False), ("ted", True)])
 def test_other_methods_run_on_the_same_cache(small_run: SmallRun, ddk: Ddk, method: str, reads: bool) -> None:
     stores = files_below(small_run.root / "targets")
-    output = ddk("distill", small_run.config, "--set", f"method={method}", "--run", method)
+    few = ("--set", "ted.filter_steps=3", "--set", "ted.filter_batch_size=4")
+    output = ddk("distill", small_run.config, "--set", f"method={method}", "--run", method, *few)
     assert output.code == 0, output.err
     assert files_below(small_run.root / "targets") == stores
     run = RunFolder(str(small_run.root), method)

@@ -53,8 +53,12 @@ def config_with(folder: Path, **changes: Any) -> str:
         ({"train": {"steps": 0}}, "train.steps: Input should be greater than or equal to 1 (it is 0)"),
         ({"train": {"step": 5}}, "train.step: there is no such field (did you mean steps?)"),
         ({"methd": "ddk"}, "methd: there is no such field (did you mean method?)"),
-        ({"method": "magic"}, "method: Input should be 'ddk', 'ddk_no_smoothing', 'kd' or 'cpt' (it is 'magic')"),
-        ({"loss": {"temperature": 2.0}}, "set tail: renormalise, or temperature: 1.0"),
+        (
+            {"method": "magic"},
+            "method: Input should be 'ddk', 'ddk_no_smoothing', 'ddk_equal', 'kd', 'cpt', 'minillm', 'cpt_doremi' or "
+            "'ted' (it is 'magic')",
+        ),
+        ({"loss": {"temperature": 2.0}}, "set loss.tail: renormalise, or loss.temperature: 1.0"),
         ({"train": {"micro_batch_size": 3}}, "micro_batch_size 3 does not divide batch_size 8"),
         ({"run": "../escape"}, "run: String should match pattern"),
     ],

@@ -167,8 +167,8 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, damaged: bytes) -> N
 def test_a_newer_format_is_refused(folder: CheckpointFolder) -> None:
     folder.save(10, files(10), STATE)
     url = f"{folder.url(10)}/state.json"
-    uri.write_json(url, {**uri.read_json(url), "format_version": 2, "something_new": 1})
-    with pytest.raises(FormatVersionError, match=r"state\.json has format version 2, .* reads up to 1; update ddk"):
+    uri.write_json(url, {**uri.read_json(url), "format_version": 3, "something_new": 1})
+    with pytest.raises(FormatVersionError, match=r"state\.json has format version 3, .* reads up to 2; update ddk"):
         folder.state(10)
 
 

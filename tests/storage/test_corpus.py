@@ -34,6 +34,15 @@ def test_a_single_pattern_may_be_a_plain_string() -> None:
         ({"train": [], "validation_fraction": 0.1}, "at least 1 item"),
         ({"train": "a.txt", "validation_fraction": 0.1, "field": "x"}, "Extra inputs"),
         ({"train": "a.txt", "validation_fraction": 0.1, "max_train_blocks": 0}, "greater than or equal to 1"),
+        ({"train": "a.jsonl", "validation_fraction": 0.1, "prompt_field": ""}, "at least 1 character"),
+        (
+            {"train": "a.jsonl", "validation_fraction": 0.1, "prompt_field": "text"},
+            "prompt_field and text_field are both 'text'; text_field names what follows the prompt",
+        ),
+        (
+            {"train": "a.jsonl", "validation_fraction": 0.1, "prompt_field": "prompt", "targets": "topk"},
+            "prompt_field goes with documents, and targets: topk takes rows of tokens",
+        ),
     ],
 )
 def test_a_wrong_configuration_says_why(values, message: str) -> None:
@@ -81,6 +90,17 @@ def test_what_cannot_be_listed_is_named(tmp_path: Path, pattern: str, message: s
         resolve_files([f"{tmp_path}/{pattern}"], "web")
 
 
+def test_a_prompt_needs_files_that_have_fields(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.parquet", "c.txt.gz"):
+        put(tmp_path / name, b"x")
+    fields = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.parquet"]
+    assert len(resolve_files(fields, "chat", "prompt")) == 2
+    assert len(resolve_files([f"{tmp_path}/*"], "chat")) == 3
+    message = r"domain 'chat': .*c\.txt\.gz holds plain text, which has no field 'prompt'; .* leave it out, or put"
+    with pytest.raises(UserError, match=message):
+        resolve_files([f"{tmp_path}/*"], "chat", "prompt")
+
+
 def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pattern 'nope://a.txt' cannot be listed .*nope"):
         resolve_files(["nope://a.txt"], "web")
@@ -89,7 +109,7 @@ def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> Non
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.txt", "zipped")
     (file,) = resolve_files([f"zip://a.txt::{tmp_path}/a.zip"], "web")
-    assert list(iter_documents(file, "text")) == [(0, "zipped")]
+    assert list(iter_documents(file, "text")) == [(0, "zipped", "")]
     with pytest.raises(UserError, match="a chained URL"):
         resolve_files([f"zip://*.txt::{tmp_path}/a.zip"], "web")
 

@@ -39,9 +39,16 @@ def json_lines(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({field: text, "id": 1}, ensure_ascii=False) + "\n" for text in texts).encode()
 
 
-def error_of(file: CorpusFile, text_field: str = "text") -> str:
+def texts_of(file: CorpusFile, start: int = 0) -> list[tuple[int, str]]:
+    """Record and text of every document; none has a prompt."""
+    documents = list(iter_documents(file, "text", start))
+    assert not any(document.prompt for document in documents)
+    return [(document.record, document.text) for document in documents]
+
+
+def error_of(file: CorpusFile, text_field: str = "text", prompt_field: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        list(iter_documents(file, text_field))
+        list(iter_documents(file, text_field, prompt_field=prompt_field))
     message = str(caught.value)
     assert file.url in message
     assert "\n" not in message
@@ -55,9 +62,9 @@ def test_json_lines(tmp_path: Path, suffix: str, compression: str) -> None:
     file = put(tmp_path / f"a{suffix}{compression}", COMPRESSIONS[compression](content.rstrip()))
     # The blank line counts; the documents of white space do not come.
     expected = [(0, "one"), (2, "zwei\u2028ü"), (5, "三")]
-    assert list(iter_documents(file, "text")) == expected
+    assert texts_of(file) == expected
     for start in range(8):
-        assert list(iter_documents(file, "text", start)) == [pair for pair in expected if pair[0] >= start]
+        assert texts_of(file, start) == [pair for pair in expected if pair[0] >= start]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -65,9 +72,9 @@ def test_text_files_are_cut_at_blank_lines(tmp_path: Path, compression: str) -> 
     content = "\n\nfirst\nline two\r\n\r\n  \nsecond ü\n\n\nthird".encode()
     file = put(tmp_path / f"a.txt{compression}", COMPRESSIONS[compression](content))
     expected = [(2, "first\nline two"), (6, "second ü"), (9, "third")]
-    assert list(iter_documents(file, "text")) == expected
+    assert texts_of(file) == expected
     for start in range(11):
-        assert list(iter_documents(file, "text", start)) == [pair for pair in expected if pair[0] >= start]
+        assert texts_of(file, start) == [pair for pair in expected if pair[0] >= start]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -76,7 +83,7 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     file = put_table(tmp_path / "a.parquet", id=pa.array(range(95)), text=pa.array(texts).cast(kind))
     expected = [(row, text) for row, text in enumerate(texts) if row % 7]
     for start in (0, 1, 9, 10, 11, 50, 94, 95, 200):
-        assert list(iter_documents(file, "text", start)) == [pair for pair in expected if pair[0] >= start]
+        assert texts_of(file, start) == [pair for pair in expected if pair[0] >= start]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.zst"])
@@ -90,7 +97,7 @@ def test_zstd_frames_one_after_another(tmp_path: Path) -> None:
     skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
     content = b"".join([skipped, zstandard.compress(first), skipped, zstandard.compress(second), skipped])
     documents = iter_documents(put(tmp_path / "a.jsonl.zst", content), "text")
-    assert [text for _, text in documents] == ["one", "two", "three"]
+    assert [document.text for document in documents] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -126,11 +133,78 @@ def test_documents_on_s3(s3_server: str, tmp_path: Path) -> None:
     files = [CorpusFile(url=f"{root}/{name}", name=name, size=len(content)) for name, content in contents.items()]
     for file in files:
         fs.pipe_file(file.url, contents[file.name])
-    texts = [[text for _, text in iter_documents(file, "text")] for file in files]
+    texts = [[text for _, text in texts_of(file)] for file in files]
     assert texts == [["zero"], ["one", "two"], ["four", "five"], ["six"]]
     fs.rm(files[3].url)
     with pytest.raises(UserError, match=r"d\.txt is no longer there"):
         list(iter_documents(files[3], "text"))
+
+
+# Prompts
+
+
+RECORDS = [("one", "a"), ("two", ""), ("three", None), (" ", "left out"), ("", "left out"), ("ü", " \n"), ("six", "é")]
+"""Text and prompt."""
+PROMPTED = [(0, "one", "a"), (1, "two", ""), (2, "three", ""), (5, "ü", " \n"), (6, "six", "é")]
+
+
+def test_prompts_of_json_lines(tmp_path: Path) -> None:
+    content = "".join(json.dumps({"prompt": prompt, "id": 1, "text": text}) + "\n" for text, prompt in RECORDS)
+    file = put(tmp_path / "a.jsonl.gz", gzip.compress(content.encode()))
+    for start in range(8):
+        expected = [document for document in PROMPTED if document[0] >= start]
+        assert list(iter_documents(file, "text", start, prompt_field="prompt")) == expected
+    assert [document.prompt for document in iter_documents(file, "text")] == [""] * 5
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize("first", ["text", "prompt"])
+def test_prompts_of_parquet(tmp_path: Path, kind: pa.DataType, first: str) -> None:
+    """Whichever column comes first in the file."""
+    columns = {
+        "text": pa.array([text for text, _ in RECORDS]).cast(kind),
+        "prompt": pa.array([prompt for _, prompt in RECORDS]).cast(kind),
+    }
+    file = put_table(tmp_path / "a.parquet", **{first: columns[first], **columns})
+    for start in range(8):
+        expected = [document for document in PROMPTED if document[0] >= start]
+        assert list(iter_documents(file, "text", start, prompt_field="prompt")) == expected
+
+
+def test_a_parquet_column_without_any_prompt(tmp_path: Path) -> None:
+    file = put_table(tmp_path / "a.parquet", text=pa.array(["one"]), prompt=pa.array([None]))
+    assert list(iter_documents(file, "text", prompt_field="prompt")) == [(0, "one", "")]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"text": "a", "question": "b"},
+            "FILE, line 1: no field 'prompt'; set prompt_field to one that is there, or give the record one (null for "
+            "no prompt): 'text', 'question'",
+        ),
+        ({"prompt": "a"}, "FILE, line 1: no field 'text'; set text_field to one that is there: 'prompt'"),
+        ({"text": "a", "prompt": ["b"]}, "FILE, line 1: field 'prompt' is not a string but an array; mend"),
+        ({"text": "a", "prompt": 7}, "FILE, line 1: field 'prompt' is not a string but a number"),
+        ({"text": None, "prompt": "a"}, "FILE, line 1: field 'text' is not a string but null"),
+        ({"text": "a", "prompt": "\ud800"}, "FILE, line 1: field 'prompt' holds \\ud800, half a character"),
+    ],
+)
+def test_a_broken_prompt_is_named(tmp_path: Path, record: dict[str, object], message: str) -> None:
+    file = put(tmp_path / "a.jsonl", json.dumps(record).encode())
+    assert message in error_of(file, prompt_field="prompt")
+
+
+def test_a_column_of_prompts_that_does_not_serve_is_named(tmp_path: Path) -> None:
+    file = put_table(tmp_path / "a.parquet", text=pa.array(["a"]), id=pa.array([1]))
+    missing = "FILE: no column 'prompt'; set prompt_field to one that is there: 'text', 'id'"
+    assert error_of(file, prompt_field="prompt") == missing
+    assert "column 'id' holds int64, not strings; name a text column as prompt_field" in error_of(file, "text", "id")
+    null = put_table(tmp_path / "n.parquet", text=pa.array(["a", None]), prompt=pa.array(["b", "c"]))
+    assert "FILE, row 2: column 'text' is null; fill or remove" in error_of(null, prompt_field="prompt")
+    text = put(tmp_path / "a.txt", b"x")
+    assert "FILE holds plain text, which has no field 'prompt'" in error_of(text, prompt_field="prompt")
 
 
 # Reading what is broken

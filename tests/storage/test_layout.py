@@ -9,8 +9,8 @@ import zarr
 from zarr.storage import FsspecStore, MemoryStore
 
 from storage import uri
-from storage.codec import CodecConfig, TargetFormat
-from storage.layout import array_specs, create_array, encode_shard, shard_key
+from storage.codec import FORMAT_1, CodecConfig, TargetFormat
+from storage.layout import array_specs, create_array, encode_shard, format_version, shard_key
 
 DIMS = {
     "blocks": {"seq_len": 6, "vocab_size": 152_064, "shard_blocks": 4},
@@ -72,6 +72,27 @@ def test_the_specs_of_each_kind() -> None:
     assert (tokens.name, tokens.block_shape, shard_key(tokens, 12)) == ("tokens", (7,), "c/12/0")
     shapes = {spec.name: spec.block_shape for spec in array_specs("targets", DIMS["targets"])}
     assert shapes == {"ids": (6, 3), "logprobs": (6, 3), "tail_mass": (6,), "true_logprobs": (6,)}
+
+
+def test_blocks_with_marks_are_of_format_2(tmp_path: Path, maker) -> None:
+    dims = {**DIMS["blocks"], "marked": 1}
+    tokens, loss = array_specs("blocks", dims)
+    assert tokens == array_specs("blocks", DIMS["blocks"])[0]
+    assert (loss.name, loss.dtype, loss.block_shape, loss.fill_value) == ("loss", "uint8", (7,), 255)
+    marks = np.random.default_rng(0).integers(0, 2, (5, 7)).astype(np.uint8)
+    arrays = {**maker.arrays("blocks", dims, 5), "loss": marks}
+    done = maker.write(f"{tmp_path}/a.zarr", "blocks", dims, {"train": arrays, "validation": arrays})
+    assert done.format_version == 2
+    group = zarr.open_group(f"{tmp_path}/a.zarr", mode="r")
+    assert group.attrs.asdict() == {"ddk": {"format_version": 2, "kind": "blocks", "dims": dims}}
+    np.testing.assert_array_equal(group["train"]["loss"][:], marks, strict=True)
+    with pytest.raises(ValueError, match="shard of 'loss' holds the fill value"):
+        encode_shard(loss, np.full((1, 7), 255, np.uint8), 4)
+
+
+def test_blocks_without_marks_stay_of_format_1() -> None:
+    assert format_version(None) == format_version(FORMAT_1) == 1
+    assert format_version(None, marked=True) == format_version(FORMAT_1.model_copy(update={"draws": 1})) == 2
 
 
 @pytest.mark.parametrize("kind", ["blocks", "targets"])

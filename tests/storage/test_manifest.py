@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from storage import manifest as storage_manifest
-from storage import shards, uri
+from storage import uri
 from storage.blocks import open_blocks
 from storage.errors import FormatVersionError, StoreDamagedError, StoreMissingError
 from storage.manifest import StoreWriter, read_manifest
@@ -262,7 +262,7 @@ def test_opening_costs_one_request_however_many_shards_there_are(s3_calls: list[
         view = open_targets(url)
         assert s3_calls == ["get_object"]
         view.true_logprobs([0])
-        assert s3_calls == ["get_object"] * 2  # the shard as a whole, for the store fits the cache
+        assert s3_calls == ["get_object"] * 2  # the shard as a whole
         view.true_logprobs([0, 1])
         assert s3_calls == ["get_object"] * 2
         s3_calls.clear()
@@ -270,13 +270,13 @@ def test_opening_costs_one_request_however_many_shards_there_are(s3_calls: list[
         assert s3_calls == ["get_object"]
 
 
-def test_a_store_beyond_the_cache_is_read_by_ranges(
+def test_without_a_cache_a_store_is_read_by_ranges(
     s3_calls: list[str], s3_server: str, maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, dims = f"{s3_server}/ranges", {**TARGET_DIMS, "shard_blocks": 4}
     content = {"train": maker.arrays("targets", dims, 21), "validation": maker.arrays("targets", dims, 1)}
     maker.write(url, "targets", dims, content)
-    monkeypatch.setattr(shards, "CACHE", shards.ByteCache(1000))
+    monkeypatch.setenv("DDK_SHARD_CACHE_MIB", "0")
     view = open_targets(url)
     s3_calls.clear()
     read = view.true_logprobs([7, 0, 6, 5])

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import zarr
 from s3_proxy import DROP, HANG, RESET, TEAR, S3Proxy
 from zarr.storage import FsspecStore
 
 from storage import s3, settings, uri
+from storage.blocks import open_blocks
 from storage.errors import StoreError, UnreachableError, explained
+from storage.layout import array_specs, encode_shard
+from storage.manifest import StoreWriter
 
 MIB = 1 << 20
 TRANSIENT = ["429 TooManyRequests", "500 InternalError", "502", "503 SlowDown", "503 <html>", "504", DROP, RESET]
@@ -291,6 +295,31 @@ def test_a_key_that_cannot_be_deleted_is_named(folder: str, s3_proxy: S3Proxy, c
     s3_proxy.fail(f"200 <DeleteResult>{error}</DeleteResult>", "DELETES")
     with pytest.raises(UnreachableError, match=rf"{code}: not this one"):
         uri.remove_tree(f"{folder}/below")
+
+
+# Stores
+
+
+def test_a_store_of_a_hundred_thousand_shards_is_opened_and_read_by_what_is_needed(
+    s3_server: str, s3_proxy: S3Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDK_SHARD_CACHE_DIR", str(tmp_path))
+    url, shards, tokens = f"{s3_server}/large-store", 100_000, np.arange(28, dtype=np.int32).reshape(4, 7)
+    dims = {"seq_len": 6, "vocab_size": 100, "shard_blocks": 4}
+    writer = StoreWriter(url, "blocks", {}, dims)
+    record = writer.write_shard("train", 0, {"tokens": tokens})
+    writer.write_shard("validation", 0, {"tokens": tokens})
+    manifest = writer.finish().as_json()
+    manifest["splits"]["train"] = {"blocks": 4 * shards, "shards": [record.model_dump()] * shards}
+    uri.write_json(f"{url}/manifest.json", manifest)
+    uri.write_bytes(f"{url}/train/tokens/c/77777/0", encode_shard(array_specs("blocks", dims)[0], tokens[::-1], 4))
+    s3_proxy.forget()
+    view = open_blocks(url)
+    assert len(view) == 4 * shards
+    assert s3_proxy.counts() == {"GET": 1}
+    assert view.fetch([2, 4 * 77_777]) is True
+    np.testing.assert_array_equal(view.read([4 * 77_777, 2, 4 * 77_777 + 3]), tokens[[3, 2, 0]])
+    assert s3_proxy.counts() == {"GET": 3}
 
 
 # Threads

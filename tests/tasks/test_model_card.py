@@ -72,7 +72,7 @@ def test_recipe_is_taken_from_the_settings(summary, records):
     card = render_model_card(summary, records)
     for line in (
         "| method | ddk |",
-        "| weight of the KL term (γ) | 0.2 |",
+        "| weight of the divergence (γ) | 0.2 |",
         "| temperature | 1.0 |",
         "| treatment of the tail | bucket |",
         "| smoothing of the mixture (α) | 0.5 |",

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -50,32 +52,66 @@ def run(files, tokenizer, split="train", fraction=0.0, **options):
 def test_documents_come_whole_and_in_order(files, tokenizer, batch_documents: int) -> None:
     documents = run(files, tokenizer, batch_documents=batch_documents)
     # w0 is repeated 0 times: an empty text
-    assert [key for key, _ in documents] == [(0, record) for record in range(1, 120)] + [(1, n) for n in range(80)]
-    for number, (_, ids) in enumerate(documents, start=1):
-        assert ids.dtype == np.int32
-        assert ids.tolist() == [number + 1] * number
+    assert [document.key for document in documents] == [(0, record) for record in range(1, 120)] + [
+        (1, n) for n in range(80)
+    ]
+    for number, document in enumerate(documents, start=1):
+        assert document.ids.dtype == np.int32
+        assert document.ids.tolist() == [number + 1] * number
+        assert document.prompt == 0
 
 
 def test_truncation_and_padding_left_on_are_turned_off(files, tokenizer) -> None:
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=500)
-    assert [len(ids) for _, ids in run(files, tokenizer)] == list(range(1, 200))
+    assert [len(document.ids) for document in run(files, tokenizer)] == list(range(1, 200))
 
 
 def test_the_two_splits_share_nothing_and_leave_nothing_out(files, tokenizer) -> None:
-    train = [key for key, _ in run(files, tokenizer, "train", 0.25)]
-    validation = [key for key, _ in run(files, tokenizer, "validation", 0.25)]
+    train = [document.key for document in run(files, tokenizer, "train", 0.25)]
+    validation = [document.key for document in run(files, tokenizer, "validation", 0.25)]
     assert set(train).isdisjoint(validation)
-    assert sorted(train + validation) == [key for key, _ in run(files, tokenizer)]
+    assert sorted(train + validation) == [document.key for document in run(files, tokenizer)]
     assert 25 <= len(validation) <= 75
     other = tokenize_documents(files, config(0.25), "validation", tokenizer, domain="other words")
-    assert [key for key, _ in other] != validation
+    assert [document.key for document in other] != validation
 
 
 def test_a_document_without_tokens_is_skipped(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "a.txt").write_text("w1\n\nunheard\n\nw2\n")
     files = resolve_files([f"{tmp_path}/a.txt"], "words")
-    assert [(key, ids.tolist()) for key, ids in run(files, tokenizer)] == [((0, 0), [2]), ((0, 4), [3])]
+    documents = run(files, tokenizer)
+    assert [(document.key, document.ids.tolist()) for document in documents] == [((0, 0), [2]), ((0, 4), [3])]
+
+
+PROMPTED = [
+    ("w1 w2", "w3", [2, 3, 4], 2),
+    ("", "w4 w5", [5, 6], 0),
+    (None, "w6", [7], 0),
+    ("w7", "unheard", None, None),  # nothing follows the prompt: no document
+    ("w8", "  ", None, None),
+    ("unheard", "w9", [10], 0),
+    ("w10", "w11", [11, 12], 1),
+]
+"""Prompt, text, the tokens of both, and how many are the prompt's."""
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("batch_documents", [1, 2, 256])
+def test_a_prompts_tokens_come_before_the_texts(tmp_path: Path, tokenizer, suffix: str, batch_documents: int) -> None:
+    records = [{"question": prompt, "answer": text} for prompt, text, _, _ in PROMPTED]
+    if suffix == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    config = DomainConfig(train=["a"], validation=["elsewhere.jsonl"], text_field="answer", prompt_field="question")
+    files = resolve_files([f"{tmp_path}/a.{suffix}"], "chat", config.prompt_field)
+    documents = list(
+        tokenize_documents(files, config, "train", tokenizer, domain="chat", batch_documents=batch_documents)
+    )
+    expected = [((0, n), ids, prompt) for n, (_, _, ids, prompt) in enumerate(PROMPTED) if ids is not None]
+    assert [(one.key, one.ids.tolist(), one.prompt) for one in documents] == expected
+    assert all(one.ids.dtype == np.int32 for one in documents)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -127,6 +163,6 @@ def test_a_tokenizer_without_rust_is_called_as_such(files) -> None:
         return {"input_ids": [[len(text)] for text in texts]}
 
     documents = run(files, slow)
-    assert documents[0][1].tolist() == [2]
-    assert documents[0][1].dtype == np.int32
+    assert documents[0].ids.tolist() == [2]
+    assert documents[0].ids.dtype == np.int32
     assert len(documents) == 199

@@ -1,0 +1,48 @@
+"""What a method is: a choice of loss and of mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ddk.mixture import MixtureConfig
+from ddk.types import Mixture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What is known at the start of an interval, by domain."""
+
+    student_ppl: Mapping[str, float]
+    """ℓ_S, measured now: exp(mean cross-entropy per token, natural log)."""
+    teacher_ppl: Mapping[str, float]
+    """ℓ_T."""
+    reference_ppl: Mapping[str, float]
+    """ℓ_ref, of the model whose loss 'excess loss' exceeds: a finished run's student, or the teacher."""
+    sizes: Mapping[str, int]
+    """Train blocks."""
+
+
+class NextMixture(Protocol):
+    def __call__(self, previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
+        """The mixture after a measurement; `previous` is None at the first, before any training."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    next_mixture: NextMixture
+    follows_gap: bool
+    """Whether the mixture depends on what is measured; if not, `mixture.weights` may set it."""
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `LossConfig` that the method fixes, whatever the configuration says."""
+    reads_reference: bool = False
+    """Whether the mixture depends on `Measured.reference_ppl`."""
+    needs_teacher: bool = False
+    """Whether the teacher itself takes part in training (`ddk.ted`), not only its stored targets."""
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the loss has a divergence from the teacher (where the configuration gives it a weight)."""
+        return self.loss.get("gamma") != 0.0

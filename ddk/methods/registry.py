@@ -1,0 +1,111 @@
+"""The methods that a run can be trained by, and what the trainer and the flows ask of them.
+
+docs/methods.md compares them. Adding one: a small file beside this one with a `Method`, its name and its line below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
+
+from pydantic import ValidationError
+
+from ddk.loss import LossConfig
+from ddk.methods.base import Measured, Method
+from ddk.methods.doremi import CPT_DOREMI
+from ddk.methods.fixed import CPT, DDK_EQUAL, KD
+from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
+from ddk.methods.minillm import MINILLM
+from ddk.methods.ted import TED
+from ddk.mixture import MixtureConfig, fixed_mixture, proportional_mixture
+from ddk.types import DomainGap, Mixture
+
+MethodName = Literal["ddk", "ddk_no_smoothing", "ddk_equal", "kd", "cpt", "minillm", "cpt_doremi", "ted"]
+
+METHODS: Mapping[MethodName, Method] = {
+    "ddk": DDK,
+    "ddk_no_smoothing": DDK_NO_SMOOTHING,
+    "ddk_equal": DDK_EQUAL,
+    "kd": KD,
+    "cpt": CPT,
+    "minillm": MINILLM,
+    "cpt_doremi": CPT_DOREMI,
+    "ted": TED,
+}
+
+
+def effective_loss(method: MethodName, loss: LossConfig) -> LossConfig:
+    """The loss that a method trains with: the configuration's, with what the method fixes.
+
+    Raises:
+        ValueError: the two do not go together; `check_method` says so in words.
+    """
+    fixed = METHODS[method].loss
+    return LossConfig.model_validate(loss.model_dump() | dict(fixed)) if fixed else loss
+
+
+def mixture_after(
+    method: MethodName,
+    previous: Mixture | None,
+    gaps: Sequence[DomainGap],
+    config: MixtureConfig,
+    sizes: Mapping[str, int],
+    reference: Mapping[str, float] | None = None,
+) -> Mixture:
+    """The mixture of the next interval.
+
+    Args:
+        previous: that of the interval that has just ended; None before the first.
+        gaps: measured now, one a domain.
+        sizes: train blocks by domain.
+        reference: perplexities by domain of the model that `cpt_doremi` compares with; None: the teacher's.
+
+    Raises:
+        ValueError: gaps, mixture, sizes or reference are of different domains.
+    """
+    chosen = METHODS[method]
+    if previous is None and chosen.follows_gap and config.initial == "proportional":
+        return proportional_mixture(sizes)
+    teacher_ppl = {gap.domain: gap.teacher_ppl for gap in gaps}
+    now = Measured(
+        student_ppl={gap.domain: gap.student_ppl for gap in gaps},
+        teacher_ppl=teacher_ppl,
+        reference_ppl=teacher_ppl if reference is None else reference,
+        sizes=sizes,
+    )
+    return chosen.next_mixture(previous, now, config)
+
+
+def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:
+    """That the method, the mixture and the loss of a configuration go together.
+
+    Args:
+        domains: that the configuration names.
+
+    Raises:
+        ValueError: they do not; the fields and the remedy are named.
+    """
+    chosen = METHODS[method]
+    if mixture.weights is not None and chosen.follows_gap:
+        others = ", ".join(name for name, known in METHODS.items() if not known.follows_gap)
+        raise ValueError(
+            f"mixture.weights is set, and method {method} finds its mixture itself; leave it out, or set method to one "
+            f"with a fixed mixture ({others})"
+        )
+    if mixture.weights is not None:
+        try:
+            fixed_mixture(mixture.weights, dict.fromkeys(domains, 1))
+        except ValueError as error:
+            raise ValueError(f"mixture.weights: {error}") from None
+    if mixture.reference_run is not None and not chosen.reads_reference:
+        others = ", ".join(name for name, known in METHODS.items() if known.reads_reference)
+        raise ValueError(
+            f"mixture.reference_run is set, and method {method} compares with no reference; leave it out, or set "
+            f"method: {others}"
+        )
+    try:
+        effective_loss(method, loss)
+    except ValidationError as error:
+        fixed = ", ".join(f"loss.{field}: {value}" for field, value in chosen.loss.items())
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"method {method} means {fixed}, which does not go with the rest of loss: {reason}") from None

@@ -1,0 +1,160 @@
+"""The tensors of a training on disk: torch.distributed.checkpoint in safetensors, readable on any number of ranks.
+
+Every rank writes the shares that it holds into one file; its header says which part of which tensor each is (JSON, no
+pickle). A reader on another number of ranks puts its own shares together from them. Names in the files:
+
+    model.<parameter>        weights, float32
+    exp_avg.<parameter>      AdamW's first moment
+    exp_avg_sq.<parameter>   and second
+
+AdamW's step count is that of the training, which is in `TrainerState`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+from torch.distributed.checkpoint.state_dict_saver import save as save_shares
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ddk.trainer import Trainer, TrainerState
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(trainer: Trainer, folder: str) -> None:
+    """Write this rank's part of a checkpoint; every rank must call it.
+
+    Args:
+        folder: a local folder, this rank's own or one for all; made if it is not there.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with _quiet():
+        save_shares(
+            dict(_live(trainer, trainer.state.step)),
+            storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True),
+            no_dist=trainer.world.size == 1,
+        )
+    for name in os.listdir(folder):
+        _order_header(os.path.join(folder, name))
+
+
+def load(trainer: Trainer, state: TrainerState, folder: str) -> None:
+    """Take up where `state` and the files of all ranks were saved; every rank must call it.
+
+    Args:
+        folder: a local folder with the files of all ranks that wrote.
+
+    Raises:
+        ValueError: the checkpoint is of another model (the first name that differs is given), its optimizer state
+            does not cover it, or the state is of other domains.
+    """
+    _check_domains(trainer, state)
+    live = _live(trainer, state.step)
+    with _quiet():
+        reader = HuggingFaceStorageReader(folder)
+        found = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+        _check_names({name: tuple(tensor.shape) for name, tensor in live.items()}, found)
+        load_shares(dict(live), storage_reader=reader, no_dist=trainer.world.size == 1)
+    trainer.state = state
+
+
+def load_first_format(
+    trainer: Trainer, state: TrainerState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> None:
+    """Take up from whole tensors, as checkpoints of format 1 hold them.
+
+    Args:
+        model: weights by parameter.
+        optimizer: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; `step.<parameter>` is not looked at.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    _check_domains(trainer, state)
+    given = {f"model.{name}": tensor for name, tensor in model.items()}
+    given |= {name: tensor for name, tensor in optimizer.items() if not name.startswith("step.")}
+    live = _live(trainer, state.step)
+    _check_names(
+        {name: tuple(tensor.shape) for name, tensor in live.items()},
+        {name: tuple(tensor.shape) for name, tensor in given.items()},
+    )
+    with torch.no_grad():
+        for name, tensor in live.items():
+            value = given[name].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
+    trainer.state = state
+
+
+def _live(trainer: Trainer, step: int) -> dict[str, Tensor]:
+    """The trainer's own tensors by their names in a file, the optimizer's made where it has none yet."""
+    live = {f"model.{name}": parameter.detach() for name, parameter in trainer.parameters.items()}
+    for name, parameter in trainer.parameters.items():
+        if not parameter.requires_grad:
+            continue
+        held = trainer.optimizer.state[parameter]
+        # AdamW keeps its step count on the CPU unless it is fused.
+        where = parameter.device if trainer.device.type == "cuda" else torch.device("cpu")
+        held["step"] = torch.tensor(float(step), device=where)
+        for moment in _MOMENTS:
+            if moment not in held:
+                held[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            live[f"{moment}.{name}"] = held[moment]
+    return live
+
+
+def _order_header(path: str) -> None:
+    """Put the entries of a safetensors header in order, in place: the library leaves `__metadata__` in a random one,
+    and the same training is to give the same bytes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(ordered) != length:  # written in another style: it is right as it is
+            return
+        file.seek(8)
+        file.write(ordered)
+
+
+def _check_domains(trainer: Trainer, state: TrainerState) -> None:
+    if set(state.sampler.drawn) != set(trainer.data.sizes):
+        raise ValueError(
+            f"the checkpoint is of domains {sorted(state.sampler.drawn)}, this run has {sorted(trainer.data.sizes)}"
+        )
+
+
+def _check_names(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    if differing := sorted(set(wanted) ^ set(found)):
+        # A missing moment would restart at zero, and nobody would notice.
+        raise ValueError(f"the checkpoint is of another model: '{differing[0]}' is in only one of the two")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"the checkpoint is of another model: '{name}' has shape {found[name]} there and {shape} here"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint says on one process that there is only one, and logs each of its steps."""
+    log = logging.getLogger("torch.distributed.checkpoint")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+            yield
+    finally:
+        log.setLevel(before)

@@ -1,0 +1,214 @@
+"""A student in training on several devices, seen from the flow's process: torchrun's workers behind one socket.
+
+The workers (`tasks.train_worker`) live as long as the flow trains, so that a mixture that changes costs a message and
+no start. What they log goes to our log. They end when this process does, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import IO, Any
+
+from ddk.errors import UserError
+from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
+from ddk.types import Mixture
+from storage.settings import as_environment
+from tasks.progress import logger
+from tasks.train_worker import SOCKET
+from tasks.training import OnStep, TrainingJob, state_from_json
+
+_SECONDS_TO_END = 20.0
+_LINES_KEPT = 30
+
+
+class TrainingProcesses:
+    """`tasks.training.Training` by `processes` workers on this machine, and those of the other nodes.
+
+    Raises:
+        UserError: the workers could not start, or report that something is to be put right.
+    """
+
+    def __init__(self, job: TrainingJob, processes: int) -> None:
+        self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._folder = tempfile.TemporaryDirectory(prefix="ddk-train-")
+        path = os.path.join(self._folder.name, "socket")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(1)
+            self._process = start_workers(job, processes, 0, self._folder.name, path)
+            self._log = threading.Thread(target=self._read_log, name="ddk-train-log", daemon=True)
+            self._log.start()
+            try:
+                self._lines = self._accepted(listener)
+                self.state: TrainerState = self._result()[1]
+            except BaseException:
+                self.close()
+                raise
+
+    def train_interval(self, mixture: Mixture, version: int, steps: int, on_step: OnStep) -> None:
+        self._send(do="train", probabilities=dict(mixture.probabilities), version=version, steps=steps)
+        self.state = self._result(on_step)[1]
+
+    def perplexities(self) -> dict[str, float]:
+        self._send(do="measure")
+        return dict(self._result()[0])
+
+    def save(self) -> None:
+        self._send(do="save")
+        self._result()
+
+    def export(self, folder: str) -> None:
+        self._send(do="export", folder=folder)
+        self._result()
+
+    def close(self) -> None:
+        """End the workers: by word, then by signal. Harmless when called twice."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self._send(do="stop")
+        try:
+            self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            end_group(self._process)
+        self._log.join(timeout=5)
+        self._folder.cleanup()
+
+    def _accepted(self, listener: socket.socket) -> IO[str]:
+        listener.settimeout(1.0)
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                if self._process.poll() is not None:
+                    raise self._ended() from None
+                continue
+            connection.settimeout(None)
+            return connection.makefile("rw", encoding="utf-8")
+
+    def _send(self, **command: Any) -> None:
+        try:
+            self._lines.write(json.dumps(command) + "\n")
+            self._lines.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def _result(self, on_step: OnStep = lambda report: None) -> tuple[Any, TrainerState]:
+        """Of the command that was sent last: what it gave, and where the training stands after it."""
+        try:
+            for line in self._lines:
+                message = json.loads(line)
+                if "log" in message:
+                    logger.info(message["log"])
+                elif "step" in message:
+                    on_step(StepReport(**message["step"]))
+                elif "error" in message:
+                    raise (FloatingPointError if message["kind"] == "diverged" else UserError)(message["error"])
+                else:
+                    return message["done"], state_from_json(message["state"])
+        except ConnectionResetError:
+            pass
+        raise self._ended()
+
+    def _ended(self) -> UserError:
+        """What to say where the workers are gone without a word."""
+        try:
+            code = self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            end_group(self._process)
+            code = self._process.returncode
+        self._log.join(timeout=5)
+        last = "\n".join(self._last_lines)
+        return UserError(
+            f"the training processes ended (exit code {code}); what they have saved is whole, so run the same command "
+            f"again once the cause is removed. Their last lines:\n{last}"
+        )
+
+    def _read_log(self) -> None:
+        if self._process.stdout is None:
+            return
+        for line in self._process.stdout:
+            self._last_lines.append(line.rstrip())
+            logger.debug("train: %s", line.rstrip())
+
+
+def start_workers(
+    job: TrainingJob, processes: int, node_rank: int, folder: str, socket_path: str | None
+) -> subprocess.Popen[str]:
+    """torchrun with this machine's workers, in a process group of its own.
+
+    Args:
+        folder: a local folder for the job's file.
+        socket_path: where rank 0 finds the flow's process; None on all machines but the first.
+    """
+    path = os.path.join(folder, "job.json")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(job.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(job.train, node_rank)]
+    command += ["--nproc-per-node", str(processes), "-m", "tasks.train_worker", path]
+    # torchrun would set one thread a process; here the cores are shared out.
+    threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **as_environment()}
+    if socket_path is not None:
+        environment[SOCKET] = socket_path
+    return subprocess.Popen(  # noqa: S603
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def join_training(job: TrainingJob, node_rank: int) -> None:
+    """Run this machine's workers of a training that another leads, until it ends.
+
+    Args:
+        node_rank: 1 to `train.nodes` − 1; the leading machine is 0.
+
+    Raises:
+        UserError: there is no such place, or the workers ended with an error.
+    """
+    if not 1 <= node_rank < job.train.nodes:
+        raise UserError(f"--node-rank is {node_rank} and train.nodes {job.train.nodes}; it must be 1 to nodes - 1")
+    with tempfile.TemporaryDirectory(prefix="ddk-train-") as folder:
+        processes = resolve_processes(job.train, resolve_device(job.train))
+        process = start_workers(job, processes, node_rank, folder, None)
+        last: deque[str] = deque(maxlen=_LINES_KEPT)
+        try:
+            for line in process.stdout or ():
+                last.append(line.rstrip())
+            code = process.wait()
+        except BaseException:
+            end_group(process)
+            raise
+    if code:
+        raise UserError(f"the training processes ended (exit code {code}). Their last lines:\n" + "\n".join(last))
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all that it has started, and wait for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _rendezvous(train: TrainConfig, node_rank: int) -> Sequence[str]:
+    if train.nodes == 1:
+        return ["--standalone", "--nnodes", "1"]
+    host, _, port = train.rendezvous.rpartition(":")
+    return [
+        *("--nnodes", str(train.nodes), "--node-rank", str(node_rank)),
+        *("--master-addr", host, "--master-port", port),
+    ]

@@ -1,0 +1,107 @@
+"""What torchrun starts on every device: `torchrun … -m tasks.train_worker JOB`. No Prefect here.
+
+JOB is a file with a `TrainingJob` as JSON. Rank 0 takes commands from the flow's process through the socket that
+`DDK_TRAIN_SOCKET` names, a line of JSON each, and passes them on to the other ranks; all then do the same.
+
+    {"do": "train", "probabilities": {...}, "version": 3, "steps": 1000}
+    {"do": "measure"}    {"do": "save"}    {"do": "export", "folder": "..."}    {"do": "stop"}
+
+What goes back, a line of JSON each: {"log": "..."}, {"step": {...}} while it trains, and after each command (and once
+at the beginning) {"done": result, "state": {...}}, or {"error": "...", "kind": "..."}, after which all is over.
+
+When the flow's process is gone, so is the socket, and rank 0 ends; torchrun then ends the others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+from dataclasses import asdict
+from typing import IO, Any
+
+from ddk.errors import UserError
+from ddk.parallel import World, join_world, leave_world
+from ddk.trainer import resolve_device
+from ddk.types import Mixture
+from storage.errors import explained
+from tasks.training import RankTraining, TrainingJob, state_as_json
+
+SOCKET = "DDK_TRAIN_SOCKET"
+
+
+class Channel:
+    """Rank 0's end of the socket; on other ranks nothing is heard and nothing said."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._lines: IO[str] | None = None
+        if world.is_first:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(os.environ[SOCKET])
+            self._lines = connection.makefile("rw", encoding="utf-8")
+
+    def say(self, message: dict[str, Any]) -> None:
+        if self._lines is not None:
+            self._lines.write(json.dumps(message) + "\n")
+            self._lines.flush()
+
+    def next(self) -> dict[str, Any]:
+        """The next command, on every rank; 'stop' where nobody is there any more."""
+        line = self._lines.readline() if self._lines is not None else None
+        command: dict[str, Any] = json.loads(self._world.from_first(line) or '{"do": "stop"}')
+        return command
+
+
+def main(path: str) -> int:
+    with open(path, encoding="utf-8") as file:
+        job = TrainingJob.model_validate_json(file.read())
+    world = join_world("cuda" if resolve_device(job.train).type == "cuda" else "cpu")
+    channel = Channel(world)
+    try:
+        training = RankTraining(job, world, lambda line: channel.say({"log": line}))
+        channel.say({"done": None, "state": state_as_json(training.state)})
+        while (command := channel.next())["do"] != "stop":
+            result = _obey(command, training, channel)
+            channel.say({"done": result, "state": state_as_json(training.state)})
+    except FloatingPointError as error:
+        channel.say({"error": str(error), "kind": "diverged"})
+        return 1
+    except Exception as error:
+        wrong = error if isinstance(error, UserError) else explained(error)
+        if wrong is None:
+            raise
+        channel.say({"error": str(wrong), "kind": "user"})
+        return 1
+    leave_world(world)
+    return 0
+
+
+def _obey(command: dict[str, Any], training: RankTraining, channel: Channel) -> Any:
+    match command["do"]:
+        case "train":
+            training.train_interval(
+                Mixture(probabilities=command["probabilities"]),
+                command["version"],
+                command["steps"],
+                lambda report: channel.say({"step": asdict(report)}),
+            )
+        case "measure":
+            return training.perplexities()
+        case "save":
+            training.save()
+        case "export":
+            training.export(command["folder"])
+        case other:
+            raise ValueError(f"there is no command '{other}'")
+    return None
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # see leave_world

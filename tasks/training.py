@@ -1,0 +1,237 @@
+"""One rank's part of a run's training: the trainer, its stores and its checkpoints. Knows nothing of Prefect.
+
+In one process this is all there is; with several, each holds one of these, and `tasks.train_processes` stands for them
+in the flow's process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ddk import saving
+from ddk.data import TrainData
+from ddk.loss import LossConfig
+from ddk.parallel import World
+from ddk.sampler import SamplerState
+from ddk.student import StudentConfig, StudentLoss, load_student, save_student, student_weights
+from ddk.ted import TedConfig, TedStudent
+from ddk.ted_filters import train_filters
+from ddk.trainer import StepReport, TrainConfig, Trainer, TrainerState, resolve_precision
+from ddk.types import BlockReader, Mixture
+from storage.blocks import open_blocks
+from storage.checkpoints import CheckpointFolder
+from storage.targets import open_targets
+
+OnStep = Callable[[StepReport], None]
+
+
+class TrainingJob(BaseModel):
+    """Everything that a rank must know, in plain data: a process of its own is started with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_url: str
+    student: StudentConfig
+    """A local folder."""
+    seed: int
+    loss: LossConfig
+    """The method's: γ is 0 where no targets are read."""
+    train: TrainConfig
+    vocab_size: int
+    separator: int
+    """The token that ends a document."""
+    blocks: dict[str, str]
+    """URLs of the stores, by domain."""
+    targets: dict[str, str]
+    ted: TedConfig | None = None
+    """Of method ted; then `teacher` is set too."""
+    teacher: StudentConfig | None = None
+    """A local folder, where the method needs the live teacher."""
+
+
+class Training(Protocol):
+    """A student in training, here or in processes of its own."""
+
+    @property
+    def state(self) -> TrainerState: ...
+
+    def train_interval(self, mixture: Mixture, version: int, steps: int, on_step: OnStep) -> None:
+        """See `ddk.trainer.Trainer.train_interval`."""
+        ...
+
+    def perplexities(self) -> dict[str, float]:
+        """ℓ_S by domain, on the validation blocks."""
+        ...
+
+    def save(self) -> None:
+        """A checkpoint of the present state; those beyond `keep_checkpoints` go."""
+        ...
+
+    def export(self, folder: str) -> None:
+        """The student as a Hugging Face folder (without tokenizer); a local folder on this machine."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is wanted of it."""
+        ...
+
+
+class RankTraining:
+    """The part of one rank. All ranks must call the same methods in the same order.
+
+    Args:
+        world: the ranks.
+        say: takes a line for the log, on rank 0.
+    """
+
+    def __init__(self, job: TrainingJob, world: World, say: Callable[[str], None] = lambda line: None) -> None:
+        self._job = job
+        self._world = world
+        self._checkpoints = CheckpointFolder(job.run_url)
+        # One looks, so that all take the same.
+        steps = world.from_first(self._checkpoints.steps() if world.is_first else None)
+        data = open_data(job)
+        self._trainer = Trainer(
+            load_student(job.student, job.vocab_size),
+            data,
+            config=job.train,
+            loss=job.loss,
+            vocab_size=job.vocab_size,
+            seed=job.seed,
+            separator=job.separator,
+            wrap=StudentLoss if job.ted is None else partial(_with_layers, job, data, world, say, fresh=not steps),
+            world=world,
+        )
+        if steps:
+            self._load(steps[-1])
+            if world.is_first:
+                say(f"train: resumed from the checkpoint at step {steps[-1]} of {job.train.steps}")
+
+    @property
+    def state(self) -> TrainerState:
+        return self._trainer.state
+
+    def train_interval(self, mixture: Mixture, version: int, steps: int, on_step: OnStep) -> None:
+        self._trainer.train_interval(mixture, version, steps, on_step)
+
+    def perplexities(self) -> dict[str, float]:
+        return {domain: self._trainer.perplexity(blocks) for domain, blocks in self._validation.items()}
+
+    @cached_property
+    def _validation(self) -> dict[str, BlockReader]:
+        return {domain: open_blocks(url, "validation") for domain, url in self._job.blocks.items()}
+
+    def save(self) -> None:
+        world, state = self._world, self._trainer.state
+        if world.is_first:
+            self._checkpoints.begin(state.step)
+        world.wait_for_all()
+        name = f"rank-{world.rank:05d}.safetensors"
+        record = self._checkpoints.put(state.step, name, self._write_part)
+        records = world.gather((name, record))
+        if world.is_first:
+            self._checkpoints.commit(state.step, dict(records), state_as_json(state))
+            self._checkpoints.prune(self._job.train.keep_checkpoints)
+        world.wait_for_all()
+
+    def _write_part(self, path: str) -> None:
+        # torch names the files of a folder itself; a rank's is one, or none where others hold all that it has.
+        folder = f"{path}.parts"
+        saving.save(self._trainer, folder)
+        written = os.listdir(folder)
+        if written:
+            os.replace(os.path.join(folder, written[0]), path)
+        else:
+            safetensors.torch.save_file({}, path)
+        shutil.rmtree(folder)
+
+    def _load(self, step: int) -> None:
+        state = state_from_json(self._checkpoints.state(step))
+        # On every rank: a machine's ranks read the same local files, but a file from afar is fetched by each.
+        with self._checkpoints.folder(step) as folder:
+            if self._checkpoints.format_version(step) == 1:
+                model, optimizer = (
+                    safetensors.torch.load_file(os.path.join(folder, f"{name}.safetensors"))
+                    for name in ("model", "optimizer")
+                )
+                saving.load_first_format(self._trainer, state, model, optimizer)
+            else:
+                saving.load(self._trainer, state, folder)
+
+    def export(self, folder: str) -> None:
+        weights = student_weights(self._trainer.model, self._world)
+        if self._world.is_first:
+            save_student(self._trainer.model, weights, folder)
+        self._world.wait_for_all()
+
+    def close(self) -> None:
+        pass
+
+
+def open_data(job: TrainingJob) -> TrainData:
+    """The train splits that a job reads.
+
+    Raises:
+        StoreMissingError: a store is not there, or not complete.
+    """
+    reads_targets = job.loss.gamma > 0.0
+    return TrainData(
+        blocks={domain: open_blocks(url) for domain, url in job.blocks.items()},
+        targets={domain: open_targets(url) for domain, url in job.targets.items()} if reads_targets else None,
+    )
+
+
+def _with_layers(
+    job: TrainingJob,
+    data: TrainData,
+    world: World,
+    say: Callable[[str], None],
+    model: Any,
+    vocab_size: int,
+    loss: LossConfig,
+    *,
+    fresh: bool,
+) -> StudentLoss:
+    """The student beside its live teacher; its filters are trained here, unless a checkpoint holds them."""
+    if job.ted is None or job.teacher is None:
+        raise ValueError("method ted needs its section and the teacher's folder")
+    precision = resolve_precision(job.train, world.device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    teacher = load_student(job.teacher, vocab_size, dtype=dtype, field="teacher.model")
+    student = TedStudent(model, vocab_size, loss, teacher, job.ted)
+    if fresh:
+        if world.is_first:
+            say(f"ted: {job.ted.filter_steps} steps for the filters of {len(student.student_filters)} layers")
+        train_filters(
+            student,
+            data,
+            steps=job.ted.filter_steps,
+            batch_size=job.ted.filter_batch_size,
+            seed=job.seed,
+            device=world.device,
+            micro_batch_size=job.train.micro_batch_size,
+            precision=precision,
+            separator=job.separator if loss.mask_document_starts else None,
+        )
+    return student
+
+
+def state_as_json(state: TrainerState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "drawn": dict(state.sampler.drawn),
+        "mixture_versions": list(state.mixture_versions),
+    }
+
+
+def state_from_json(stored: Mapping[str, Any]) -> TrainerState:
+    sampler = SamplerState(step=stored["step"], drawn=stored["drawn"])
+    return TrainerState(sampler=sampler, mixture_versions=tuple(stored["mixture_versions"]))

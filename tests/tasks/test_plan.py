@@ -1,0 +1,76 @@
+"""What of the configuration decides where a domain's blocks lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddk.errors import UserError
+from ddk.packing import PackingConfig
+from storage.corpus import DomainConfig
+from storage.fingerprint import fingerprint
+from tasks.plan import StorePlan, plan_stores
+from tasks.teacher import TeacherConfig
+
+Planner = Callable[..., StorePlan]
+
+
+@pytest.fixture
+def planner(tmp_path: Path, teacher_folder: str) -> Planner:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "prompt": "p"}\n')
+    (tmp_path / "v.jsonl").write_text('{"text": "two"}\n')
+    (tmp_path / "t.txt").write_text("three\n")
+
+    def plan(**domain: Any) -> StorePlan:
+        values = {
+            "train": "a.jsonl",
+            **({} if "validation_fraction" in domain else {"validation": "v.jsonl"}),
+            **domain,
+        }
+        for split in {"train", "validation"} & set(values):
+            values[split] = str(tmp_path / values[split])
+        teacher = TeacherConfig(model=teacher_folder, k=4, dtype="float32")
+        domains = {"mine": DomainConfig.model_validate(values)}
+        return plan_stores(str(tmp_path / "root"), domains, PackingConfig(seq_len=7), teacher)["mine"]
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("domain", "expected"),
+    [
+        ({}, "53389f9584e40751"),
+        ({"validation_fraction": 0.5, "max_train_blocks": 3}, "ee6202cd331055aa"),
+        ({"targets": "topk"}, "9d43fbcd395b2886"),
+    ],
+)
+def test_stores_from_before_there_were_prompts_are_found(
+    planner: Planner, domain: dict[str, Any], expected: str
+) -> None:
+    """As version 0.1 computed them, but for the tokenizer's files, which are the quickstart's."""
+    inputs = planner(**domain).blocks_inputs
+    assert fingerprint({**inputs, "tokenizer": None}) == expected
+    assert inputs["format"] == 1
+    assert "prompt" not in json.dumps(inputs)
+
+
+def test_a_prompt_makes_another_store_of_format_2(planner: Planner) -> None:
+    plain, marked, other = planner(), planner(prompt_field="prompt"), planner(prompt_field="question")
+    assert len({store.blocks_url for store in (plain, marked, other)}) == 3
+    assert len({store.targets_url for store in (plain, marked, other)}) == 3
+    assert marked.blocks_inputs["corpus"]["prompt_field"] == "prompt"
+    assert (plain.blocks_inputs["format"], marked.blocks_inputs["format"]) == (1, 2)
+    assert marked.blocks_dims == {**plain.blocks_dims, "marked": 1}
+    # The teacher is asked at every position, whatever of it will count.
+    assert marked.targets_dims == plain.targets_dims
+
+
+@pytest.mark.parametrize("files", [{"train": "t.txt"}, {"validation": "t.txt"}])
+def test_a_prompt_and_text_files_are_refused_at_once(planner: Planner, files: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"domain 'mine': .*t\.txt holds plain text, which has no field 'prompt'"):
+        planner(**files, prompt_field="prompt")
+    assert planner(**files).corpus.prompt_field is None
