@@ -25,6 +25,10 @@ class MixtureConfig(BaseModel):
 
     interval: int = Field(default=1000, ge=1)
     """Optimizer steps under one mixture (the paper's K)."""
+    evaluation: Literal["inline", "scheduled"] = "inline"
+    """Who measures the gap: 'inline', the training itself after each interval; or 'scheduled', the flow `rebalance`, on
+    a schedule of its own and another worker. The training then takes the newest mixture at each interval's start, and
+    waits for none; it measures only before its first step and after its last."""
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """Smoothing coefficient α of Eq. 2: every domain keeps at least (1 − α)/N."""
     initial: Literal["gap", "proportional"] = "gap"

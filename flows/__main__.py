@@ -3,6 +3,8 @@
     ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
     ddk distill CONFIG          everything: pack, cache, train, report
     ddk pack|cache|train|gap|report CONFIG      one stage
+    ddk plan CONFIG             which stages are complete, stale or missing, and why; nothing is run
+    ddk serve CONFIG            every stage as a deployment served from this process, for development
     ddk join CONFIG             on the further machines of a training on several
     ddk import CONFIG           caches that others made become stores, without an engine
     ddk export URL DEST         a store becomes Parquet files that others read
@@ -138,9 +140,33 @@ def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run:
 
 
 @app.command()
+def plan(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
+    """Say which stages are complete, unfinished, stale or missing, and why, without running any."""
+    loaded = _load(config, overrides, root, run)
+    from flows.plan import plan_stages, render
+    from tasks.storage_block import use_storage_block
+
+    use_storage_block(loaded.storage_block)
+    for line in render(plan_stages(loaded)):
+        _say(line)
+
+
+@app.command()
 def report(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Write a run's report, finished or not."""
     _say(_run_flow("report", _load(config, overrides, root, run))["index.html"])
+
+
+@app.command()
+def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
+    """Serve every stage as a deployment from this process, for development; Ctrl-C ends it.
+
+    No work pool and no worker is needed. Start runs in Prefect's UI, or with `prefect deployment run distill/dev`.
+    """
+    loaded = _load(config, overrides, root, run)
+    from flows import serve as serving
+
+    serving.serve(loaded, _say)
 
 
 @app.command("import")

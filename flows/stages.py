@@ -187,12 +187,25 @@ def _measure(session: StudentSession) -> MixtureRecord:
     return update_mixture(session, step, evaluate_gap(session, step))
 
 
+def _mixture_now(session: StudentSession) -> MixtureRecord:
+    """The record to train on from here; measured now, unless that is another flow's business."""
+    if session.settings.mixture.evaluation == "scheduled" and not session.done:
+        records = session.history.records()
+        if records:
+            logger.info(
+                "train: step %d goes on with mixture version %d, measured at step %d",
+                *(session.step, records[-1].version, records[-1].step),
+            )
+            return records[-1]
+    # A record of this very step was left by an earlier attempt: the same student, so the same measurement.
+    return session.history.at_step(session.step) or _measure(session)
+
+
 def _train_to_the_end(session: StudentSession) -> str | None:
     """Interval by interval. Returns why it stopped before its last step, or None."""
     stop_ratio = session.settings.mixture.stop_ratio
     while True:
-        # A record of this very step was left by an earlier attempt: the same student, so the same measurement.
-        record = session.history.at_step(session.step) or _measure(session)
+        record = _mixture_now(session)
         if session.done:
             return None
         if caught_up(record.gaps, stop_ratio):

@@ -117,12 +117,14 @@ class MixtureHistory:
 
         Raises:
             ValueError: it is not the next one; another evaluator was quicker, or it is a second measurement of the
-                same student.
+                same student. Nothing has been changed then.
         """
         expected = len(self.records())
+        place = uri.join(self._url, f"{record.version:05d}.json")
+        if record.version == expected and not uri.create_json(place, record.model_dump()):
+            expected += 1  # since then another was written
         if record.version != expected:
             raise ValueError(f"{self._url} expects version {expected}; this record is version {record.version}")
-        uri.write_json(uri.join(self._url, f"{record.version:05d}.json"), record.model_dump())
 
 
 def _parse(place: str, content: Any) -> MixtureRecord:

@@ -58,6 +58,11 @@ class RunFolder:
         if found is None:
             uri.write_json(place, dict(identity))
 
+    def identity(self) -> dict[str, Any] | None:
+        """What the run was begun with; None where it has not begun."""
+        content = uri.read_json(uri.join(self.url, "identity.json"))
+        return dict(content) if content is not None else None
+
     def config(self) -> dict[str, Any] | None:
         """The resolved configuration; None where the run has not begun."""
         content = uri.read_json(uri.join(self.url, "config.json"))

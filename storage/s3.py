@@ -75,6 +75,9 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
         try:
             return await call(**self._get_s3_method_kwargs(call, *parts, **arguments))
         except botocore.exceptions.ClientError as error:
+            if error.response["Error"].get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
+                # Of a PUT that is to create: there is such an object, or another is just being put there.
+                raise FileExistsError(str(error)) from None
             translated = translate_boto_error(error)
             if not isinstance(translated, _FINAL):
                 raise translated from error

@@ -52,6 +52,8 @@ def reaching(url: str) -> Iterator[None]:
     """
     try:
         yield
+    except FileExistsError:  # asked for, by `create_json`
+        raise
     except Exception as error:
         known = None if is_local(url) else explained(error, url)
         if known is None:
@@ -213,6 +215,41 @@ def write_bytes(url: str, content: bytes) -> None:
 def write_json(url: str, value: Any) -> None:
     """Canonical form: sorted keys, so that equal values are equal bytes."""
     write_bytes(url, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def create_json(url: str, value: Any) -> bool:
+    """`write_json` where there is no such file yet; of several who try at once, one succeeds.
+
+    Returns:
+        Whether the file now holds the value. Not, where another has written another value first.
+    """
+    content = (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    fs, path = open_fs(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(temporary, path)  # unlike a rename it never replaces a file
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        else:
+            with reaching(url):
+                fs.pipe_file(path, content, mode="create")
+    except FileExistsError:
+        # It may be our own, where a PUT was answered too late and made again.
+        return read_bytes(url) == content
+    return True
+
+
+def as_json(value: Any) -> Any:
+    """Plain data as it comes back from a file: a tuple is a list."""
+    return json.loads(json.dumps(value))
 
 
 def list_names(url: str) -> list[str]:

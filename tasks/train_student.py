@@ -35,6 +35,7 @@ from storage.mixtures import MixtureHistory, MixtureRecord, make_record
 from storage.runs import RunFolder
 from storage.targets import teacher_perplexity
 from storage.uri import join
+from tasks.events import say_event
 from tasks.models import check_same_tokenizer, local_folder, weight_digests
 from tasks.plan import Plan
 from tasks.progress import logger, meter
@@ -48,7 +49,7 @@ _OPERATIONAL = {
 }
 # Added after runs had been started without them: with these values they are those runs' own.
 _ADDED_TO_LOSS = ("divergence", "beta", "mask_document_starts")
-_ADDED_TO_MIXTURE = ("weights", "doremi_step", "doremi_smoothing", "reference_run")
+_ADDED_TO_MIXTURE = ("evaluation", "weights", "doremi_step", "doremi_smoothing", "reference_run")
 # These drew every domain equally once, and now in proportion to its size: not the same run.
 _MIXTURE_CHANGED = {"kd": "proportional", "cpt": "proportional"}
 
@@ -78,21 +79,23 @@ class StudentSession:
     Args:
         settings: see there.
         plan: the stores, all complete.
-        config: the whole resolved configuration, kept in the run's folder for the reader.
+        config: the whole resolved configuration, kept in the run's folder for the reader; None only looks, and leaves
+            the folder as it is.
 
     Raises:
         RunMismatchError: the folder holds another run.
         UserError: the student does not fit the teacher.
     """
 
-    def __init__(self, settings: RunSettings, plan: Plan, config: Mapping[str, Any]) -> None:
+    def __init__(self, settings: RunSettings, plan: Plan, config: Mapping[str, Any] | None = None) -> None:
         self.settings = settings
         self.plan = plan
         self.run = RunFolder(settings.root, settings.run)
         self.history = MixtureHistory(self.run.url)
         self.student_folder = local_folder(settings.student.model, settings.student.revision, "student.model")
         check_same_tokenizer(plan.teacher_folder, self.student_folder)
-        self.run.claim(self._identity(), config)
+        if config is not None:
+            self.run.claim(self.identity, config)
         self._training: Training | None = None
 
     def __enter__(self) -> Self:
@@ -211,7 +214,9 @@ class StudentSession:
     def _seq_len(self) -> int:
         return next(iter(self.plan.domains.values())).blocks_dims["seq_len"]
 
-    def _identity(self) -> dict[str, Any]:
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the trained student, as it is kept in the run's folder."""
         settings = self.settings
         digests = DigestCache(join(settings.root, "digests.json"))
         identity = {
@@ -239,6 +244,23 @@ def _without_defaults(section: BaseModel, added: tuple[str, ...]) -> dict[str, A
     return {name: value for name, value in section.model_dump().items() if defaults.get(name, ...) != value}
 
 
+class _Pace:
+    """How fast an interval's steps go so far."""
+
+    def __init__(self) -> None:
+        self.seconds = self.waited = 0.0
+        self.tokens = 0
+
+    def add(self, report: StepReport) -> None:
+        self.seconds += report.seconds
+        self.waited += report.waited_seconds
+        self.tokens += report.tokens
+
+    def __str__(self) -> str:
+        share = 100 * self.waited / self.seconds
+        return f"{self.tokens / self.seconds:,.0f} tokens/s, {share:.1f}% of the time waiting for data"
+
+
 @task(task_run_name="train steps from {first_step}", cache_policy=NO_CACHE, persist_result=False)
 def train_interval(session: StudentSession, record: MixtureRecord, first_step: int) -> dict[str, Any]:
     """Train one interval under the record's mixture, and write a checkpoint.
@@ -250,33 +272,34 @@ def train_interval(session: StudentSession, record: MixtureRecord, first_step: i
     settings = session.settings
     steps = min(settings.mixture.interval, settings.train.steps - first_step)
     reports: list[StepReport] = []
+    pace = _Pace()
     with meter(f"train from step {first_step}", steps, "steps") as progress:
 
         def on_step(report: StepReport) -> None:
             reports.append(report)
-            progress.advance(1, f"ce {report.ce:.3f}, kl {report.kl:.3f}")
+            pace.add(report)
+            progress.advance(1, f"ce {report.ce:.3f}, kl {report.kl:.3f}, {pace}")
             if report.step % settings.train.log_every == 0:
                 logger.info("step %d: cross-entropy %.4f, KL %.4f", report.step, report.ce, report.kl)
 
         session.training.train_interval(record.mixture, record.version, steps, on_step)
     session.run.write_metrics(first_step, [asdict(report) for report in reports])
     session.training.save()
-    seconds = sum(report.seconds for report in reports)
+    say_event("checkpoint.written", session.run, {"step": session.step})
     result = {
         "step": session.step,
         "ce": sum(report.ce for report in reports) / len(reports),
         "kl": sum(report.kl for report in reports) / len(reports),
-        "tokens_per_second": sum(report.tokens for report in reports) / seconds,
-        "waiting": sum(report.waited_seconds for report in reports) / seconds,
+        "tokens_per_second": pace.tokens / pace.seconds,
+        "waiting": pace.waited / pace.seconds,
     }
     logger.info(
-        "train: step %d of %d, cross-entropy %.3f, KL %.3f, %s tokens/s, %.1f%% of the time waiting for data",
+        "train: step %d of %d, cross-entropy %.3f, KL %.3f, %s",
         session.step,
         settings.train.steps,
         result["ce"],
         result["kl"],
-        f"{result['tokens_per_second']:,.0f}",
-        100 * result["waiting"],
+        pace,
     )
     return result
 
@@ -300,27 +323,39 @@ def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, floa
 
 @task(task_run_name="mixture at step {step}", cache_policy=NO_CACHE, persist_result=False)
 def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mapping[str, float]]) -> MixtureRecord:
-    """Append the mixture that follows from a measurement (Eq. 1 at first, then the method's rule) to the history."""
+    """Append the mixture that follows from a measurement (Eq. 1 at first, then the method's rule) to the history.
+
+    Where another evaluator has measured this student meanwhile, or a later one, its record stands and is returned.
+    """
     settings, state = session.settings, session.state
-    records = session.history.records()
     measured = [DomainGap(domain=d, student_ppl=g["student"], teacher_ppl=g["teacher"]) for d, g in gaps.items()]
-    mixture = mixture_after(
-        settings.method,
-        records[-1].mixture if records else None,
-        measured,
-        settings.mixture,
-        session.sizes,
-        session.reference_ppl,
-    )
-    record = make_record(
-        version=len(records),
-        step=step,
-        tokens_seen=session.tokens_seen,
-        gaps=measured,
-        mixture=mixture,
-        blocks_drawn=state.sampler.drawn,
-    )
-    session.history.append(record)
+    while True:
+        records = session.history.records()
+        if records and records[-1].step >= step:
+            newest = records[-1]
+            logger.info("gap at step %d: version %d, of step %d, is there already", step, newest.version, newest.step)
+            return newest
+        record = make_record(
+            version=len(records),
+            step=step,
+            tokens_seen=session.tokens_seen,
+            gaps=measured,
+            mixture=mixture_after(
+                settings.method,
+                records[-1].mixture if records else None,
+                measured,
+                settings.mixture,
+                session.sizes,
+                session.reference_ppl,
+            ),
+            blocks_drawn=state.sampler.drawn,
+        )
+        try:
+            session.history.append(record)
+            break
+        except ValueError:
+            logger.info("gap at step %d: another evaluator was quicker; looking again", step)
+    say_event("mixture.updated", session.run, {"version": record.version, "step": step})
     worst = max(record.gaps, key=lambda gap: gap.ratio)
     logger.info(
         "gap at step %d: largest ratio %.3f (%s); mixture %s%s",

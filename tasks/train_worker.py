@@ -14,9 +14,11 @@ When the flow's process is gone, so is the socket, and rank 0 ends; torchrun the
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from dataclasses import asdict
@@ -53,6 +55,16 @@ class Channel:
         line = self._lines.readline() if self._lines is not None else None
         command: dict[str, Any] = json.loads(self._world.from_first(line) or '{"do": "stop"}')
         return command
+
+
+def end_with_torchrun() -> None:
+    """Let the kernel kill this process when the one that started it ends, however: torchrun gives its workers sessions
+    of their own, and one that waits for a killed rank would hold its GPU for as long as the wait's time-out."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() == 1:  # it had ended before
+            os._exit(1)
 
 
 def main(path: str) -> int:
@@ -101,6 +113,7 @@ def _obey(command: dict[str, Any], training: RankTraining, channel: Channel) -> 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
+    end_with_torchrun()
     code = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()

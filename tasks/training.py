@@ -28,6 +28,7 @@ from ddk.trainer import StepReport, TrainConfig, Trainer, TrainerState, resolve_
 from ddk.types import BlockReader, Mixture
 from storage.blocks import open_blocks
 from storage.checkpoints import CheckpointFolder
+from storage.errors import StoreDamagedError
 from storage.targets import open_targets
 
 OnStep = Callable[[StepReport], None]
@@ -113,7 +114,7 @@ class RankTraining:
         if steps:
             self._load(steps[-1])
             if world.is_first:
-                say(f"train: resumed from the checkpoint at step {steps[-1]} of {job.train.steps}")
+                say(f"train: resumed from the checkpoint at step {self.state.step} of {job.train.steps}")
 
     @property
     def state(self) -> TrainerState:
@@ -154,6 +155,16 @@ class RankTraining:
         shutil.rmtree(folder)
 
     def _load(self, step: int) -> None:
+        """Load a checkpoint, or the newest, where this one has made room for newer ones meanwhile."""
+        try:
+            self._load_one(step)
+        except StoreDamagedError:
+            newer = [other for other in self._checkpoints.steps() if other > step]
+            if self._world.size > 1 or not newer:
+                raise
+            self._load(newer[-1])
+
+    def _load_one(self, step: int) -> None:
         state = state_from_json(self._checkpoints.state(step))
         # On every rank: a machine's ranks read the same local files, but a file from afar is fetched by each.
         with self._checkpoints.folder(step) as folder:

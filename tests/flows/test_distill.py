@@ -171,7 +171,7 @@ def test_a_second_call_does_nothing(small_run: SmallRun, ddk: Ddk) -> None:
     assert seconds < 120, "no engine may start for a complete store"
 
 
-@pytest.mark.parametrize(("method", "reads"), [("kd", True), ("cpt", False), ("ted", True)])
+@pytest.mark.parametrize(("method", "reads"), [("cpt", False), ("ted", True)])
 def test_other_methods_run_on_the_same_cache(small_run: SmallRun, ddk: Ddk, method: str, reads: bool) -> None:
     stores = files_below(small_run.root / "targets")
     few = ("--set", "ted.filter_steps=3", "--set", "ted.filter_batch_size=4")

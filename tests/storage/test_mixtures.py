@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 
 import pytest
 
@@ -110,3 +111,38 @@ def test_a_newer_record_is_refused(history: MixtureHistory, place: str) -> None:
     uri.write_json(url, {**uri.read_json(url), "format_version": 2, "something_new": 1})
     with pytest.raises(FormatVersionError, match=r"00000\.json has format version 2, .* reads up to 1; update ddk"):
         history.records()
+
+
+def test_of_two_evaluators_at_once_one_appends(place: str) -> None:
+    """Both have read the same history; the slower one is told, and what the quicker wrote stands."""
+    url = f"{place}/runs/race"
+    MixtureHistory(url).append(record(0))
+    start = threading.Barrier(8)
+    failed: list[ValueError] = []
+
+    def evaluate(step: int) -> None:
+        start.wait()
+        try:
+            MixtureHistory(url).append(record(1, step=step))
+        except ValueError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=evaluate, args=(step,)) for step in range(100, 108)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(failed) == 7
+    assert all("expects version 2; this record is version 1" in str(error) for error in failed)
+    assert [one.version for one in MixtureHistory(url).records()] == [0, 1]
+    assert 100 <= MixtureHistory(url).records()[1].step < 108
+
+
+def test_the_same_record_again_is_no_conflict(place: str) -> None:
+    """As where a PUT went through, its answer was lost, and it was made again."""
+    url = f"{place}/x/00000.json"
+    assert uri.create_json(url, {"a": 1})
+    assert uri.create_json(url, {"a": 1})
+    assert not uri.create_json(url, {"a": 2})
+    assert uri.read_json(url) == {"a": 1}
+    assert uri.list_names(f"{place}/x") == ["00000.json"]

@@ -1,0 +1,126 @@
+"""The stages as prefect.yaml deploys them, and the configuration that it fills in.
+
+    prefect deploy --all                          the quickstart
+    DDK_CONFIG=my.yaml prefect deploy --all       a run of your own, every field of it spelt out
+
+Whoever overrides a parameter of a deployment replaces it whole: `{"train": {"steps": 100, "batch_size": 8}}` would
+leave every other field of `train` at its default, whatever the deployment says. So the form of these flows asks for
+every field of a section that is given at all; Prefect's server refuses a section with a part of them, before
+anything starts. (The flows themselves take a part; it is the deployment's schema that is stricter.)
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from prefect import Flow
+from pydantic import GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from ddk.errors import UserError
+from flows import stages
+from flows.config import load_config
+
+
+class EveryField:
+    """Marks a parameter: the JSON schema of each model in it requires all of that model's fields."""
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        unseen, seen = list(_references(schema)), set[str]()
+        while unseen:
+            reference = unseen.pop()
+            if reference in seen:
+                continue
+            seen.add(reference)
+            # The definition itself, not a copy: what is changed here stands in the finished schema.
+            definition = handler.resolve_ref_schema({"$ref": reference})
+            if "properties" in definition:
+                definition["required"] = list(definition["properties"])
+            unseen.extend(_references(definition))
+        return schema
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if isinstance(reference := schema.get("$ref"), str):
+            yield reference
+        for value in schema.values():
+            yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)
+
+
+def deployable(stage: Flow[..., Any]) -> Flow[..., Any]:
+    """The same flow (hooks, retries, names), with a form that asks for whole sections.
+
+    The description is the docstring's first paragraph.
+    """
+    flow = copy.copy(stage)
+    signature = inspect.signature(stage.fn, eval_str=True)
+    # Prefect makes the schema of a deployment from the signature of the flow, and runs its `fn`, which is as it was.
+    flow.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            parameter.replace(annotation=Annotated[parameter.annotation, EveryField()])
+            for parameter in signature.parameters.values()
+        ]
+    )
+    flow.__module__ = __name__  # an entrypoint is made of module and name
+    flow.description = (flow.description or "").partition("\n\n")[0]
+    return flow
+
+
+pack_corpus = deployable(stages.pack_corpus)
+cache_teacher = deployable(stages.cache_teacher)
+train_student = deployable(stages.train_student)
+rebalance = deployable(stages.rebalance)
+distill = deployable(stages.distill)
+report = deployable(stages.report)
+
+DEPLOYABLE: Mapping[str, Flow[..., Any]] = {
+    "pack-corpus": pack_corpus,
+    "cache-teacher": cache_teacher,
+    "train-student": train_student,
+    "rebalance": rebalance,
+    "distill": distill,
+    "report": report,
+}
+"""By the name of the deployment, which is the flow's."""
+
+
+def configuration(config: str = "", root: str = "") -> dict[str, Any]:
+    """A build step of prefect.yaml: a run's configuration, as parameters for `{{ config.<section> }}`.
+
+    Args:
+        config: the run's YAML file; empty: the quickstart's.
+        root: replaces the file's. Empty: the file's, and for the quickstart the folder `quickstart-run` below the
+            current one.
+
+    Returns:
+        Every section as plain data, every field spelt out: a later version with other defaults changes nothing of
+        what is deployed, and the form of a run is filled in.
+
+    Raises:
+        SystemExit: the file is not there, or a field is wrong. (Of any other error Prefect shows three tracebacks.)
+    """
+    try:
+        if config:
+            return load_config(config, (), root or None).model_dump(mode="json")
+        with importlib.resources.as_file(importlib.resources.files("flows.presets")) as presets:
+            path = os.path.join(presets, "quickstart.yaml")
+            return load_config(path, (), root or "quickstart-run").model_dump(mode="json")
+    except UserError as error:
+        raise SystemExit(f"ddk: {error}") from None
+
+
+def parameters_for(flow: Flow[..., Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a configuration's sections that a flow takes."""
+    taken = inspect.signature(flow.fn).parameters
+    return {name: value for name, value in sections.items() if name in taken}

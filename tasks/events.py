@@ -1,0 +1,22 @@
+"""Events on Prefect's bus, for automations: `ddk.checkpoint.written` and `ddk.mixture.updated`.
+
+Their resource is the run (`ddk.run.<name>`); the payload is small and plain: the run's name, its URL, and a step or
+version. A deployment's trigger may start `rebalance` on the first; nothing here waits for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prefect.events import emit_event
+
+from storage.runs import RunFolder
+
+
+def say_event(name: str, run: RunFolder, payload: Mapping[str, int]) -> None:
+    """Emit `ddk.<name>`; to be called within a flow or task run, to which Prefect then relates it."""
+    emit_event(
+        event=f"ddk.{name}",
+        resource={"prefect.resource.id": f"ddk.run.{run.name}", "prefect.resource.name": run.name},
+        payload={"run": run.name, "url": run.url, **payload},
+    )
