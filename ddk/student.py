@@ -137,8 +137,7 @@ class StudentLoss(torch.nn.Module):
             teacher: of all B·L positions; None for cross-entropy alone.
             scale: what the total is multiplied by.
         """
-        # All positions, or the rows of those that count.
-        rows = slice(None) if valid_BL is None else valid_BL.flatten().nonzero()[:, 0]
+        rows = counted_rows(valid_BL)
         labels_T = labels_BL.flatten()[rows]
         teacher = None if teacher is None else teacher[rows]
         if not self.fused:
@@ -158,6 +157,11 @@ class StudentLoss(torch.nn.Module):
                 scale=scale,
             )
         return sums.total, sums.ce, sums.kl
+
+
+def counted_rows(valid_BL: Tensor | None) -> slice | Tensor:
+    """Of the flattened positions, those that carry loss."""
+    return slice(None) if valid_BL is None else valid_BL.flatten().nonzero()[:, 0]
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from torch import Tensor
 from ddk.errors import UserError
 from ddk.fused import fused_loss
 from ddk.loss import LossConfig, Teacher
-from ddk.student import StudentLoss, layers_of
+from ddk.student import StudentLoss, counted_rows, layers_of
 
 _CROSS_ENTROPY = LossConfig(gamma=0.0)
 
@@ -227,11 +227,6 @@ class _Catch:
     def _keep(self, place: int, layer: torch.nn.Module, inputs: object, output: Any) -> None:
         if self._found is not None:
             self._found[place] = output[0] if isinstance(output, tuple) else output
-
-
-def counted_rows(valid_BL: Tensor | None) -> slice | Tensor:
-    """Of the flattened positions, those that carry loss."""
-    return slice(None) if valid_BL is None else valid_BL.flatten().nonzero()[:, 0]
 
 
 def filtered(one: torch.nn.Module, hidden_TD: Tensor) -> Tensor:

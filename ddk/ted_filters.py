@@ -18,7 +18,8 @@ from ddk.data import Batch, TrainData, prefetch
 from ddk.mixture import proportional_mixture
 from ddk.parallel import Precision
 from ddk.sampler import draw, initial_state
-from ddk.ted import TedStudent, counted_rows, filtered
+from ddk.student import counted_rows
+from ddk.ted import TedStudent, filtered
 from ddk.types import Draw
 
 

@@ -110,15 +110,16 @@ class CheckpointFolder:
         Raises:
             StoreDamagedError: one is missing, or its bytes are not those that were written.
         """
+        files = self._commit(step).files
         if uri.is_local(self._url):
-            for name in self._commit(step).files:
-                with self.file(step, name):
+            for name, record in files.items():
+                with self._checked(step, name, record):
                     pass
             yield uri.open_fs(self.url(step))[1]
             return
         with tempfile.TemporaryDirectory(prefix="ddk-checkpoint-") as folder:
-            for name in self._commit(step).files:
-                with self.file(step, name) as path:
+            for name, record in files.items():
+                with self._checked(step, name, record) as path:
                     shutil.move(path, os.path.join(folder, name))
             yield folder
 
@@ -137,7 +138,11 @@ class CheckpointFolder:
         Raises:
             StoreDamagedError: it is missing, or its bytes are not those that were written.
         """
-        record = self._commit(step).files[name]
+        with self._checked(step, name, self._commit(step).files[name]) as path:
+            yield path
+
+    @contextmanager
+    def _checked(self, step: int, name: str, record: _FileRecord) -> Iterator[str]:
         place = uri.join(self.url(step), name)
         with uri.local_copy(place) as path:
             if path is None or os.path.getsize(path) != record.bytes or _sha256(path) != record.sha256:

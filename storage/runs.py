@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +46,7 @@ class RunFolder:
             RunMismatchError: the folder holds another run; the fields that differ are named.
         """
         place = uri.join(self.url, "identity.json")
-        identity = json.loads(json.dumps(identity))  # as it is read again: a tuple is a list
+        identity = uri.as_json(identity)
         found = uri.read_json(place)
         if found is not None and found != identity:
             raise RunMismatchError(

@@ -214,7 +214,7 @@ def write_bytes(url: str, content: bytes) -> None:
 
 def write_json(url: str, value: Any) -> None:
     """Canonical form: sorted keys, so that equal values are equal bytes."""
-    write_bytes(url, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_bytes(url, _canonical(value))
 
 
 def create_json(url: str, value: Any) -> bool:
@@ -223,7 +223,7 @@ def create_json(url: str, value: Any) -> bool:
     Returns:
         Whether the file now holds the value. Not, where another has written another value first.
     """
-    content = (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    content = _canonical(value)
     fs, path = open_fs(url)
     try:
         if isinstance(fs, LocalFileSystem):
@@ -245,6 +245,10 @@ def create_json(url: str, value: Any) -> bool:
         # It may be our own, where a PUT was answered too late and made again.
         return read_bytes(url) == content
     return True
+
+
+def _canonical(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def as_json(value: Any) -> Any:

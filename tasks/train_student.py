@@ -8,7 +8,6 @@ newest checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,7 +33,7 @@ from storage.digests import DigestCache
 from storage.mixtures import MixtureHistory, MixtureRecord, make_record
 from storage.runs import RunFolder
 from storage.targets import teacher_perplexity
-from storage.uri import join
+from storage.uri import as_json, join
 from tasks.events import say_event
 from tasks.models import check_same_tokenizer, local_folder, weight_digests
 from tasks.plan import Plan
@@ -236,7 +235,7 @@ class StudentSession:
                 for domain, store in self.plan.domains.items()
             },
         }
-        return dict(json.loads(json.dumps(identity)))
+        return dict(as_json(identity))
 
 
 def _without_defaults(section: BaseModel, added: tuple[str, ...]) -> dict[str, Any]:
