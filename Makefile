@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make quickstart` and `make test`. Each makes .venv first (once).
-.PHONY: setup quickstart test lint format lock bench results reference help
+.PHONY: setup quickstart test rehearsal lint format lock bench results reference help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -16,6 +16,9 @@ quickstart: setup ## Distil a small student from a small teacher, five domains, 
 
 test: setup       ## Every test, the end-to-end run with the real engine among them
 	@.venv/bin/python -m pytest
+
+rehearsal: setup  ## A real server and two workers, killed in capture and in training; asserted from the stores
+	@.venv/bin/python tests/rehearsal.py
 
 lint: setup       ## ruff, mypy (strict), import-linter
 	.venv/bin/ruff check .

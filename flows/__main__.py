@@ -45,6 +45,9 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Replace one field of the file; may be repeated."),
 ]
 Root = Annotated[str | None, typer.Option("--root", help="Store everything here instead of the file's `root`.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Make it again where it is complete, beside what is there and never over it.")
+]
 Run = Annotated[str | None, typer.Option("--run", help="Name the run so, instead of the file's `run`.")]
 
 
@@ -83,18 +86,21 @@ def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, 
 
 
 @app.command()
-def pack(config: ConfigPath, overrides: Overrides = None, root: Root = None) -> None:
+def pack(config: ConfigPath, overrides: Overrides = None, root: Root = None, force: Force = False) -> None:
     """Turn every domain's documents into token blocks."""
     loaded = _load(config, overrides, root, None)
-    for done in _run_flow("pack_corpus", loaded):
+    for done in _run_flow("pack_corpus", loaded, force=force):
         _say(f"{done['domain']}: {done['train_blocks']} train, {done['validation_blocks']} validation  {done['url']}")
 
 
 @app.command()
-def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None) -> None:
-    """Capture the teacher's targets for every block, with vLLM; goes on where it stopped."""
+def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None, force: Force = False) -> None:
+    """Capture the teacher's targets for every block, with vLLM; goes on where it stopped.
+
+    Several of these, on one machine or on several, share the work.
+    """
     loaded = _load(config, overrides, root, None)
-    for done in _run_flow("cache_teacher", loaded):
+    for done in _run_flow("cache_teacher", loaded, force=force):
         _say(
             f"{done['domain']}: {done['shards_written']} shards written, teacher perplexity "
             f"{done['teacher_ppl']:.3f}, {100 * done['retained_mass']:.2f}% of its probability kept  {done['url']}"
@@ -102,11 +108,16 @@ def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None) ->
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
-    """Train the student on the cached targets; goes on at its newest checkpoint."""
+def train(
+    config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None, force: Force = False
+) -> None:
+    """Train the student on the cached targets; goes on at its newest checkpoint.
+
+    With --force the run made again is called RUN.2 (and then RUN.3).
+    """
     loaded = _load(config, overrides, root, run)
-    _run_flow("train_student", loaded)
-    _show_result(loaded, f"{_command()} distill {config}")
+    done = _run_flow("train_student", loaded, force=force)
+    _show_result(loaded.model_copy(update={"run": done["run"]}), f"{_command()} distill {config}")
 
 
 @app.command()
@@ -301,8 +312,8 @@ def _load(path: str, overrides: list[str] | None, root: str | None, run: str | N
     return load_config(path, overrides or (), root, run)
 
 
-def _run_flow(name: str, config: Any, module: str = "flows.stages") -> Any:
-    """Run one flow with those of the configuration's sections that it takes."""
+def _run_flow(name: str, config: Any, module: str = "flows.stages", **options: Any) -> Any:
+    """Run one flow with those of the configuration's sections that it takes, and further parameters."""
     import importlib
     import inspect as introspection
 
@@ -312,7 +323,7 @@ def _run_flow(name: str, config: Any, module: str = "flows.stages") -> Any:
     parameters = stages.flow_parameters(config)
     taken = introspection.signature(flow.fn).parameters
     try:
-        return flow(**{key: value for key, value in parameters.items() if key in taken})
+        return flow(**{key: value for key, value in parameters.items() if key in taken}, **options)
     except KeyboardInterrupt:
         raise _InterruptedError from None  # typer would end the process at once, without a word
 

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from prefect import Flow, flow
+from prefect import Flow, flow, runtime
+from pydantic import Field
 
 from ddk.errors import UserError
 from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
 from flows.config import Config
+from flows.parts import capture_run_name, other_parts
 from storage.corpus import DomainConfig
 from storage.mixtures import MixtureRecord
+from storage.runs import name_to_make_again
 from tasks.cache_targets import cache_targets
 from tasks.finish_run import report_run, save_final_student
 from tasks.import_targets import import_targets
@@ -29,17 +32,22 @@ from tasks.pack_corpus import pack_corpus as pack_domain
 from tasks.pack_rows import pack_rows
 from tasks.plan import Plan, plan_stores
 from tasks.progress import logger
+from tasks.sharing import alone
 from tasks.sources import open_teacher
 from tasks.storage_block import use_storage_block
 from tasks.teacher import TeacherConfig
 from tasks.train_student import StudentSession, evaluate_gap, train_interval, update_mixture
 
+Force = Annotated[bool, Field(description="Make it again beside what is there, instead of going on with that.")]
+Part = Annotated[int, Field(ge=1, description="Of several runs that capture together: which one this is.")]
 
-def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[[Config], Any]], Flow[..., Any]]:
+
+def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[..., Any]], Flow[..., Any]]:
     """Make a flow of a function of the whole configuration, with each section as a parameter of its own.
 
     A deployment overrides parameters one by one, each whole; a single `config` parameter would be replaced with all
-    its sections. Names, types and defaults are those of `Config`, and stand there alone.
+    its sections. Names, types and defaults are those of `Config`, and stand there alone. What else the function takes
+    is a parameter too.
     """
     parameters = [
         inspect.Parameter(
@@ -51,29 +59,33 @@ def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[[Config]
         for section, field in Config.model_fields.items()
     ]
 
-    def decorate(function: Callable[[Config], Any]) -> Flow[..., Any]:
-        def call(**sections: Any) -> Any:
-            config = Config(**sections)
+    def decorate(function: Callable[..., Any]) -> Flow[..., Any]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        def call(**given: Any) -> Any:
+            config = Config(**{section: given[section] for section in given if section in Config.model_fields})
             use_storage_block(config.storage_block)
-            return function(config)
+            return function(config, **{one.name: given[one.name] for one in own if one.name in given})
 
         call.__name__, call.__qualname__ = function.__name__, function.__qualname__
         call.__module__, call.__doc__ = function.__module__, function.__doc__
         # What Prefect reads for its form, and pydantic for its checks.
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        every = [*parameters, *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own)]
+        call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         return flow(name=name, flow_run_name=flow_run_name, persist_result=False)(call)
 
     return decorate
 
 
-@flow(name="pack-corpus", persist_result=False)
+@flow(name="pack-corpus", flow_run_name="pack", persist_result=False)
 def pack_corpus(
     root: str,
     domains: dict[str, DomainConfig],
     teacher: TeacherConfig,
     packing: PackingConfig,
     storage_block: str | None = None,
+    force: Force = False,
 ) -> list[dict[str, Any]]:
     """Documents of every domain → token blocks.
 
@@ -81,56 +93,68 @@ def pack_corpus(
         What `tasks.pack_corpus.pack_corpus` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = plan_stores(root, domains, packing, teacher)
+    plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else ())
     return [
         pack_rows(plan, domain) if plan[domain].corpus.imported else pack_domain(plan, domain)
         for domain in plan.domains
     ]
 
 
-@flow(name="cache-teacher", persist_result=False)
+@flow(name="cache-teacher", flow_run_name=capture_run_name, persist_result=False)
 def cache_teacher(
     root: str,
     domains: dict[str, DomainConfig],
     teacher: TeacherConfig,
     packing: PackingConfig,
     storage_block: str | None = None,
+    force: Force = False,
+    part: Part = 1,
 ) -> list[dict[str, Any]]:
     """Token blocks of every domain → teacher targets, with one engine for all; imported ones need none.
+
+    With `teacher.workers` above 1 it starts further runs of its deployment, which share the shards with it.
 
     Returns:
         What `tasks.cache_targets.cache_targets` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = plan_stores(root, domains, packing, teacher)
+    plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else ())
     done = {domain: import_targets(plan, domain) for domain in plan.domains if plan[domain].corpus.imported}
     if len(done) == len(plan.domains):
         return list(done.values())
-    with open_teacher(
-        teacher.model_copy(update={"model": plan.teacher_folder, "revision": None}),
-        seq_len=packing.seq_len,
-        vocab_size=plan.vocab_size,
-    ) as engine:
-        return [done.get(domain) or cache_targets(plan, domain, engine) for domain in plan.domains]
+    with (
+        other_parts(plan, teacher, part, dict(runtime.flow_run.parameters)),
+        open_teacher(
+            teacher.model_copy(update={"model": plan.teacher_folder, "revision": None}),
+            seq_len=packing.seq_len,
+            vocab_size=plan.vocab_size,
+        ) as engine,
+    ):
+        return [
+            done.get(domain) or cache_targets(plan, domain, engine, part, teacher.workers) for domain in plan.domains
+        ]
 
 
 @by_sections(name="train-student", flow_run_name="train {run}")
-def train_student(config: Config) -> dict[str, Any]:
+def train_student(config: Config, force: Force = False) -> dict[str, Any]:
     """Train the student interval by interval; needs complete stores of blocks and targets.
 
     Returns:
-        `{"student", "report", "done_before"}`: the URLs of the final student and of the report's page.
+        `{"run", "student", "report", "done_before"}`: the run's name (another than was asked for where it is made
+        again), and the URLs of the final student and of the report's page.
     """
+    if force:
+        config = config.model_copy(update={"run": name_to_make_again(config.root, config.run)})
+        logger.info("train: the run made again is '%s'", config.run)
     with open_session(config) as session:
         done_before = session.run.summary() is not None
         if done_before:
             logger.info("train %s: complete already", config.run)
             student_url = session.run.student_url
         else:
-            stopped_early = _train_to_the_end(session)
-            student_url = save_final_student(session, stopped_early)
+            student_url = _train_alone(session)
     urls = report_run(config.root, config.run)
-    return {"student": student_url, "report": urls["index.html"], "done_before": done_before}
+    return {"run": config.run, "student": student_url, "report": urls["index.html"], "done_before": done_before}
 
 
 @by_sections(name="rebalance", flow_run_name="rebalance {run}")
@@ -166,7 +190,7 @@ def distill(config: Config) -> dict[str, Any]:
         What `train_student` says.
     """
     for stage in (pack_corpus, cache_teacher):
-        stage(config.root, config.domains, config.teacher, config.packing)
+        stage(config.root, config.domains, config.teacher, config.packing, config.storage_block)
     result: dict[str, Any] = train_student(**flow_parameters(config))
     return result
 
@@ -199,6 +223,14 @@ def _mixture_now(session: StudentSession) -> MixtureRecord:
             return records[-1]
     # A record of this very step was left by an earlier attempt: the same student, so the same measurement.
     return session.history.at_step(session.step) or _measure(session)
+
+
+def _train_alone(session: StudentSession) -> str:
+    """The final student's URL. Two that train one run would undo each other's checkpoints: the second waits."""
+    with alone(session.run.url, f"train {session.run.name}"):
+        if session.run.summary() is not None:
+            return session.run.student_url
+        return save_final_student(session, _train_to_the_end(session))
 
 
 def _train_to_the_end(session: StudentSession) -> str | None:

@@ -62,6 +62,29 @@ def explained(error: BaseException, place: str | None = None) -> StoreError | No
     return None
 
 
+_PASSING = {errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ESTALE}
+"""Of network file systems too. EIO is left out: a disk that fails goes on failing."""
+_PASSING_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether storage may give what was asked for a little later: no answer, too many requests, an error of its own.
+
+    Looks through the chain of causes, as `explained` does.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, botocore.exceptions.ClientError):
+            status = seen.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return status == 429 or status >= 500 or _code(seen) in _PASSING_CODES
+        if isinstance(seen, _BREAKS) or type(seen).__name__ == "ClientPayloadError":  # aiohttp's
+            return True
+        if isinstance(seen, OSError) and seen.errno in _PASSING:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def is_beyond_the_end(error: BaseException) -> bool:
     """Whether S3 says that the object ends before the bytes that were asked for."""
     cause = error.__cause__
@@ -107,7 +130,7 @@ def _refusal(error: botocore.exceptions.ClientError) -> str | None:
 
 
 def _cause_and_remedy(code: str, status: int) -> tuple[str, str]:
-    if status == 429 or status >= 500 or code in ("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout"):
+    if status == 429 or status >= 500 or code in _PASSING_CODES:
         return f"the S3 server answered {status}", _AGAIN
     if code in _OTHER_REGION:
         return "the bucket lies in another region", "set AWS_REGION to its region"

@@ -8,7 +8,8 @@ Written in this order, each file in one atomic step:
 3. Zarr's own metadata, then `manifest.json` with `"complete": true` and all the records folded in; `commits/` goes.
 
 So a complete store is opened with one read, however many shards it has, and an incomplete one is resumed with one
-listing. Writers of different shards do not meet: they write different files.
+listing. Writers of different shards do not meet: they write different files. Who writes which is agreed in
+`storage.claims`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk.types import SPLITS, Split
 from storage import uri
+from storage.claims import remove_claims
 from storage.codec import FORMAT_1, TargetFormat
 from storage.errors import FormatVersionError, StoreDamagedError, StoreMissingError
 from storage.fingerprint import differences, fingerprint
@@ -217,14 +219,30 @@ class StoreWriter:
         foreign = [number for number in numbers if (split, number) not in self._own]
         try:
             contents = uri.read_jsons([_commit_url(self.url, split, number) for number in foreign])
-            read = {n: ShardRecord.model_validate(c) for n, c in zip(foreign, contents, strict=True)}
-            return {n: read.get(n) or self._own[split, n] for n in numbers}
+            # None where another writer has completed the store meanwhile, and removed them.
+            there = {n: c for n, c in zip(foreign, contents, strict=True) if c is not None}
+            read = {n: ShardRecord.model_validate(c) for n, c in there.items()}
+            return {n: read.get(n) or self._own[split, n] for n in numbers if n in read or (split, n) in self._own}
         except (StoreDamagedError, ValidationError) as error:
             why = str(error) if isinstance(error, StoreDamagedError) else error.errors()[0]["msg"]
             raise StoreDamagedError(
                 f"{self.url}/commits holds what is no commit record ({why}); remove the folder {self.url} and run "
                 f"the stage again"
             ) from None
+
+    def is_missing(self, split: Split, shard: int) -> bool:
+        """Whether nobody has committed the shard, nor completed the store, up to now."""
+        if uri.size_of(_commit_url(self.url, split, shard)) is not None:
+            return False
+        return not self.completed_by_another()
+
+    def completed_by_another(self) -> bool:
+        """Whether the store is complete by now; looks again."""
+        if not self.manifest.complete:
+            found = read_manifest(self.url)
+            if found is not None and found.complete:
+                self.manifest = found
+        return self.manifest.complete
 
     def write_shard(
         self,
@@ -259,14 +277,17 @@ class StoreWriter:
     def finish(self, facts: Mapping[str, Any] | None = None) -> Manifest:
         """Declare the store complete; every shard from 0 to the last must be committed, full but for the last.
 
+        Where another writer has done so meanwhile, its word stands. One at a time: see `storage.claims`.
+
         Raises:
             ValueError: one is not.
         """
-        if self.manifest.complete:
+        committed = {split: self.committed(split) for split in SPLITS}
+        if self.completed_by_another():  # looked at after the records, which go once the store is complete
+            remove_claims(self.url)  # those of who came too late
             return self.manifest
         splits: dict[Split, SplitManifest] = {}
-        for split in SPLITS:
-            records = self.committed(split)
+        for split, records in committed.items():
             shards = tuple(records[i] for i in sorted(records))
             if sorted(records) != list(range(len(records))) or any(s.blocks != self._shard_blocks for s in shards[:-1]):
                 raise ValueError(f"{self.url} lacks shards of '{split}'; committed are {sorted(records)}")
@@ -279,5 +300,6 @@ class StoreWriter:
         uri.remove_temporaries(self.url)
         uri.write_json(uri.join(self.url, "manifest.json"), manifest.as_json())
         uri.remove_tree(uri.join(self.url, "commits"))
+        remove_claims(self.url)
         self.manifest = manifest
         return manifest

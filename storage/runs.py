@@ -20,6 +20,18 @@ from storage.errors import RunMismatchError
 from storage.fingerprint import differences
 
 
+def name_to_make_again(root: str, name: str) -> str:
+    """`run`, `run.2`, `run.3`, …: the first that is not there. One that was begun so, and not completed, goes on."""
+    if RunFolder(root, name).identity() is None:
+        return name
+    number = 2
+    while (found := RunFolder(root, f"{name}.{number}")).summary() is not None or (
+        found.identity() is not None and RunFolder(root, f"{name}.{number + 1}").identity() is not None
+    ):
+        number += 1
+    return f"{name}.{number}"
+
+
 class RunFolder:
     """Paths and small files of one run."""
 

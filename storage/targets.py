@@ -126,6 +126,14 @@ class TargetWriter:
         """The shards that count, by number."""
         return self._writer.committed(split)
 
+    def is_missing(self, split: Split, shard: int) -> bool:
+        """Whether nobody has committed the shard, nor completed the store, up to now."""
+        return self._writer.is_missing(split, shard)
+
+    def completed_by_another(self) -> bool:
+        """Whether the store is complete by now; looks again."""
+        return self._writer.completed_by_another()
+
     def write_shard(
         self, split: Split, shard: int, targets: SparseTargets, facts: Mapping[str, Any] | None = None
     ) -> ShardRecord:

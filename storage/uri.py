@@ -294,6 +294,15 @@ def remove_tree(url: str) -> None:
             fs.rm(path, recursive=True)
 
 
+def remove_empty_folders(url: str) -> None:
+    """Remove a local folder and those below it that hold no file; others have no folders."""
+    fs, path = open_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        for folder, _, _ in os.walk(path, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
 def remove_temporaries(url: str) -> None:
     """Remove what interrupted writes left below a local folder; nothing may be writing there. Others hold none."""
     fs, path = open_fs(url)

@@ -1,37 +1,46 @@
 """Stage 2: the teacher's targets for a domain's blocks, captured once.
 
-Shards that are committed stay; the missing ones are captured in order. While the engine captures a shard, other
-threads read the next one's tokens and check, encode and write the one before, so that the engine waits for nothing.
+Shards that are committed stay; the missing ones are captured. Several processes, on several machines, may be at one
+store: they share its shards (`tasks.sharing`). While the engine captures a shard, other threads read the next one's
+tokens and check, encode and write the one before, so that the engine waits for nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from ddk.types import SPLITS, Int32Array, SparseTargets, Split
+from ddk.types import SPLITS, Int32Array, SparseTargets
 from storage.blocks import open_blocks
-from storage.manifest import Manifest, ShardRecord
+from storage.claims import Claims
+from storage.manifest import Manifest
 from storage.targets import TargetWriter, perplexity_of
-from storage.views import BlockView
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
+from tasks.retries import RETRIES
+from tasks.sharing import Shard, ShardQueue
 from tasks.teacher import Teacher
 
 
-@task(task_run_name="cache {domain}", cache_policy=NO_CACHE, persist_result=False)
-def cache_targets(plan: Plan, domain: str, teacher: Teacher) -> dict[str, Any]:
-    """Capture one domain; nothing to do where its store is complete.
+def run_name() -> str:
+    """`cache math`, and where several capture together `cache math 3/8`."""
+    given = runtime.task_run.parameters
+    part = f" {given['part']}/{given['parts']}" if given.get("parts", 1) > 1 else ""
+    return f"cache {given['domain']}{part}"
+
+
+@task(task_run_name=run_name, cache_policy=NO_CACHE, persist_result=False, **RETRIES)
+def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, parts: int = 1) -> dict[str, Any]:
+    """Capture one domain; nothing to do where its store is complete. Returns when it is, by whomever.
 
     Args:
         teacher: started at its first capture, so that a complete domain costs no engine.
+        part, parts: where several capture together, this one begins at part `part` of `parts`, counted from 1.
 
     Returns:
         `{"domain", "url", "shards_written", "done_before", "teacher_ppl", "retained_mass"}`; the last is the mean
@@ -47,9 +56,11 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher) -> dict[str, Any]:
     written = 0
     if not done_before:
         started = time.monotonic()
-        blocks = {split: open_blocks(store.blocks_url, split) for split in SPLITS}
-        written = _capture_missing(store, blocks, writer, teacher)
-        writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
+        with Claims(store.targets_url) as claims:
+            capture = _Capture(store, writer, teacher, claims)
+            written = capture(part, parts)
+            claims.wait_for("finish")
+            writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
     manifest = writer.manifest
     positions = sum(part.blocks for part in manifest.splits.values()) * store.targets_dims["seq_len"]
     retained = 1.0 - manifest.total("tail_mass_sum") / positions
@@ -76,50 +87,76 @@ def _shards(manifest: Manifest) -> int:
     return sum(len(part.shards) for part in manifest.splits.values())
 
 
-def _capture_missing(
-    store: StorePlan, blocks: Mapping[Split, BlockView], writer: TargetWriter, teacher: Teacher
-) -> int:
-    shard_blocks = store.targets_dims["shard_blocks"]
-    missing = [
-        (split, shard)
-        for split in SPLITS
-        for shard in sorted(set(range(-(-len(blocks[split]) // shard_blocks))) - set(writer.committed(split)))
-    ]
-    to_capture = sum(_shard_len(blocks[split], shard, shard_blocks) for split, shard in missing)
-    in_all = sum(len(blocks[split]) for split in SPLITS)
-    seq_len = store.targets_dims["seq_len"]
+class _Capture:
+    """The missing shards of one store, as far as they fall to this process."""
 
-    def read(split: Split, shard: int) -> Int32Array:
-        first = shard * shard_blocks
-        return blocks[split].read(np.arange(first, first + _shard_len(blocks[split], shard, shard_blocks)))
+    def __init__(self, store: StorePlan, writer: TargetWriter, teacher: Teacher, claims: Claims) -> None:
+        self._blocks = {split: open_blocks(store.blocks_url, split) for split in SPLITS}
+        self._store = store
+        self._writer = writer
+        self._teacher = teacher
+        self._claims = claims
+        self._shard_blocks = store.targets_dims["shard_blocks"]
+        self._seq_len = store.targets_dims["seq_len"]
 
-    with (
-        meter(f"capture {store.domain}", in_all * seq_len, "positions") as progress,
-        ThreadPoolExecutor(max_workers=2, thread_name_prefix="ddk-cache") as executor,
-    ):
-        progress.advance((in_all - to_capture) * seq_len)
-        # Three shards are in hand at most: one read ahead, one in the engine, one being written.
-        ahead = deque(executor.submit(read, *shard) for shard in missing[:1])
-        writing: Future[ShardRecord] | None = None
-        for number, (split, shard) in enumerate(missing):
-            tokens = ahead.popleft().result()
-            ahead.extend(executor.submit(read, *following) for following in missing[number + 1 : number + 2])
-            targets = _captured(teacher, tokens, progress)
+    def __call__(self, part: int, parts: int) -> int:
+        """Until every shard is committed. Returns how many this process has captured."""
+        shards = {split: -(-len(blocks) // self._shard_blocks) for split, blocks in self._blocks.items()}
+        queue = ShardQueue(self._writer, self._claims, shards, part, parts)
+        in_all = sum(len(blocks) for blocks in self._blocks.values()) * self._seq_len
+        with (
+            meter(f"capture {self._store.domain}", in_all, "positions") as progress,
+            ThreadPoolExecutor(max_workers=2, thread_name_prefix="ddk-cache") as executor,
+        ):
+            progress.advance(in_all - self._positions(queue.left))
+            captured = 0
+            while True:
+                captured += self._capture_ours(queue, executor, progress)
+                others = self._positions(queue.left)
+                if not queue.wait():
+                    progress.advance(others)
+                    return captured
+                progress.advance(others - self._positions(queue.left))
+
+    def _capture_ours(self, queue: ShardQueue, executor: ThreadPoolExecutor, progress: Meter) -> int:
+        """All that is to be had without waiting. Three shards are in hand at most: one read ahead, one in the engine,
+        one being written."""
+        captured = 0
+        ahead = executor.submit(self._take, queue)
+        writing: Future[None] | None = None
+        while (taken := ahead.result()) is not None:
+            shard, tokens = taken
+            ahead = executor.submit(self._take, queue)
+            targets = _captured(self._teacher, tokens, progress)
             if writing is not None:
                 writing.result()
-            writing = executor.submit(_write, writer, split, shard, targets)
+            writing = executor.submit(self._write, queue, shard, targets)
+            captured += 1
         if writing is not None:
             writing.result()
-    return len(missing)
+        return captured
 
+    def _take(self, queue: ShardQueue) -> tuple[Shard, Int32Array] | None:
+        """The next shard that falls to us, and its tokens [n, L + 1]."""
+        shard = queue.take()
+        if shard is None:
+            return None
+        split, number = shard
+        first = number * self._shard_blocks
+        return shard, self._blocks[split].read(np.arange(first, first + self._shard_len(shard)))
 
-def _write(writer: TargetWriter, split: Split, shard: int, targets: SparseTargets) -> ShardRecord:
-    check_distribution(targets)
-    return writer.write_shard(split, shard, targets)
+    def _write(self, queue: ShardQueue, shard: Shard, targets: SparseTargets) -> None:
+        check_distribution(targets)
+        # Another process may have taken us for dead, and be at this shard or done with it.
+        if queue.still_ours(shard):
+            self._writer.write_shard(*shard, targets)
 
+    def _shard_len(self, shard: Shard) -> int:
+        split, number = shard
+        return min(self._shard_blocks, len(self._blocks[split]) - number * self._shard_blocks)
 
-def _shard_len(blocks: BlockView, shard: int, shard_blocks: int) -> int:
-    return min(shard_blocks, len(blocks) - shard * shard_blocks)
+    def _positions(self, shards: list[Shard]) -> int:
+        return sum(map(self._shard_len, shards)) * self._seq_len
 
 
 def _captured(teacher: Teacher, tokens: Int32Array, progress: Meter) -> SparseTargets:

@@ -20,10 +20,11 @@ from tasks.model_card import render_model_card
 from tasks.progress import logger
 from tasks.report import publish_artifacts, write_report
 from tasks.report_data import IntervalRecord, RunSummary
+from tasks.retries import RETRIES
 from tasks.train_student import StudentSession
 
 
-@task(task_run_name="report {run}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="report {run}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def report_run(root: str, run: str) -> dict[str, str]:
     """Write the report of a run, finished or not, and publish it as artifacts.
 
@@ -42,7 +43,7 @@ def report_run(root: str, run: str) -> dict[str, str]:
     return urls
 
 
-@task(task_run_name="save student {session.run.name}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="save student {session.run.name}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def save_final_student(session: StudentSession, stopped_early: str | None) -> str:
     """Write the trained student, its tokenizer and its model card; the run is complete when this returns.
 

@@ -28,9 +28,11 @@ from storage.targets import TargetWriter, perplexity_of
 from tasks.pack_rows import RowCounts, RowPlace, in_split, token_blocks
 from tasks.plan import Plan, StorePlan
 from tasks.progress import logger, meter
+from tasks.retries import RETRIES
+from tasks.sharing import alone
 
 
-@task(task_run_name="import {domain}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="import {domain}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def import_targets(plan: Plan, domain: str) -> dict[str, Any]:
     """Read one domain's targets from its files; nothing to do where its store is complete.
 
@@ -46,10 +48,8 @@ def import_targets(plan: Plan, domain: str) -> dict[str, Any]:
     done_before = writer.complete
     written = 0
     if not done_before:
-        started = time.monotonic()
-        for split in SPLITS:
-            written += _import_split(store, writer, split)
-        writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
+        with alone(store.targets_url, f"import {domain}"):
+            written = _import(store, writer)
     manifest = writer.manifest
     shards = sum(len(part.shards) for part in manifest.splits.values())
     positions = sum(part.blocks for part in manifest.splits.values()) * store.targets_dims["seq_len"]
@@ -73,6 +73,14 @@ def import_targets(plan: Plan, domain: str) -> dict[str, Any]:
         "teacher_ppl": teacher_ppl,
         "retained_mass": retained,
     }
+
+
+def _import(store: StorePlan, writer: TargetWriter) -> int:
+    started = time.monotonic()
+    splits = () if writer.completed_by_another() else SPLITS
+    written = sum(_import_split(store, writer, split) for split in splits)
+    writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
+    return written
 
 
 def _import_split(store: StorePlan, writer: TargetWriter, split: Split) -> int:

@@ -26,10 +26,12 @@ from storage.layout import is_marked
 from storage.manifest import Manifest, ShardRecord, StoreWriter
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
+from tasks.retries import RETRIES
+from tasks.sharing import alone
 from tasks.tokenize import DocumentKey, tokenize_documents
 
 
-@task(task_run_name="pack {domain}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="pack {domain}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def pack_corpus(plan: Plan, domain: str) -> dict[str, Any]:
     """Pack one domain; nothing to do where its store is complete.
 
@@ -46,12 +48,8 @@ def pack_corpus(plan: Plan, domain: str) -> dict[str, Any]:
     if done_before:
         logger.info("pack %s: complete already", domain)
     else:
-        started = time.monotonic()
-        for split in SPLITS:
-            _pack_split(plan, store, writer, split)
-            if is_marked(store.blocks_dims):
-                _refuse_without_loss(store, writer, split)
-        writer.finish(facts={"seconds": round(time.monotonic() - started, 3)})
+        with alone(store.blocks_url, f"pack {domain}"):
+            _pack(plan, store, writer)
     splits = writer.manifest.splits
     if not done_before:
         logger.info(
@@ -69,6 +67,15 @@ def pack_corpus(plan: Plan, domain: str) -> dict[str, Any]:
         "validation_blocks": splits["validation"].blocks,
         "done_before": done_before,
     }
+
+
+def _pack(plan: Plan, store: StorePlan, writer: StoreWriter) -> None:
+    started = time.monotonic()
+    for split in () if writer.completed_by_another() else SPLITS:
+        _pack_split(plan, store, writer, split)
+        if is_marked(store.blocks_dims):
+            _refuse_without_loss(store, writer, split)
+    writer.finish(facts={"seconds": round(time.monotonic() - started, 3)})
 
 
 def _pack_split(plan: Plan, store: StorePlan, writer: StoreWriter, split: Split) -> None:

@@ -27,6 +27,8 @@ from storage.foreign import iter_tokens
 from storage.manifest import StoreWriter
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
+from tasks.retries import RETRIES
+from tasks.sharing import alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class RowCounts:
     dropped_predictions: int = 0
 
 
-@task(task_run_name="pack {domain}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="pack {domain}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def pack_rows(plan: Plan, domain: str) -> dict[str, Any]:
     """Pack the rows of one domain; nothing to do where its store is complete.
 
@@ -61,10 +63,8 @@ def pack_rows(plan: Plan, domain: str) -> dict[str, Any]:
     writer = StoreWriter(store.blocks_url, "blocks", store.blocks_inputs, store.blocks_dims)
     done_before = writer.manifest.complete
     if not done_before:
-        started = time.monotonic()
-        counts = {split: _pack_split(store, writer, split) for split in SPLITS}
-        facts = {f"{split}_{name}": count for split in SPLITS for name, count in asdict(counts[split]).items()}
-        writer.finish(facts={"seconds": round(time.monotonic() - started, 3), **facts})
+        with alone(store.blocks_url, f"pack {domain}"):
+            _pack(store, writer)
     splits, facts = writer.manifest.splits, writer.manifest.facts
     logger.info(
         "pack %s: %s",
@@ -82,6 +82,14 @@ def pack_rows(plan: Plan, domain: str) -> dict[str, Any]:
         "validation_blocks": splits["validation"].blocks,
         "done_before": done_before,
     }
+
+
+def _pack(store: StorePlan, writer: StoreWriter) -> None:
+    started = time.monotonic()
+    splits = () if writer.completed_by_another() else SPLITS
+    counts = {split: _pack_split(store, writer, split) for split in splits}
+    facts = {f"{split}_{name}": count for split in splits for name, count in asdict(counts[split]).items()}
+    writer.finish(facts={"seconds": round(time.monotonic() - started, 3), **facts})
 
 
 def _pack_split(store: StorePlan, writer: StoreWriter, split: Split) -> RowCounts:

@@ -6,7 +6,7 @@ are. Every stage plans afresh and meets the stage before it at the same URL; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from storage.corpus import CorpusFile, DomainConfig, resolve_files
 from storage.digests import DigestCache
 from storage.fingerprint import fingerprint
 from storage.foreign import compression_url
-from storage.layout import BLOCKS_PER_SHARD, format_version, is_marked
+from storage.generations import newest_complete, to_make_again
+from storage.layout import BLOCKS_PER_SHARD, Kind, format_version, is_marked
 from storage.manifest import read_manifest
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.server_teacher import server_identity
@@ -71,10 +72,19 @@ class Plan:
         return self.domains[domain]
 
 
-def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: PackingConfig, teacher: TeacherConfig) -> Plan:
+def plan_stores(
+    root: str,
+    domains: Mapping[str, DomainConfig],
+    packing: PackingConfig,
+    teacher: TeacherConfig,
+    make_again: Collection[Kind] = (),
+) -> Plan:
     """Fingerprint every input.
 
     Files are hashed once and remembered in `<root>/digests.json` by size and modification time.
+
+    Args:
+        make_again: stores to be made beside those that are there; see `storage.generations`.
 
     Raises:
         UserError: a corpus or a model is not there, or they do not fit together.
@@ -127,20 +137,27 @@ def plan_stores(root: str, domains: Mapping[str, DomainConfig], packing: Packing
         if older := _older_store(root, domain, teacher, targets_inputs, imported=corpus.imported):
             targets_inputs, form = older, FORMAT_1
         dims = {"seq_len": packing.seq_len, "vocab_size": vocab_size}
+        inputs: dict[Kind, dict[str, Any]] = {"blocks": blocks_inputs, "targets": targets_inputs}
+        urls = {kind: _store_url(root, domain, kind, of, make_again) for kind, of in inputs.items()}
         plans[domain] = StorePlan(
             domain=domain,
             corpus=corpus,
             train_files=tuple(train),
             validation_files=tuple(validation),
-            blocks_url=uri.join(root, "blocks", fingerprint(blocks_inputs), f"{domain}.zarr"),
+            blocks_url=urls["blocks"],
             blocks_inputs=blocks_inputs,
             blocks_dims={**dims, "shard_blocks": BLOCKS_PER_SHARD, **({"marked": 1} if marked else {})},
-            targets_url=uri.join(root, "targets", fingerprint(targets_inputs), f"{domain}.zarr"),
+            targets_url=urls["targets"],
             targets_inputs=targets_inputs,
             targets_dims={**dims, "k": teacher.k, "shard_blocks": teacher.shard_blocks},
             targets_form=form,
         )
     return Plan(domains=plans, teacher_folder=folder, vocab_size=vocab_size, eos_id=int(tokenizer.eos_token_id))
+
+
+def _store_url(root: str, domain: str, kind: Kind, inputs: Mapping[str, Any], make_again: Collection[Kind]) -> str:
+    first = uri.join(root, kind, fingerprint(inputs), f"{domain}.zarr")
+    return to_make_again(first) if kind in make_again else newest_complete(first)
 
 
 def _older_store(

@@ -76,6 +76,11 @@ class TeacherConfig(BaseModel):
     """Share of a GPU's memory that the engine takes. The rest is headroom for the logits of capture."""
     cpu_kv_cache_gib: int = Field(default=1, ge=1)
     """GiB of key-value cache on a CPU."""
+    workers: int = Field(default=1, ge=1, le=1000)
+    """Runs that capture together, each with an engine of its own on a worker of its own. The first starts the others,
+    as runs of `deployment`."""
+    deployment: str = Field(default="cache-teacher/cache-teacher", pattern=r"^[^/]+/[^/]+$")
+    """Of cache-teacher, as `prefect deployment ls` names it; only with workers above 1."""
     trust_remote_code: bool = False
     """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
 

@@ -38,6 +38,7 @@ from tasks.events import say_event
 from tasks.models import check_same_tokenizer, local_folder, weight_digests
 from tasks.plan import Plan
 from tasks.progress import logger, meter
+from tasks.retries import RETRIES
 from tasks.train_processes import TrainingProcesses
 from tasks.training import RankTraining, Training, TrainingJob, open_data
 
@@ -103,6 +104,10 @@ class StudentSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Forget the student in memory: it is loaded from the newest checkpoint when it is asked for again."""
         if self._training is not None:
             self._training.close()
             self._training = None
@@ -260,14 +265,19 @@ class _Pace:
         return f"{self.tokens / self.seconds:,.0f} tokens/s, {share:.1f}% of the time waiting for data"
 
 
-@task(task_run_name="train steps from {first_step}", cache_policy=NO_CACHE, persist_result=False)
-def train_interval(session: StudentSession, record: MixtureRecord, first_step: int) -> dict[str, Any]:
-    """Train one interval under the record's mixture, and write a checkpoint.
+@task(task_run_name="train steps from {first_step}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
+def train_interval(session: StudentSession, record: MixtureRecord, first_step: int) -> None:
+    """Train one interval under the record's mixture, and write a checkpoint."""
+    try:
+        # Further already where an earlier attempt failed after its checkpoint.
+        if session.step == first_step:
+            _train_interval(session, record, first_step)
+    except Exception:
+        session.let_go()  # it may be anywhere between two checkpoints
+        raise
 
-    Returns:
-        Means over the interval: `{"step", "ce", "kl", "tokens_per_second", "waiting"}`; `waiting` is the share of
-        time spent waiting for data.
-    """
+
+def _train_interval(session: StudentSession, record: MixtureRecord, first_step: int) -> None:
     settings = session.settings
     steps = min(settings.mixture.interval, settings.train.steps - first_step)
     reports: list[StepReport] = []
@@ -285,25 +295,17 @@ def train_interval(session: StudentSession, record: MixtureRecord, first_step: i
     session.run.write_metrics(first_step, [asdict(report) for report in reports])
     session.training.save()
     say_event("checkpoint.written", session.run, {"step": session.step})
-    result = {
-        "step": session.step,
-        "ce": sum(report.ce for report in reports) / len(reports),
-        "kl": sum(report.kl for report in reports) / len(reports),
-        "tokens_per_second": pace.tokens / pace.seconds,
-        "waiting": pace.waited / pace.seconds,
-    }
     logger.info(
         "train: step %d of %d, cross-entropy %.3f, KL %.3f, %s",
         session.step,
         settings.train.steps,
-        result["ce"],
-        result["kl"],
+        sum(report.ce for report in reports) / len(reports),
+        sum(report.kl for report in reports) / len(reports),
         pace,
     )
-    return result
 
 
-@task(task_run_name="gap at step {step}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="gap at step {step}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, float]]:
     """The student's and the teacher's perplexity on every domain's validation blocks.
 
@@ -320,7 +322,7 @@ def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, floa
     return gaps
 
 
-@task(task_run_name="mixture at step {step}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="mixture at step {step}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mapping[str, float]]) -> MixtureRecord:
     """Append the mixture that follows from a measurement (Eq. 1 at first, then the method's rule) to the history.
 
