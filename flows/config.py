@@ -11,6 +11,7 @@
     loss: {gamma: 0.2}
     train: {steps: 30000, batch_size: 512}
     mixture: {interval: 1000, alpha: 0.5}
+    tracking: {wandb_project: my-project}
 
 Relative paths are relative to the file's own folder. Secrets have no place here: credentials come from the
 environment, or from a Prefect block that `storage_block` names.
@@ -38,6 +39,7 @@ from ddk.trainer import TrainConfig
 from storage.corpus import DomainConfig
 from storage.uri import absolute
 from tasks.teacher import TeacherConfig
+from tasks.tracking import TrackingConfig
 from tasks.train_student import RunSettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -76,6 +78,8 @@ class Config(BaseModel):
     """How the sampling follows the gap."""
     ted: TedConfig = TedConfig()
     """Of method ted alone."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the metrics go besides the run's own files."""
 
     @model_validator(mode="after")
     def _names_differ_in_more_than_case(self) -> Config:
@@ -125,6 +129,7 @@ class Config(BaseModel):
             train=self.train,
             mixture=self.mixture,
             ted=self.ted,
+            tracking=self.tracking,
             trust_teacher_code=self.teacher.trust_remote_code,
         )
 

@@ -5,6 +5,7 @@
                    mixtures/       see storage.mixtures
                    checkpoints/    see storage.checkpoints
                    metrics/        a file an interval: loss, speed and share of waiting, step by step
+                   tensorboard/    the same and the gaps as TensorBoard reads it; see tasks.tracking_tensorboard
                    student/        the final model, an ordinary Hugging Face folder
                    report/         what a person looks at
                    summary.json    written last: the run is complete
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,13 +83,24 @@ class RunFolder:
 
     def write_metrics(self, first_step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Measurements of the steps of one interval, which begins after `first_step` steps."""
-        uri.write_json(uri.join(self.url, "metrics", f"step-{first_step:08d}.json"), [dict(row) for row in rows])
+        uri.write_json(self._metrics_of(first_step), [dict(row) for row in rows])
 
     def metrics(self) -> list[dict[str, Any]]:
         """Measurements of all steps, in order."""
-        folder = uri.join(self.url, "metrics")
-        contents = uri.read_jsons([uri.join(folder, name) for name in uri.list_names(folder)])
+        contents = uri.read_jsons([self._metrics_of(first_step) for first_step in self.measured_intervals()])
         return [row for rows in contents for row in rows or []]
+
+    def measured_intervals(self) -> list[int]:
+        """The `first_step` of every interval that `write_metrics` was called for, ascending."""
+        found = (re.fullmatch(r"step-(\d+)\.json", name) for name in uri.list_names(uri.join(self.url, "metrics")))
+        return sorted(int(match[1]) for match in found if match)
+
+    def interval_metrics(self, first_step: int) -> list[dict[str, Any]]:
+        """What `write_metrics` was given for one interval; empty where there is none."""
+        return list(uri.read_json(self._metrics_of(first_step)) or [])
+
+    def _metrics_of(self, first_step: int) -> str:
+        return uri.join(self.url, "metrics", f"step-{first_step:08d}.json")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Declare the run complete."""

@@ -67,6 +67,7 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         with open(os.path.join(local, "README.md"), "w", encoding="utf-8") as file:
             file.write(card)
         put_folder(local, folder.student_url)
+    session.tracking.finish(session.step, summary)
     folder.finish(summary)
     logger.info("student: %s", folder.student_url)
     return folder.student_url

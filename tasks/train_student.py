@@ -8,6 +8,7 @@ newest checkpoint.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ from tasks.models import check_same_tokenizer, local_folder, weight_digests
 from tasks.plan import Plan
 from tasks.progress import logger, meter
 from tasks.retries import RETRIES
+from tasks.tracking import Tracking, TrackingConfig, open_tracking
 from tasks.train_processes import TrainingProcesses
 from tasks.training import RankTraining, Training, TrainingJob, open_data
 
@@ -67,6 +69,7 @@ class RunSettings:
     train: TrainConfig
     mixture: MixtureConfig
     ted: TedConfig
+    tracking: TrackingConfig
     trust_teacher_code: bool
     """`teacher.trust_remote_code`, for a method that loads the live teacher."""
 
@@ -90,6 +93,7 @@ class StudentSession:
     def __init__(self, settings: RunSettings, plan: Plan, config: Mapping[str, Any] | None = None) -> None:
         self.settings = settings
         self.plan = plan
+        self._config = dict(config or {})
         self.run = RunFolder(settings.root, settings.run)
         self.history = MixtureHistory(self.run.url)
         self.student_folder = local_folder(settings.student.model, settings.student.revision, "student.model")
@@ -105,12 +109,20 @@ class StudentSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.let_go()
+        if "tracking" in vars(self):
+            self.tracking.close(failed=kind is not None)
 
     def let_go(self) -> None:
         """Forget the student in memory: it is loaded from the newest checkpoint when it is asked for again."""
         if self._training is not None:
             self._training.close()
             self._training = None
+
+    @cached_property
+    def tracking(self) -> Tracking:
+        """Where the run's metrics go besides its own files."""
+        gamma = effective_loss(self.settings.method, self.settings.loss).gamma
+        return open_tracking(self.settings.tracking, self.run, self._config, gamma)
 
     @property
     def training(self) -> Training:
@@ -280,20 +292,26 @@ def train_interval(session: StudentSession, record: MixtureRecord, first_step: i
 def _train_interval(session: StudentSession, record: MixtureRecord, first_step: int) -> None:
     settings = session.settings
     steps = min(settings.mixture.interval, settings.train.steps - first_step)
+    session.tracking.update(first_step)
     reports: list[StepReport] = []
+    ended: list[float] = []
     pace = _Pace()
     with meter(f"train from step {first_step}", steps, "steps") as progress:
 
         def on_step(report: StepReport) -> None:
             reports.append(report)
+            ended.append(time.time())
             pace.add(report)
             progress.advance(1, f"ce {report.ce:.3f}, kl {report.kl:.3f}, {pace}")
             if report.step % settings.train.log_every == 0:
                 logger.info("step %d: cross-entropy %.4f, KL %.4f", report.step, report.ce, report.kl)
 
         session.training.train_interval(record.mixture, record.version, steps, on_step)
-    session.run.write_metrics(first_step, [asdict(report) for report in reports])
+    session.run.write_metrics(
+        first_step, [{**asdict(report), "time": at} for report, at in zip(reports, ended, strict=True)]
+    )
     session.training.save()
+    session.tracking.update(session.step, trained_from=first_step)
     say_event("checkpoint.written", session.run, {"step": session.step})
     logger.info(
         "train: step %d of %d, cross-entropy %.3f, KL %.3f, %s",
