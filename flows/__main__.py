@@ -5,6 +5,7 @@
     ddk pack|cache|train|gap|report CONFIG      one stage
     ddk plan CONFIG             which stages are complete, stale or missing, and why; nothing is run
     ddk serve CONFIG            every stage as a deployment served from this process, for development
+    ddk automations             on the Prefect server: runs that died become Crashed
     ddk join CONFIG             on the further machines of a training on several
     ddk import CONFIG           caches that others made become stores, without an engine
     ddk export URL DEST         a store becomes Parquet files that others read
@@ -178,6 +179,36 @@ def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, ru
     from flows import serve as serving
 
     serving.serve(loaded, _say)
+
+
+@app.command()
+def automations(
+    silence: Annotated[
+        int,
+        typer.Option(
+            "--within", min=90, metavar="SECONDS", help="A run without a heartbeat for so long counts as dead."
+        ),
+    ] = 540,
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance-on-checkpoint", help="Besides, measure the gap after each checkpoint.")
+    ] = False,
+    deployment: Annotated[
+        str, typer.Option("--deployment", help="With --rebalance-on-checkpoint: which one measures.")
+    ] = "rebalance/rebalance",
+    remove: Annotated[bool, typer.Option("--remove", help="Remove those that this command has made.")] = False,
+) -> None:
+    """Make the automation on the Prefect server that marks runs as Crashed whose heartbeats have stopped.
+
+    A second call changes nothing. The default is three times Prefect's own pace, 180 s; the deployments of prefect.yaml
+    send a heartbeat every 30 s, so that where there are no other runs --within 90 will do.
+    """
+    from flows import automations as made
+
+    done = made.remove() if remove else made.set_up(silence, deployment if rebalance else None)
+    for one in done:
+        _say(f"{one.what:<10} {one.name}{'' if one.enabled else '   (switched off on the server)'}")
+    if not done:
+        _say("there were none")
 
 
 @app.command("import")

@@ -312,7 +312,7 @@ def _train_interval(session: StudentSession, record: MixtureRecord, first_step: 
     )
     session.training.save()
     session.tracking.update(session.step, trained_from=first_step)
-    say_event("checkpoint.written", session.run, {"step": session.step})
+    say_event("checkpoint.written", session.run, settings.mixture.evaluation, {"step": session.step})
     logger.info(
         "train: step %d of %d, cross-entropy %.3f, KL %.3f, %s",
         session.step,
@@ -374,7 +374,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
             break
         except ValueError:
             logger.info("gap at step %d: another evaluator was quicker; looking again", step)
-    say_event("mixture.updated", session.run, {"version": record.version, "step": step})
+    say_event("mixture.updated", session.run, settings.mixture.evaluation, {"version": record.version, "step": step})
     worst = max(record.gaps, key=lambda gap: gap.ratio)
     logger.info(
         "gap at step %d: largest ratio %.3f (%s); mixture %s%s",
