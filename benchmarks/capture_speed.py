@@ -34,8 +34,9 @@ from tasks import vllm_teacher
 from tasks.cache_targets import cache_targets
 from tasks.plan import Plan, StorePlan
 from tasks.teacher import TeacherConfig, target_format
+from tasks.vllm_engine import engine_environment
 from tasks.vllm_portable import PortableTeacher
-from tasks.vllm_teacher import VllmTeacher, engine_environment
+from tasks.vllm_teacher import VllmTeacher
 
 SEQ_LEN, K = 512, 64
 SHAPES = {

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from prefect import Flow
+from prefect.client.schemas.objects import FlowRun, State
 from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -26,6 +27,7 @@ from pydantic_core import CoreSchema
 from ddk.errors import UserError
 from flows import stages
 from flows.config import load_config
+from tasks.orphans import end_with_parent
 
 
 class EveryField:
@@ -73,8 +75,16 @@ def deployable(stage: Flow[..., Any]) -> Flow[..., Any]:
         ]
     )
     flow.__module__ = __name__  # an entrypoint is made of module and name
+    flow.on_running_hooks = [*flow.on_running_hooks, end_with_worker]
     flow.description = (flow.description or "").partition("\n\n")[0]
     return flow
+
+
+def end_with_worker(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A run whose worker was killed is nobody's: it could not be cancelled any more, and would hold its GPU against the
+    next worker's. It ends too, and says so."""
+    if os.environ.get("PREFECT__FLOW_RUN_ID") == str(flow_run.id):
+        end_with_parent()
 
 
 pack_corpus = deployable(stages.pack_corpus)

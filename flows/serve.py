@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 from prefect.deployments.runner import RunnerDeployment
 from prefect.runner import Runner
 from prefect.types.entrypoint import EntrypointType
@@ -21,31 +20,11 @@ NAME = "dev"
 
 
 class _Runner(Runner):
-    """Ends with all that its runs have started, and at SIGTERM as it does at Ctrl-C."""
+    """Ends at SIGTERM as it does at Ctrl-C: kills its runs' processes, and with each ends what it has started."""
 
     def handle_sigterm(self, *_args: Any, **_kwargs: Any) -> None:
         # Prefect's own handler leaves the process without closing anything.
         signal.raise_signal(signal.SIGINT)
-
-    async def __aexit__(self, *exc_info: Any) -> None:
-        # Prefect kills the runs' processes, but not vLLM's engine or torchrun's workers below them.
-        processes = _processes_of_runs()
-        try:
-            await super().__aexit__(*exc_info)
-        finally:
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-
-
-def _processes_of_runs() -> list[psutil.Process]:
-    """Those of the flow runs, and all below; not those of a server that Prefect has started for us."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "prefect.engine" in child.cmdline():
-                found += [child, *child.children(recursive=True)]
-    return found
 
 
 def serve(config: Config, say: Callable[[str], None]) -> None:

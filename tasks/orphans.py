@@ -1,53 +1,160 @@
 """Ends processes that would outlive this one.
 
-vLLM's processes outlive a front end that was killed with -9, and hold the GPU's memory against the next one. A small
-process of its own waits at the end of a pipe that only we hold open: when it closes without a word, we are gone, and
-it kills what it was told to. (Where code of ours runs inside the engine, that does it: `tasks.vllm_worker.end_with`.)
+vLLM's processes and torchrun's outlive a front end that is killed with -9, and hold the GPU's memory against the next
+one. What we have started is told by a mark in its environment, which every process hands down to those that it starts
+itself, whatever session they are in, from their first moment. A small process of its own, the watcher, waits at the
+end of a pipe that only we hold open: when it closes without a word, we are gone, and it kills whatever bears the mark.
 
-    with Engine() as engine:
-        orphans = Orphans(process_ids)
+    descendants = Descendants()
+    try:
+        with descendants.marked():
+            engine = Engine()
         ...
-    orphans.close()
+    finally:
+        descendants.close()
+
+`end_with_parent` is for the flow itself, whose worker may be killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
+import psutil
+
+MARK = "DDK_STARTED_BY"
 _CLOSED = b"closed"
+_SECONDS_TO_KILL = 60.0
+"""After which the rest is left: a process that SIGKILL does not end hangs in the kernel."""
 
 
-class Orphans:
-    """Kills the processes once this one is gone, unless it is closed before."""
+class Descendants:
+    """Whatever is started with `environment`, by us or by one of them: it ends at `close`, or with us.
 
-    def __init__(self, process_ids: Iterable[int]) -> None:
-        # Isolated: this file's folder has modules with names of the standard library's. In a session of its own:
-        # Ctrl-C must not take it along.
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), *map(str, process_ids)]
-        self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603
+    Costs a small process until it is closed.
+    """
 
-    def close(self) -> None:
-        """Let them be. Harmless when called twice, and where the watcher was killed itself."""
-        if self._watcher.stdin is not None and not self._watcher.stdin.closed:
+    def __init__(self) -> None:
+        self._mark = uuid.uuid4().hex
+        # -P: this file's folder has modules with names of the standard library's. In a session of its own: Ctrl-C must
+        # not take it along. Nor must the watcher of one that has started us: so without a mark.
+        self._watcher = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-P", os.path.abspath(__file__), self._mark],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name != MARK},
+            start_new_session=True,
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a process that is to be one of them."""
+        # vLLM's processes give themselves titles, and without the second a title is written over the environment.
+        return {MARK: self._mark, "SPT_NOENV": "1"}
+
+    @contextlib.contextmanager
+    def marked(self) -> Iterator[None]:
+        """Within, every process that anybody here starts is one of them."""
+        # Not this one, which Python starts with the first semaphore: it clears away what those that are killed have
+        # left in shared memory, and ends when the last of them has.
+        resource_tracker.ensure_running()
+        with changed_environment(self.environment):
+            yield
+
+    def close(self, seconds: float = 0.0) -> None:
+        """End those that are left, and the watching. Harmless when called twice, or where the watcher was killed.
+
+        Args:
+            seconds: that they have to end by themselves.
+        """
+        if self._watcher.stdin is None or self._watcher.stdin.closed:
+            return
+        deadline = time.monotonic() + seconds
+        try:
+            while time.monotonic() < deadline and _bearers(self._mark):
+                time.sleep(0.1)
+        finally:
+            _kill(self._mark, rounds=1)
             try:
                 self._watcher.communicate(_CLOSED)
             except BrokenPipeError:
                 self._watcher.wait()
 
 
-def _watch(process_ids: list[int]) -> None:
-    if sys.stdin.buffer.read() == _CLOSED:
-        return
-    for process_id in process_ids:
-        try:
-            os.kill(process_id, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+@contextlib.contextmanager
+def changed_environment(changes: dict[str, str]) -> Iterator[None]:
+    """Within, `os.environ` has these; afterwards, what it had before."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def end_with_parent(seconds: float = 15.0) -> None:
+    """From now on this process ends once the one that started it is gone: by SIGTERM, so that it can clear up and say
+    so, and `seconds` later in any case."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="ddk-end-with-parent", daemon=True).start()
+
+
+def _bearers(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        # Those that end meanwhile, and other users'.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def _kill(mark: str, rounds: int) -> None:
+    """Kill them until so many looks in a row have found none: one may just have started another."""
+    deadline = time.monotonic() + _SECONDS_TO_KILL
+    quiet = 0
+    while quiet < rounds and time.monotonic() < deadline:
+        found = _bearers(mark)
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        quiet = 0 if found else quiet + 1
+        if quiet < rounds:
+            time.sleep(0.1)
+
+
+def _watch(mark: str) -> None:
+    front_end = os.getppid()
+    # The pipe says it at once; the parent changes too where a forked process holds the pipe open.
+    while os.getppid() == front_end:
+        if select.select([0], [], [], 1.0)[0]:
+            if os.read(0, len(_CLOSED)) == _CLOSED:
+                return
+            break
+    _kill(mark, rounds=5)
 
 
 if __name__ == "__main__":
-    _watch([int(argument) for argument in sys.argv[1:]])
+    _watch(sys.argv[1])

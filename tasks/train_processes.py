@@ -1,7 +1,7 @@
 """A student in training on several devices, seen from the flow's process: torchrun's workers behind one socket.
 
 The workers (`tasks.train_worker`) live as long as the flow trains, so that a mixture that changes costs a message and
-no start. What they log goes to our log. They end when this process does, however it ends.
+no start. What they log goes to our log. They end when this process does, however it ends (`tasks.orphans`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from ddk.errors import UserError
 from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
 from ddk.types import Mixture
 from storage.settings import as_environment
+from tasks.orphans import Descendants
 from tasks.progress import logger
 from tasks.train_worker import SOCKET
 from tasks.training import OnStep, TrainingJob, state_from_json
@@ -40,12 +40,15 @@ class TrainingProcesses:
 
     def __init__(self, job: TrainingJob, processes: int) -> None:
         self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._at_work = True
+        """Whether the workers are starting, or busy with what they were asked for last, and would not hear a word."""
+        self._descendants = Descendants()
         self._folder = tempfile.TemporaryDirectory(prefix="ddk-train-")
         path = os.path.join(self._folder.name, "socket")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen(1)
-            self._process = start_workers(job, processes, 0, self._folder.name, path)
+            self._process = start_workers(job, processes, 0, self._folder.name, path, self._descendants)
             self._log = threading.Thread(target=self._read_log, name="ddk-train-log", daemon=True)
             self._log.start()
             try:
@@ -72,15 +75,20 @@ class TrainingProcesses:
         self._result()
 
     def close(self) -> None:
-        """End the workers: by word, then by signal. Harmless when called twice."""
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            self._send(do="stop")
-        try:
-            self._process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            end_group(self._process)
-        self._log.join(timeout=5)
+        """End the workers: by word, or by kill where they are at work, as after an error or an interruption. Harmless
+        when called twice."""
+        seconds = 0.0 if self._at_work else _SECONDS_TO_END
+        if not self._at_work:
+            with contextlib.suppress(OSError, UserError):
+                self._send(do="stop")
+        self._end(seconds)
         self._folder.cleanup()
+
+    def _end(self, seconds: float) -> int:
+        """torchrun's exit code; it and its workers have so long to end by themselves."""
+        self._descendants.close(seconds)
+        self._log.join(timeout=5)
+        return self._process.wait()
 
     def _accepted(self, listener: socket.socket) -> IO[str]:
         listener.settimeout(1.0)
@@ -95,6 +103,7 @@ class TrainingProcesses:
             return connection.makefile("rw", encoding="utf-8")
 
     def _send(self, **command: Any) -> None:
+        self._at_work = True
         try:
             self._lines.write(json.dumps(command) + "\n")
             self._lines.flush()
@@ -113,6 +122,7 @@ class TrainingProcesses:
                 elif "error" in message:
                     raise (FloatingPointError if message["kind"] == "diverged" else UserError)(message["error"])
                 else:
+                    self._at_work = False
                     return message["done"], state_from_json(message["state"])
         except ConnectionResetError:
             pass
@@ -120,12 +130,7 @@ class TrainingProcesses:
 
     def _ended(self) -> UserError:
         """What to say where the workers are gone without a word."""
-        try:
-            code = self._process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            end_group(self._process)
-            code = self._process.returncode
-        self._log.join(timeout=5)
+        code = self._end(_SECONDS_TO_END)
         last = "\n".join(self._last_lines)
         return UserError(
             f"the training processes ended (exit code {code}); what they have saved is whole, so run the same command "
@@ -141,13 +146,14 @@ class TrainingProcesses:
 
 
 def start_workers(
-    job: TrainingJob, processes: int, node_rank: int, folder: str, socket_path: str | None
+    job: TrainingJob, processes: int, node_rank: int, folder: str, socket_path: str | None, descendants: Descendants
 ) -> subprocess.Popen[str]:
     """torchrun with this machine's workers, in a process group of its own.
 
     Args:
         folder: a local folder for the job's file.
         socket_path: where rank 0 finds the flow's process; None on all machines but the first.
+        descendants: those whose one it is to be.
     """
     path = os.path.join(folder, "job.json")
     with open(path, "w", encoding="utf-8") as file:
@@ -156,7 +162,7 @@ def start_workers(
     command += ["--nproc-per-node", str(processes), "-m", "tasks.train_worker", path]
     # torchrun would set one thread a process; here the cores are shared out.
     threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **as_environment()}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **as_environment(), **descendants.environment}
     if socket_path is not None:
         environment[SOCKET] = socket_path
     return subprocess.Popen(  # noqa: S603
@@ -184,24 +190,17 @@ def join_training(job: TrainingJob, node_rank: int) -> None:
         raise UserError(f"--node-rank is {node_rank} and train.nodes {job.train.nodes}; it must be 1 to nodes - 1")
     with tempfile.TemporaryDirectory(prefix="ddk-train-") as folder:
         processes = resolve_processes(job.train, resolve_device(job.train))
-        process = start_workers(job, processes, node_rank, folder, None)
+        descendants = Descendants()
         last: deque[str] = deque(maxlen=_LINES_KEPT)
         try:
+            process = start_workers(job, processes, node_rank, folder, None, descendants)
             for line in process.stdout or ():
                 last.append(line.rstrip())
             code = process.wait()
-        except BaseException:
-            end_group(process)
-            raise
+        finally:
+            descendants.close()
     if code:
         raise UserError(f"the training processes ended (exit code {code}). Their last lines:\n" + "\n".join(last))
-
-
-def end_group(process: subprocess.Popen[str]) -> None:
-    """Kill a process and all that it has started, and wait for it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _rendezvous(train: TrainConfig, node_rank: int) -> Sequence[str]:

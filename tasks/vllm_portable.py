@@ -27,13 +27,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import psutil
 
 from ddk.types import Int32Array, SparseTargets
-from tasks.orphans import Orphans
 from tasks.prompt_logprobs import Rows, assemble, entries_to_ask, flat_rows, stacked, warn_of_padding
-from tasks.teacher import TeacherConfig, check_fits, check_source_gives, model_rows, on_gpu, resolved_dtype
-from tasks.vllm_teacher import engine_environment
+from tasks.teacher import TeacherConfig, check_fits, check_source_gives, model_rows
+from tasks.vllm_engine import Engine
 
 LOGITS_BYTES = 2 * 2**30
 """Float32 logits of one request's part of a step. vLLM makes them whole and outside what it reserves memory for."""
@@ -61,8 +59,7 @@ class PortableTeacher:
         self.vocab_size = vocab_size
         self._rows = model_rows(config) or vocab_size
         self._asked = entries_to_ask(config.k, vocab_size, self._rows)
-        self._llm: Any = None
-        self._orphans: Orphans | None = None
+        self._engine: Engine | None = None
 
     def __enter__(self) -> PortableTeacher:
         return self
@@ -74,12 +71,9 @@ class PortableTeacher:
 
     def close(self) -> None:
         """End the engine's processes and free its memory. Harmless when called twice."""
-        if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
-        if self._orphans is not None:
-            self._orphans.close()
-            self._orphans = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def capture(self, tokens_BL1: Int32Array) -> SparseTargets:
         """The teacher's targets at every position of some blocks.
@@ -90,7 +84,7 @@ class PortableTeacher:
         Raises:
             RuntimeError: the engine's answer lacks a position (nothing is returned then).
         """
-        if self._llm is None:
+        if self._engine is None:
             self._start()
         group = max(1, GROUP_ENTRIES // (self.seq_len * (self._asked + 1)))
         groups = [tokens_BL1[first : first + group] for first in range(0, len(tokens_BL1), group)]
@@ -107,33 +101,17 @@ class PortableTeacher:
     def _start(self) -> None:
         warn_of_padding("prompt_logprobs", self.vocab_size, self._rows)
         step = min(self.config.max_batch_tokens, LOGITS_BYTES // (4 * self._rows))
-        before = _children()
-        with engine_environment(self.config):
-            from vllm import LLM
+        self._engine = Engine(
+            self.config,
+            seq_len=self.seq_len,
+            max_num_batched_tokens=step,
+            max_logprobs=self._asked,
+            logprobs_mode="raw_logprobs",
+        )
 
-            self._llm = LLM(
-                model=self.config.model,
-                revision=self.config.revision,
-                skip_tokenizer_init=True,
-                dtype=resolved_dtype(self.config),
-                quantization=self.config.quantization,
-                max_model_len=self.seq_len + 1,
-                max_num_batched_tokens=step,
-                max_num_seqs=self.config.shard_blocks,
-                max_logprobs=self._asked,
-                logprobs_mode="raw_logprobs",
-                enable_chunked_prefill=True,
-                enable_prefix_caching=False,
-                tensor_parallel_size=self.config.tensor_parallel_size,
-                gpu_memory_utilization=self.config.gpu_memory_utilization,
-                enforce_eager=not on_gpu(),
-                load_format="safetensors",
-                trust_remote_code=self.config.trust_remote_code,
-                use_tqdm_on_load=False,
-                disable_log_stats=True,
-                seed=0,
-            )
-        self._orphans = Orphans(_children() - before)
+    @property
+    def _llm(self) -> Any:
+        return self._engine.llm if self._engine is not None else None
 
     def _enqueue(self, tokens_GL1: Int32Array) -> None:
         from vllm import SamplingParams
@@ -168,10 +146,6 @@ class PortableTeacher:
                 for flat, skip, labels in parts
             ]
         )
-
-
-def _children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 @contextmanager

@@ -7,12 +7,9 @@ queued, so that what runs together does not depend on timing: a shard's bytes ar
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import re
 import tempfile
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +19,8 @@ from ddk.errors import UserError
 from ddk.types import Int32Array, SampledTokens, SparseTargets
 from tasks.progress import logger
 from tasks.reduction import OUTPUTS
-from tasks.teacher import TeacherConfig, check_fits, on_gpu, resolved_dtype
+from tasks.teacher import TeacherConfig, check_fits, on_gpu
+from tasks.vllm_engine import Engine, cores
 from tasks.vllm_worker import LABEL_KEY, ROW_KEY, ResultBuffer
 
 WORKER_EXTENSION = "tasks.vllm_worker.CaptureExtension"
@@ -50,7 +48,7 @@ class VllmTeacher:
         self.vocab_size = vocab_size
         self.batch_tokens = max(config.max_batch_tokens, MIN_BATCH_TOKENS)
         """Of one forward pass; halved when the engine runs out of memory."""
-        self._llm: Any = None
+        self._engine: Engine | None = None
         self._buffer: ResultBuffer | None = None
         check_fits(config, seq_len=seq_len, vocab_size=vocab_size)
 
@@ -58,31 +56,12 @@ class VllmTeacher:
         return self
 
     def _start(self) -> None:
-        with engine_environment(self.config):
-            from vllm import LLM
-
-            self._llm = LLM(
-                model=self.config.model,
-                revision=self.config.revision,
-                skip_tokenizer_init=True,
-                dtype=resolved_dtype(self.config),
-                quantization=self.config.quantization,
-                max_model_len=self.seq_len + 1,
-                max_num_batched_tokens=self.batch_tokens,
-                max_num_seqs=self.config.shard_blocks,
-                enable_chunked_prefill=True,
-                enable_prefix_caching=False,
-                enable_lora=False,
-                tensor_parallel_size=self.config.tensor_parallel_size,
-                gpu_memory_utilization=self.config.gpu_memory_utilization,
-                enforce_eager=not on_gpu(),
-                load_format="safetensors",
-                trust_remote_code=self.config.trust_remote_code,
-                worker_extension_cls=WORKER_EXTENSION,
-                use_tqdm_on_load=False,
-                disable_log_stats=True,
-                seed=0,
-            )
+        self._engine = Engine(
+            self.config,
+            seq_len=self.seq_len,
+            max_num_batched_tokens=self.batch_tokens,
+            worker_extension_cls=WORKER_EXTENSION,
+        )
         try:
             self._llm.collective_rpc(
                 "ddk_install",
@@ -90,15 +69,18 @@ class VllmTeacher:
                     "vocab_size": self.vocab_size,
                     "k": self.config.k,
                     "chunk_bytes": GPU_CHUNK_BYTES if on_gpu() else CPU_CHUNK_BYTES,
-                    "front_end": os.getpid(),
                     "temperatures": self.config.tail_temperatures,
                     "draws": self.config.draws,
-                    "cores": _cores(),
+                    "cores": cores(),
                 },
             )
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _llm(self) -> Any:
+        return self._engine.llm if self._engine is not None else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -107,10 +89,9 @@ class VllmTeacher:
 
     def close(self) -> None:
         """End the engine's processes and free its memory. Harmless when called twice."""
-        if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
-        self._buffer = None
+        engine, self._engine, self._buffer = self._engine, None, None
+        if engine is not None:
+            engine.close()
 
     def capture(self, tokens_BL1: Int32Array) -> SparseTargets:
         """The teacher's targets at every position of some blocks.
@@ -125,7 +106,7 @@ class VllmTeacher:
             RuntimeError: the engine did not run a position (nothing is returned then).
         """
         while True:
-            if self._llm is None:
+            if self._engine is None:
                 self._start()
             try:
                 return self._capture(tokens_BL1)
@@ -230,46 +211,3 @@ def counted(drawn_BLD: Int32Array) -> SampledTokens:
     ids[place_PD[first_PD]] = drawn_PD[first_PD]
     shape = (blocks, positions, draws)
     return SampledTokens(ids_BLN=ids.reshape(shape), counts_BLN=counts.reshape(shape))
-
-
-def _cores() -> list[int]:
-    """Those that the engine's CPU threads may use: what VLLM_CPU_OMP_THREADS_BIND says, or all of this process's."""
-    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")
-    if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", bound):
-        ends = [part.split("-") for part in bound.split(",")]
-        return sorted({core for part in ends for core in range(int(part[0]), int(part[-1]) + 1)})
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-@contextlib.contextmanager
-def engine_environment(config: TeacherConfig) -> Iterator[None]:
-    """What the engine's processes read from the environment when they start; put back afterwards."""
-    wanted = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        # Spawned, whatever the front end has started before: a forked child of a process with threads may hang.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
-        # glibc would return every chunk of logits to the system and page-fault the next one.
-        "MALLOC_MMAP_THRESHOLD_": "4000000000",
-        "MALLOC_TRIM_THRESHOLD_": "8000000000",
-    }
-    if not on_gpu():
-        # By default vLLM leaves one core to the front end, which has little to do while the worker runs, and wants a
-        # NUMA node for each rank.
-        ranks, cores = config.tensor_parallel_size, _cores()
-        shares = [cores[len(cores) * i // ranks : len(cores) * (i + 1) // ranks] or cores[-1:] for i in range(ranks)]
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
-    before = {name: os.environ.get(name) for name in wanted}
-    # What the user has set stays, but for what capture cannot do without.
-    forced = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"}
-    os.environ.update({name: v for name, v in wanted.items() if name in forced or name not in os.environ})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

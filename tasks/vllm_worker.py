@@ -20,16 +20,11 @@ temperatures, D random draws.
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from tasks.reduction import OUTPUTS, reduce_logits
@@ -96,28 +91,6 @@ class _Scheduled:
     count: int
 
 
-def end_with(front_end: int, seconds_between_looks: float = 1.0) -> None:
-    """End this process, and the engine that started it, once the front end is gone.
-
-    vLLM's processes outlive a front end that was killed with -9, and hold the GPU's memory against the next one.
-
-    Args:
-        front_end: process id; alive when this is called.
-    """
-    owner = psutil.Process(front_end)
-    engine = os.getppid()
-
-    def watch() -> None:
-        while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(seconds_between_looks)
-        # The worker is the front end's child (one process for engine and worker) or the engine's.
-        if engine not in (front_end, 1) and os.getppid() == engine:
-            os.kill(engine, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="ddk-end-with-front-end", daemon=True).start()
-
-
 class CaptureExtension:
     """Mixed into vLLM's worker. Its public methods are called by `LLM.collective_rpc`.
 
@@ -132,7 +105,6 @@ class CaptureExtension:
         vocab_size: int,
         k: int,
         chunk_bytes: int,
-        front_end: int | None = None,
         temperatures: Sequence[float] = (),
         draws: int = 0,
         cores: Sequence[int] = (0,),
@@ -143,7 +115,6 @@ class CaptureExtension:
             vocab_size: tokens of the tokenizer; the model's rows beyond it are padding and get no probability.
             k: most probable tokens that are kept.
             chunk_bytes: of float32 logits that are reduced at a time; less where a GPU has little memory free.
-            front_end: process id whose end is to be this process's end too; see `end_with`.
             temperatures: further ones at which the mass outside the kept tokens is wanted.
             draws: random draws a position.
             cores: that the reduction may use on a CPU.
@@ -177,8 +148,6 @@ class CaptureExtension:
         ):
             if wrong:
                 raise RuntimeError(f"capture does not work with {what}: positions would be missed; switch it off")
-        if front_end is not None:
-            end_with(front_end)
         self.ddk_vocab_size = vocab_size
         self.ddk_sizes = (k, len(temperatures), draws)
         self.ddk_temperatures = tuple(temperatures)

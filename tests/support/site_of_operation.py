@@ -38,14 +38,16 @@ class Site:
 
     Args:
         folder: for Prefect's database and the processes' logs.
+        api_url: of a server that runs already; without one it starts its own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, api_url: str | None = None) -> None:
         self.folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self.api_url = f"http://127.0.0.1:{self._port}/api"
+        self._starts_server = api_url is None
+        self.api_url = api_url or f"http://127.0.0.1:{self._port}/api"
         python_path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.environment = {
             **os.environ,
@@ -58,7 +60,8 @@ class Site:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Site:
-        self.start_server()
+        if self._starts_server:
+            self.start_server()
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -111,6 +115,38 @@ def test_the_engines_processes_and_memory_end_with_the_context(config: TeacherCo
     assert engines() <= before
     assert set(glob.glob("/dev/shm/ddk-capture-*")) == files
     assert dict(os.environ) == environment
+
+
+FRONT_END = """
+import sys
+import numpy as np
+from tasks.teacher import TeacherConfig
+from tasks.vllm_teacher import VllmTeacher
+with VllmTeacher(TeacherConfig.model_validate_json(sys.argv[1]), seq_len=200, vocab_size=4090) as teacher:
+    teacher.capture(np.ones((1, 201), dtype=np.int32))
+"""
+
+
+def command(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def test_an_engine_ends_with_a_front_end_that_is_killed_while_it_starts(config: TeacherConfig) -> None:
+    front_end = subprocess.Popen([sys.executable, "-c", FRONT_END, config.model_dump_json()])
+    try:
+        deadline = time.monotonic() + 120
+        started: list[psutil.Process] = []
+        while not any("spawn_main" in command(process) for process in started):
+            assert front_end.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            started = psutil.Process(front_end.pid).children(recursive=True)
+    finally:
+        front_end.kill()
+        front_end.wait()
+    assert not psutil.wait_procs(started, timeout=20)[1]
 
 
 @pytest.mark.parametrize(
