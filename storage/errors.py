@@ -36,6 +36,10 @@ class UnreachableError(OSError):
     """
 
 
+class PassingError(UnreachableError):
+    """One that another process has met and found transient (`is_transient`)."""
+
+
 _AGAIN = "run the same command again later, it goes on where it stopped"
 _RIGHTS = "check the credentials, or the rights on that place"
 _BREAKS = (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError)
@@ -74,6 +78,8 @@ def is_transient(error: BaseException) -> bool:
     """
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, PassingError):
+            return True
         if isinstance(seen, botocore.exceptions.ClientError):
             status = seen.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return status == 429 or status >= 500 or _code(seen) in _PASSING_CODES

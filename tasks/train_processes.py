@@ -21,12 +21,15 @@ from typing import IO, Any
 from ddk.errors import UserError
 from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
 from ddk.types import Mixture
+from storage.errors import PassingError
 from storage.settings import as_environment
 from tasks.orphans import Descendants
 from tasks.progress import logger
 from tasks.train_worker import SOCKET
 from tasks.training import OnStep, TrainingJob, state_from_json
 
+_ERRORS: dict[str, type[Exception]] = {"diverged": FloatingPointError, "passing": PassingError, "user": UserError}
+"""By the `kind` that a worker says."""
 _SECONDS_TO_END = 20.0
 _LINES_KEPT = 30
 
@@ -120,7 +123,7 @@ class TrainingProcesses:
                 elif "step" in message:
                     on_step(StepReport(**message["step"]))
                 elif "error" in message:
-                    raise (FloatingPointError if message["kind"] == "diverged" else UserError)(message["error"])
+                    raise _ERRORS[message["kind"]](message["error"])
                 else:
                     self._at_work = False
                     return message["done"], state_from_json(message["state"])

@@ -28,7 +28,7 @@ from ddk.errors import UserError
 from ddk.parallel import World, join_world, leave_world
 from ddk.trainer import resolve_device
 from ddk.types import Mixture
-from storage.errors import explained
+from storage.errors import explained, is_transient
 from tasks.training import RankTraining, TrainingJob, state_as_json
 
 SOCKET = "DDK_TRAIN_SOCKET"
@@ -85,7 +85,7 @@ def main(path: str) -> int:
         wrong = error if isinstance(error, UserError) else explained(error)
         if wrong is None:
             raise
-        channel.say({"error": str(wrong), "kind": "user"})
+        channel.say({"error": str(wrong), "kind": "passing" if is_transient(error) else "user"})
         return 1
     leave_world(world)
     return 0

@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from ddk.errors import UserError
-from storage.errors import StoreDamagedError, UnreachableError, is_transient
+from storage.errors import PassingError, StoreDamagedError, UnreachableError, is_transient
 from tasks.cache_targets import cache_targets
 from tasks.finish_run import report_run, save_final_student
 from tasks.import_targets import import_targets
@@ -40,6 +40,7 @@ def unreachable(cause: BaseException) -> UnreachableError:
         (unreachable(refusal("TooManyRequests", 429)), True),
         (unreachable(botocore.exceptions.EndpointConnectionError(endpoint_url="http://x")), True),
         (unreachable(botocore.exceptions.ReadTimeoutError(endpoint_url="http://x")), True),
+        (PassingError("as a training process has said"), True),
         (OSError(errno.ESTALE, "stale file handle"), True),
         (unreachable(refusal("AccessDenied", 403)), False),
         (unreachable(refusal("NoSuchBucket", 404)), False),
