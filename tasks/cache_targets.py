@@ -23,6 +23,7 @@ from storage.targets import TargetWriter, perplexity_of
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
 from tasks.retries import RETRIES
+from tasks.run_artifacts import publish_targets
 from tasks.sharing import Shard, ShardQueue
 from tasks.teacher import Teacher
 
@@ -73,6 +74,7 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, part
         100 * retained,
         store.targets_dims["k"],
     )
+    publish_targets(domain, store.targets_url, manifest, teacher_ppl, retained)
     return {
         "domain": domain,
         "url": store.targets_url,
@@ -97,26 +99,25 @@ class _Capture:
         self._teacher = teacher
         self._claims = claims
         self._shard_blocks = store.targets_dims["shard_blocks"]
-        self._seq_len = store.targets_dims["seq_len"]
 
     def __call__(self, part: int, parts: int) -> int:
         """Until every shard is committed. Returns how many this process has captured."""
         shards = {split: -(-len(blocks) // self._shard_blocks) for split, blocks in self._blocks.items()}
         queue = ShardQueue(self._writer, self._claims, shards, part, parts)
-        in_all = sum(len(blocks) for blocks in self._blocks.values()) * self._seq_len
+        label, in_all = f"capture {self._store.domain}", sum(map(len, self._blocks.values()))
+        before = in_all - self._blocks_of(queue.left)
         with (
-            meter(f"capture {self._store.domain}", in_all, "positions") as progress,
+            meter(label, in_all, "blocks", done=before, positions=self._store.targets_dims["seq_len"]) as progress,
             ThreadPoolExecutor(max_workers=2, thread_name_prefix="ddk-cache") as executor,
         ):
-            progress.advance(in_all - self._positions(queue.left))
             captured = 0
             while True:
                 captured += self._capture_ours(queue, executor, progress)
-                others = self._positions(queue.left)
+                others = self._blocks_of(queue.left)
                 if not queue.wait():
                     progress.advance(others)
                     return captured
-                progress.advance(others - self._positions(queue.left))
+                progress.advance(others - self._blocks_of(queue.left))
 
     def _capture_ours(self, queue: ShardQueue, executor: ThreadPoolExecutor, progress: Meter) -> int:
         """All that is to be had without waiting. Three shards are in hand at most: one read ahead, one in the engine,
@@ -155,15 +156,13 @@ class _Capture:
         split, number = shard
         return min(self._shard_blocks, len(self._blocks[split]) - number * self._shard_blocks)
 
-    def _positions(self, shards: list[Shard]) -> int:
-        return sum(map(self._shard_len, shards)) * self._seq_len
+    def _blocks_of(self, shards: list[Shard]) -> int:
+        return sum(map(self._shard_len, shards))
 
 
 def _captured(teacher: Teacher, tokens: Int32Array, progress: Meter) -> SparseTargets:
-    started = time.monotonic()
     targets = teacher.capture(tokens)
-    positions = targets.true_logprobs_BL.size
-    progress.advance(positions, f"{positions / (time.monotonic() - started):,.0f} tokens/s")
+    progress.advance(len(tokens))
     return targets
 
 

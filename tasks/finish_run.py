@@ -18,9 +18,10 @@ from storage.runs import RunFolder
 from storage.uri import put_folder
 from tasks.model_card import render_model_card
 from tasks.progress import logger
-from tasks.report import publish_artifacts, write_report
+from tasks.report import write_report
 from tasks.report_data import IntervalRecord, RunSummary
 from tasks.retries import RETRIES
+from tasks.run_artifacts import publish_report
 from tasks.train_student import StudentSession
 
 
@@ -38,7 +39,7 @@ def report_run(root: str, run: str) -> dict[str, str]:
     records = interval_records(folder)
     summary = summarise(folder, records)
     urls = write_report(summary, records, folder.report_url)
-    publish_artifacts(summary, records, urls)
+    publish_report(folder, summary, records, urls)
     logger.info("report: %s", urls["index.html"])
     return urls
 

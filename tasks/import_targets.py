@@ -29,6 +29,7 @@ from tasks.pack_rows import RowCounts, RowPlace, in_split, token_blocks
 from tasks.plan import Plan, StorePlan
 from tasks.progress import logger, meter
 from tasks.retries import RETRIES
+from tasks.run_artifacts import publish_targets
 from tasks.sharing import alone
 
 
@@ -65,6 +66,7 @@ def import_targets(plan: Plan, domain: str) -> dict[str, Any]:
         manifest.total("renormalised"),
         positions,
     )
+    publish_targets(domain, store.targets_url, manifest, teacher_ppl, retained)
     return {
         "domain": domain,
         "url": store.targets_url,

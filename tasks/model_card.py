@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from tasks.formats import count, markdown_table, percent, ppl, ratio
 from tasks.report_data import IntervalRecord, RunSummary, flat_settings, gap_table
-from tasks.report_page import count, percent, ppl, ratio
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
@@ -53,7 +53,7 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
         "## Data",
         f"The student read {count(summary.tokens_seen)} tokens in {count(summary.steps)} optimizer steps, as blocks of "
         f"{count(summary.seq_len)} predictions. Blocks repeat where a domain's data ran out.",
-        _table(
+        markdown_table(
             ("domain", "blocks read", "tokens read", "share of tokens"),
             [
                 (
@@ -66,7 +66,7 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
             ],
         ),
         "## Recipe",
-        _table(("setting", "value"), [("method", escape(summary.method)), *_recipe(summary)], left=2),
+        markdown_table(("setting", "value"), [("method", escape(summary.method)), *_recipe(summary)], left=2),
     ]
     if summary.stopped_early is not None:
         parts.append(f"Training ended before its budget was used up: {escape(summary.stopped_early)}")
@@ -74,7 +74,7 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
         "## Results",
         "Perplexity on each domain's validation blocks; ratio = student ÷ teacher, and 1 means that the student has "
         "caught up. The domain that lagged most comes first.",
-        _table(
+        markdown_table(
             ("domain", "teacher", "student before", "student after", "ratio before", "ratio after"),
             [
                 (
@@ -140,9 +140,3 @@ def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
         for key, name, value in settings
         if name == wanted and name not in unused
     ]
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table: the first `left` columns to the left, the others, numbers, to the right."""
-    rule = [":---" if place < left else "---:" for place in range(len(headings))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))

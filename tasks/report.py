@@ -1,21 +1,17 @@
-"""The report of a run as files below one folder, and as artifacts in Prefect's UI.
+"""The report of a run as files below one folder.
 
-`write_report` needs no Prefect; `publish_artifacts` is called inside a flow or a task run. Both may be called
-again as a run goes on: files are replaced whole, and an artifact's key stays, so that the UI shows its history.
+It may be written again as a run goes on: each file is replaced whole. What Prefect's UI shows of the same run stands
+in `tasks.run_artifacts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from storage import uri
-from tasks.model_card import escape
 from tasks.report_data import IntervalRecord, RunSummary, gap_table, plain, render_csv, render_rows
-from tasks.report_page import data_uri, render_page
+from tasks.report_page import render_page
 from tasks.report_plots import mixture_plot, ratio_plot
 
 REPORT_FORMAT = 1
@@ -51,64 +47,3 @@ def write_report(summary: RunSummary, records: Sequence[IntervalRecord], folder_
         },
     )
     return urls
-
-
-def publish_artifacts(summary: RunSummary, records: Sequence[IntervalRecord], urls: Mapping[str, str]) -> None:
-    """Show the run in Prefect's UI: a table `ddk-<run>-gap` and a page of plots `ddk-<run>-report`.
-
-    Args:
-        urls: what `write_report` returned.
-
-    To be called within a flow or task run, to which the artifacts then belong.
-    """
-    from prefect.artifacts import create_markdown_artifact, create_table_artifact
-
-    # _sync: without it Prefect returns a coroutine that nobody awaits where an async flow calls this.
-    create_table_artifact(
-        table=[_readable(row) for row in gap_table(records)],
-        key=artifact_key(summary.name, "gap"),
-        description=f"{escape(summary.name)}: perplexities and their ratio, before and after "
-        f"{summary.tokens_seen:,} tokens; the domain that lagged most comes first",
-        _sync=True,  # type: ignore[call-arg]
-    )
-    create_markdown_artifact(
-        markdown=artifact_markdown(summary, records, urls),
-        key=artifact_key(summary.name, "report"),
-        description=f"{escape(summary.name)}: gap and mixture against tokens seen",
-        _sync=True,  # type: ignore[call-arg]
-    )
-
-
-def artifact_key(run: str, what: str) -> str:
-    """`('My run_2', 'gap')` → `'ddk-my-run-2-gap'`: Prefect takes only lowercase letters, digits and dashes."""
-    slug = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
-    return f"ddk-{slug or 'run'}-{what}"
-
-
-def artifact_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls: Mapping[str, str]) -> str:
-    """Both plots as data URIs, which Prefect's UI shows, and where the files lie."""
-    return "\n\n".join(
-        [
-            f"# {escape(summary.name)}",
-            f"{escape(summary.student)} from {escape(summary.teacher)}, method “{escape(summary.method)}”: "
-            f"{summary.steps:,} steps, {summary.tokens_seen:,} tokens.",
-            f"![Student over teacher perplexity by domain against tokens seen]({data_uri(ratio_plot(records))})",
-            f"![Sampling probability by domain against tokens seen]({data_uri(mixture_plot(records))})",
-            "\n".join(f"- {_link(name, url)}" for name, url in urls.items()),
-        ]
-    )
-
-
-def _link(name: str, url: str) -> str:
-    """A link where a browser can follow it; a path or an s3:// address is shown as text to copy."""
-    if url.startswith(("http://", "https://")):
-        return f"[{name}](<{url}>)"
-    return f"{name}: `{url}`"
-
-
-def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with numbers that a person reads, and none that JSON has no word for."""
-    return {
-        key: (round(value, 4) if math.isfinite(value) else str(value)) if isinstance(value, float) else value
-        for key, value in row.items()
-    }

@@ -141,15 +141,15 @@ def gap_table(records: Sequence[IntervalRecord]) -> list[Row]:
         }
         for domain in domains
     ]
-    return sorted(rows, key=lambda row: _worst_first(row["ratio_before"]))
+    return sorted(rows, key=lambda row: worst_first(row["ratio_before"]))
 
 
 def worst_domain(record: IntervalRecord) -> str:
     """The domain of the largest ratio at one version; of equals, the first."""
-    return min(record.gaps, key=lambda gap: _worst_first(gap.ratio)).domain
+    return min(record.gaps, key=lambda gap: worst_first(gap.ratio)).domain
 
 
-def _worst_first(ratio: float) -> float:
+def worst_first(ratio: float) -> float:
     """A sort key that puts what could not be measured (NaN) where it is noticed: first."""
     return -math.inf if math.isnan(ratio) else -ratio
 

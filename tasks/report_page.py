@@ -7,7 +7,6 @@ opened years later. The template is `templates/report.html.j2`; every value that
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ import jinja2
 from rich.table import Table
 from rich.text import Text
 
+from tasks.formats import count, duration, percent, ppl, ratio
 from tasks.report_data import (
     IntervalRecord,
     RunSummary,
@@ -28,8 +28,6 @@ from tasks.report_data import (
 from tasks.report_plots import DARK, LIGHT, mixture_plot, ratio_plot
 
 __all__ = ["gap_table", "mixture_path", "render_csv", "render_page", "render_rows", "terminal_table"]
-
-UNKNOWN = "–"
 
 
 def render_page(summary: RunSummary, records: Sequence[IntervalRecord]) -> str:
@@ -93,42 +91,6 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {"ppl": ppl, "ratio": ratio, "percent": percent, "count": count, "duration": duration}
     return environment
-
-
-def ppl(value: float) -> str:
-    """12.3456 → '12.35'; 1234567.8 → '1.23e+06'."""
-    return _number(value, decimals=2)
-
-
-def ratio(value: float) -> str:
-    """1.23456 → '1.235'."""
-    return _number(value, decimals=3)
-
-
-def _number(value: float, *, decimals: int) -> str:
-    if not math.isfinite(value):
-        return UNKNOWN if math.isnan(value) else "∞" if value > 0 else "−∞"
-    return f"{value:,.{decimals}f}" if abs(value) < 1e5 else f"{value:.2e}"
-
-
-def percent(value: float | None) -> str:
-    """0.1234 → '12.3 %'."""
-    return UNKNOWN if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-
-
-def count(value: int) -> str:
-    """1234567 → '1,234,567'."""
-    return f"{value:,}"
-
-
-def duration(seconds: float) -> str:
-    """3725 → '1 h 02 min'; 65 → '1 min 05 s'; 9.5 → '9.5 s'."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def terminal_table(records: Sequence[IntervalRecord]) -> Table:

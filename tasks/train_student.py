@@ -35,11 +35,13 @@ from storage.mixtures import MixtureHistory, MixtureRecord, make_record
 from storage.runs import RunFolder
 from storage.targets import teacher_perplexity
 from storage.uri import as_json, join
+from tasks.artifacts import artifact_key
 from tasks.events import say_event
 from tasks.models import check_same_tokenizer, local_folder, weight_digests
 from tasks.plan import Plan
 from tasks.progress import logger, meter
 from tasks.retries import RETRIES
+from tasks.run_artifacts import publish_measurement
 from tasks.tracking import Tracking, TrackingConfig, open_tracking
 from tasks.train_processes import TrainingProcesses
 from tasks.training import RankTraining, Training, TrainingJob, open_data
@@ -296,13 +298,14 @@ def _train_interval(session: StudentSession, record: MixtureRecord, first_step: 
     reports: list[StepReport] = []
     ended: list[float] = []
     pace = _Pace()
-    with meter(f"train from step {first_step}", steps, "steps") as progress:
+    shown = artifact_key(settings.run, "training")
+    with meter(f"train {settings.run}", settings.train.steps, "steps", done=first_step, artifact=shown) as progress:
 
         def on_step(report: StepReport) -> None:
             reports.append(report)
             ended.append(time.time())
             pace.add(report)
-            progress.advance(1, f"ce {report.ce:.3f}, kl {report.kl:.3f}, {pace}")
+            progress.advance(1, f"{pace}, ce {report.ce:.3f}, kl {report.kl:.3f}")
             if report.step % settings.train.log_every == 0:
                 logger.info("step %d: cross-entropy %.4f, KL %.4f", report.step, report.ce, report.kl)
 
@@ -375,6 +378,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
         except ValueError:
             logger.info("gap at step %d: another evaluator was quicker; looking again", step)
     say_event("mixture.updated", session.run, settings.mixture.evaluation, {"version": record.version, "step": step})
+    publish_measurement(session.run)
     worst = max(record.gaps, key=lambda gap: gap.ratio)
     logger.info(
         "gap at step %d: largest ratio %.3f (%s); mixture %s%s",

@@ -12,13 +12,11 @@ import pytest
 from rich.console import Console
 
 from ddk.types import DomainGap, Mixture
+from tasks.formats import ppl, ratio
 from tasks.report_data import IntervalRecord, flat_settings, plain
 from tasks.report_page import (
-    duration,
     gap_table,
     mixture_path,
-    ppl,
-    ratio,
     render_csv,
     render_page,
     render_rows,
@@ -223,17 +221,6 @@ def test_a_domain_in_brackets_is_no_markup(make_records):
     records = make_records({"[red]x[/red]": [2.0], "[/]": [1.5]})
     assert "[red]x[/red]" in shown(terminal_table(records))
     assert "[/]" in shown(mixture_path(records))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(9.5, "9.5 s"), (59.97, "1 min 00 s"), (65, "1 min 05 s"), (3725, "1 h 02 min")]
-)
-def test_duration(seconds, said):
-    assert duration(seconds) == said
-
-
-def test_large_perplexities_stay_short():
-    assert [ppl(value) for value in (1.0, 12345.678, 1.5e9)] == ["1.00", "12,345.68", "1.50e+09"]
 
 
 def test_flat_settings_keep_their_order_and_empty_sections():

@@ -1,0 +1,190 @@
+"""Artifacts: what people see of a run in Prefect's UI, besides its logs.
+
+    with Board("ddk-small-report", "markdown") as board:
+        board.show(page, "step 6: …")                         replaces what hung there
+    add_version("ddk-small-gap", "table", rows, "step 6: …")  one more; the UI keeps them all
+
+A flow run's page lists the artifacts of that flow run alone, so a board hangs in every flow run that called this one
+too: whoever looks at `distill` sees what its `train-student` shows.
+
+Showing never stops the work. Outside of a run nothing is shown; a server is asked once and for a few seconds; what it
+refuses is a warning. So a board may miss an update, and the stored data never depend on one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.client.schemas.objects import Artifact
+from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, get_settings_context
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, Profile, Settings
+
+logger = logging.getLogger("ddk")
+SECONDS_TO_WAIT = 5.0
+"""For one answer of the server."""
+
+Kind = Literal["markdown", "progress", "table"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where an artifact hangs."""
+
+    flow_run_id: UUID | None
+    task_run_id: UUID | None = None
+
+
+def current_place() -> Place | None:
+    """The task run, or else the flow run, that is being executed; None outside of both."""
+    task, flow = TaskRunContext.get(), FlowRunContext.get()
+    if task is not None:
+        return Place(flow_run_id=task.task_run.flow_run_id, task_run_id=task.task_run.id)
+    return Place(flow_run_id=flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
+
+
+@contextmanager
+def showing(what: str) -> Iterator[None]:
+    """Whatever goes wrong in here becomes a warning."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s is not shown in Prefect's UI: %s", what, str(error) or type(error).__name__)
+
+
+class _Server(ExitStack):
+    """Prefect's API, asked once and not for long; to be used in a `with`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ready: tuple[SyncPrefectClient, Profile, Settings] | None = None
+
+    def ask(self, request: Callable[[SyncPrefectClient], object], what: str) -> bool:
+        """Whether the request went through; what went wrong is a warning."""
+        with showing(what):
+            # Prepared once, for it takes as long as ten requests.
+            self._ready = self._ready or self._prepare()
+            client, profile, settings = self._ready
+            with SettingsContext(profile=profile, settings=settings):
+                request(client)
+            return True
+        return False
+
+    def _prepare(self) -> tuple[SyncPrefectClient, Profile, Settings]:
+        client = get_client(sync_client=True, httpx_settings={"timeout": SECONDS_TO_WAIT})
+        current = get_settings_context()
+        once = current.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
+        return self.enter_context(client), current.profile, once
+
+
+class Board:
+    """One artifact that is replaced as things go on, in each of the flow runs that it concerns.
+
+    Args:
+        key: as `artifact_key` makes it; the title in the UI.
+        of_task: it belongs to the task run, and there is one for each that asks. Else it belongs to the flow run, and
+            the next task run that asks for the key goes on with it.
+    """
+
+    def __init__(self, key: str, kind: Kind, *, of_task: bool = False) -> None:
+        self._key, self._kind, self._of_task = key, kind, of_task
+        self._here = current_place()
+        self._server = _Server()
+        self._hanging: dict[Place, Artifact | None] = {}
+
+    def __enter__(self) -> Self:
+        self._server.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.__exit__(kind, error, trace)
+
+    def show(self, data: Any, description: str) -> bool:
+        """Replace what hangs there. Returns whether it is to be seen now."""
+        return self.change(lambda _: data, description)
+
+    def change(self, change: Callable[[Any], Any], description: str) -> bool:
+        """Replace what hangs there by `change(of it)`; `change(None)` where nothing does."""
+        here = self._here
+        if here is None:
+            return False
+
+        def request(client: SyncPrefectClient) -> None:
+            if not self._hanging:
+                self._hanging = {place: self._found(client, place) for place in self._places(client, here)}
+            for place, hanging in self._hanging.items():
+                data = change(hanging.data if hanging is not None else None)
+                if hanging is None:
+                    self._hanging[place] = _create(client, self._key, self._kind, data, description, place)
+                else:
+                    client.update_artifact(hanging.id, ArtifactUpdate(data=data, description=description))
+                    hanging.data = data
+
+        shown = self._server.ask(request, f"'{self._key}'")
+        if not shown:
+            self._hanging = {}  # somebody may have taken it down: the next time it is looked for
+        return shown
+
+    def _places(self, client: SyncPrefectClient, here: Place) -> Iterator[Place]:
+        yield here if self._of_task or here.flow_run_id is None else Place(flow_run_id=here.flow_run_id)
+        flow_run_id = here.flow_run_id
+        with suppress(ObjectNotFound):  # a caller that somebody has deleted
+            while flow_run_id is not None:
+                caller = client.read_flow_run(flow_run_id).parent_task_run_id
+                flow_run_id = client.read_task_run(caller).flow_run_id if caller is not None else None
+                if flow_run_id is not None:
+                    yield Place(flow_run_id=flow_run_id)
+
+    def _found(self, client: SyncPrefectClient, place: Place) -> Artifact | None:
+        if place.flow_run_id is None:
+            return None
+        wanted = ArtifactFilter(
+            key=ArtifactFilterKey(any_=[self._key]), flow_run_id=ArtifactFilterFlowRunId(any_=[place.flow_run_id])
+        )
+        found = client.read_artifacts(artifact_filter=wanted)
+        return next((artifact for artifact in found if artifact.task_run_id == place.task_run_id), None)
+
+
+def add_version(key: str, kind: Kind, data: Any, description: str) -> bool:
+    """Add an artifact to the task run, beside those that the key has already. Returns whether it is to be seen."""
+    here = current_place()
+    if here is None:
+        return False
+    with _Server() as server:
+        return server.ask(lambda client: _create(client, key, kind, data, description, here), f"'{key}'")
+
+
+def _create(client: SyncPrefectClient, key: str, kind: Kind, data: Any, description: str, place: Place) -> Artifact:
+    return client.create_artifact(
+        ArtifactCreate(
+            key=key,
+            type=kind,
+            data=data,
+            description=description,
+            flow_run_id=place.flow_run_id,
+            task_run_id=place.task_run_id,
+        )
+    )
+
+
+def artifact_key(*words: str) -> str:
+    """`('My run_2', 'gap')` → `'ddk-my-run-2-gap'`: Prefect takes only lowercase letters, digits and dashes."""
+    return "-".join(["ddk", *(re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") or "run" for word in words)])
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a table artifact holds them. Prefect's UI shows each text as Markdown."""
+    return json.dumps(list(rows))

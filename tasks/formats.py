@@ -1,0 +1,57 @@
+"""How numbers are written for a reader: in the report, the model card, the terminal and Prefect's UI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+UNKNOWN = "–"
+
+
+def ppl(value: float) -> str:
+    """12.3456 → '12.35'; 1234567.8 → '1.23e+06'."""
+    return _number(value, decimals=2)
+
+
+def ratio(value: float) -> str:
+    """1.23456 → '1.235'."""
+    return _number(value, decimals=3)
+
+
+def _number(value: float, *, decimals: int) -> str:
+    if not math.isfinite(value):
+        return UNKNOWN if math.isnan(value) else "∞" if value > 0 else "−∞"
+    return f"{value:,.{decimals}f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def change(value: float | None, decimals: int = 4) -> str:
+    """0.01234 → '+0.0123'; −0.5 → '−0.5000'."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:+.{decimals}f}".replace("-", "−")
+
+
+def percent(value: float | None, decimals: int = 1) -> str:
+    """0.1234 → '12.3 %'."""
+    return UNKNOWN if value is None else f"{100 * value:.{decimals}f}\N{NO-BREAK SPACE}%"
+
+
+def count(value: int) -> str:
+    """1234567 → '1,234,567'."""
+    return f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """3725 → '1 h 02 min'; 65 → '1 min 05 s'; 9.5 → '9.5 s'."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table: the first `left` columns to the left, the others, numbers, to the right."""
+    rule = [":---" if place < left else "---:" for place in range(len(headings))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
