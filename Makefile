@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make quickstart` and `make test`. Each makes .venv first (once).
-.PHONY: setup quickstart test rehearsal lint format lock bench results reference help
+.PHONY: setup quickstart test rehearsal lint format lock bench results reference recipes help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -43,3 +43,6 @@ results: setup    ## benchmarks/RESULTS.md from benchmarks/out/*.json
 
 reference: setup  ## docs/configuration.md from the docstrings of the configuration's fields
 	.venv/bin/python -m flows.reference
+
+recipes: setup    ## The table of docs/recipes.md, what each preset will take
+	.venv/bin/python -m flows.recipes

@@ -4,6 +4,7 @@
     ddk distill CONFIG          everything: pack, cache, train, report
     ddk pack|cache|train|gap|report CONFIG      one stage
     ddk plan CONFIG             which stages are complete, stale or missing, and why; nothing is run
+    ddk plan CONFIG --cost      what it will take of disk, GPU memory and GPU hours; needs no data and no weights
     ddk serve CONFIG            every stage as a deployment served from this process, for development
     ddk automations             on the Prefect server: runs that died become Crashed
     ddk join CONFIG             on the further machines of a training on several
@@ -152,9 +153,46 @@ def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run:
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
-    """Say which stages are complete, unfinished, stale or missing, and why, without running any."""
+def plan(
+    config: ConfigPath,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Say what the run will take instead; the options below go with this one.")
+    ] = False,
+    gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU: a100, h100 or h200.")] = "h100",
+    gpu_memory: Annotated[
+        float | None, typer.Option("--gpu-memory", min=1.0, metavar="GIB", help="Its memory, if not the kind's.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of a machine, where train.processes is 'auto'.")] = 1,
+    mfu: Annotated[float, typer.Option("--mfu", help="Share of the GPU's peak that is reached.")] = 0.4,
+    usd_per_hour: Annotated[
+        float | None, typer.Option("--usd-per-hour", min=0.0, help="Price of a GPU, for the price of it all.")
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option("--blocks", min=1, help="Train blocks of a domain without max_train_blocks.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The estimate as JSON.")] = False,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: Run = None,
+) -> None:
+    """Say which stages are complete, unfinished, stale or missing, and why, without running any.
+
+    With --cost: what the run will take of disk, memory and GPU time, from the configuration and the models' configs
+    alone. Neither the corpora nor the weights need be there.
+    """
     loaded = _load(config, overrides, root, run)
+    if cost:
+        from flows.cost_run import Assumptions
+
+        assumed = Assumptions(
+            gpu=gpu, gpu_memory=gpu_memory, gpus=gpus, mfu=mfu, usd_per_hour=usd_per_hour, blocks=blocks
+        )
+        _show_cost(loaded, assumed, as_json=as_json)
+        return
+    if as_json:
+        from ddk.errors import UserError
+
+        raise UserError("--json goes with --cost")
     from flows.plan import plan_stages, render
     from tasks.storage_block import use_storage_block
 
@@ -376,6 +414,22 @@ def _show_result(config: Any, command: str) -> None:
     _say(f"report    {folder.report_url}/index.html")
     _say(f"student   {folder.student_url}   (an ordinary Hugging Face folder)")
     _say("next      " + _next_step(config, command))
+
+
+def _show_cost(config: Any, assumed: Any, *, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from flows import cost, cost_table
+
+    found = cost.estimate(config, assumed)
+    if as_json:
+        _say(json.dumps(cost_table.as_json(found), indent=2, ensure_ascii=False))
+        return
+    Console(width=None if sys.stdout.isatty() else 200).print(cost_table.table(found, config.run))
+    for line in cost_table.warning_lines(found):
+        _say(line)
 
 
 def _next_step(config: Any, command: str) -> str:
