@@ -3,6 +3,7 @@
     ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
     ddk distill CONFIG          everything: pack, cache, train, report
     ddk pack|cache|train|gap|report CONFIG      one stage
+    ddk eval CONFIG             benchmarks of the student before, the distilled student and the teacher
     ddk plan CONFIG             which stages are complete, stale or missing, and why; nothing is run
     ddk plan CONFIG --cost      what it will take of disk, GPU memory and GPU hours; needs no data and no weights
     ddk serve CONFIG            every stage as a deployment served from this process, for development
@@ -205,6 +206,54 @@ def plan(
 def report(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Write a run's report, finished or not."""
     _say(_run_flow("report", _load(config, overrides, root, run))["index.html"])
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigPath,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="A,B@5,…", help="lm-evaluation-harness's tasks; @ sets the worked examples."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="'paper', 'paper-5shot', 'code', or 'local': all of --data.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FOLDER", help="Files of questions; the rest comes from the hub.")
+    ] = None,
+    models: Annotated[str, typer.Option("--models", help="Which of the three.")] = "before,student,teacher",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions a task, to try it out.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Execute programs that models wrote, in a sandbox.")
+    ] = False,
+    allow_unisolated: Annotated[
+        bool, typer.Option("--allow-code-unisolated", help="Execute them where no sandbox is to be had. Dangerous.")
+    ] = False,
+    backend: Annotated[str, typer.Option("--backend", help="'auto', 'hf' or 'vllm'.")] = "auto",
+    overrides: Overrides = None,
+    root: Root = None,
+    run: Run = None,
+) -> None:
+    """Put the student before, the distilled student and the teacher to benchmarks.
+
+    What was answered before, here or in another run of the same root, is not asked again.
+    """
+    # tqdm reads it when it is first imported; the harness has a bar for every one of its loops.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    loaded = _load(config, overrides, root, run)
+    from flows.evaluate import evaluation_config, show_scores
+
+    evaluation = evaluation_config(
+        tasks=tasks,
+        preset=preset,
+        data=data,
+        models=models,
+        limit=limit,
+        allow_code="unisolated" if allow_unisolated else "isolated" if allow_code else "no",
+        backend=backend,
+    )
+    done = _run_flow("evaluate", loaded, module="flows.evaluate", evaluation=evaluation)
+    show_scores(loaded, done["report"], _say)
 
 
 @app.command()

@@ -385,3 +385,20 @@ def put_folder(local: str, url: str) -> None:
         for name in sorted(names):
             source = os.path.join(folder, name)
             put_file(source, join(url, os.path.relpath(source, local)))
+
+
+@contextlib.contextmanager
+def local_folder_copy(url: str) -> Iterator[str]:
+    """A local folder with the files that lie directly in this one; the folder itself where it is local already.
+
+    The copy is there while the context lasts. It is empty where there is no such folder.
+    """
+    fs, path = open_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        yield path
+        return
+    names = list_names(url)
+    with tempfile.TemporaryDirectory(prefix="ddk-") as local, reaching(url):
+        for name in names:
+            fs.get_file(f"{path.rstrip('/')}/{name}", os.path.join(local, name))
+        yield local

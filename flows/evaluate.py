@@ -1,0 +1,111 @@
+"""The flow `evaluate`: a run's three models put to benchmarks, and the page that shows them beside the perplexities.
+
+One task run a model. What was answered before is found and not asked again (`tasks.evaluate_model`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefect import flow
+from pydantic import ValidationError
+
+from ddk.errors import UserError
+from ddk.student import StudentConfig
+from storage.corpus import DomainConfig
+from storage.evaluations import EvaluationFolder
+from storage.uri import absolute
+from tasks.benchmark_models import evaluated_models, require_harness
+from tasks.benchmarks import EvaluationConfig, wanted_benchmarks
+from tasks.completions import Completion, draw_completions
+from tasks.local_benchmarks import DataFolder
+from tasks.storage_block import use_storage_block
+from tasks.teacher import TeacherConfig
+from tasks.validation_texts import validation_texts
+
+VALIDATION_DOCUMENTS = 500
+"""Of a domain, from which lines to complete are drawn: as many as the paper measures perplexities on."""
+
+
+@flow(name="evaluate", flow_run_name="evaluate {run}", persist_result=False)
+def evaluate(
+    run: str,
+    root: str,
+    domains: dict[str, DomainConfig],
+    teacher: TeacherConfig,
+    student: StudentConfig,
+    evaluation: EvaluationConfig,
+    storage_block: str | None = None,
+) -> dict[str, Any]:
+    """Put a run's models to benchmarks, and write the page that shows them.
+
+    Returns:
+        `{"models": [...], "report": {name: URL}}`: what each model was asked, and the page's files.
+
+    Raises:
+        UserError: a package, a model, a task or its questions are not there.
+    """
+    use_storage_block(storage_block)
+    require_harness()
+    # Heavy, and the harness may be missing.
+    from tasks.benchmark_tasks import build_measures
+    from tasks.evaluate_model import Evaluation, evaluate_model
+    from tasks.evaluation_report import report_evaluation
+
+    folder = DataFolder(evaluation.data) if evaluation.data is not None else None
+    with_texts = [name for name, corpus in domains.items() if not corpus.imported]
+    benchmarks = wanted_benchmarks(evaluation, with_texts, folder.tasks if folder is not None else ())
+    count = min(evaluation.completions, evaluation.limit or evaluation.completions)
+
+    def completions(domain: str) -> Sequence[Completion]:
+        documents = validation_texts(domain, domains[domain], VALIDATION_DOCUMENTS)
+        return draw_completions(documents, count, evaluation.seed)
+
+    # Models first: that one is missing is known at once, and a large set of questions takes a while.
+    with evaluated_models(evaluation.models, root=root, run=run, student=student, teacher=teacher) as models:
+        measures = build_measures(
+            benchmarks, folder=folder, completions=completions, limit=evaluation.limit, seed=evaluation.seed
+        )
+        asked = Evaluation(measures, EvaluationFolder(root, run), evaluation)
+        done = [evaluate_model(asked, model) for model in models]
+    return {"models": done, "report": report_evaluation(root, run)}
+
+
+def evaluation_config(*, tasks: str | None, data: str | None, models: str, **further: Any) -> EvaluationConfig:
+    """From what stands on the command line.
+
+    Raises:
+        UserError: an option has no such value.
+    """
+    try:
+        return EvaluationConfig(
+            tasks=_names(tasks or ""),
+            data=absolute(data, os.getcwd()) if data is not None else None,
+            models=_names(models),  # type: ignore[arg-type]
+            **further,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(
+            f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']} (it is {problem['input']!r})"
+        ) from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def show_scores(config: Any, report: dict[str, str], say: Callable[[str], None]) -> None:
+    """The scores in the terminal, and where the page lies."""
+    import sys
+
+    from rich.console import Console
+
+    from tasks.evaluation_report import evaluation_rows, terminal_scores
+
+    rows = evaluation_rows(EvaluationFolder(config.root, config.run).records())
+    Console(width=None if sys.stdout.isatty() else 200).print(terminal_scores(rows))
+    for name, url in report.items():
+        say(f"{name:<16}{url}")

@@ -1,0 +1,253 @@
+"""`ddk eval` as a user calls it: the quickstart's models as teacher and students, questions from files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_files import FILES, write_files
+from small_run import ASSETS, Ddk, Finished, write_config
+
+from ddk.errors import UserError
+from flows.config import load_config
+from flows.evaluate import evaluate, evaluation_config
+from storage.runs import RunFolder
+from storage.uri import write_json
+
+TASKS = "arc_easy,mmlu,mbpp@1,completion:code,completion:math"
+NAMES = {"arc_easy", "mmlu", "mbpp", "completion:code", "completion:math"}
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+class Case:
+    """A finished run, and questions."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "questions").mkdir()
+        self.data = write_files(folder / "questions")
+        self.config = write_config(folder)
+        self.root = folder / "root"
+        self.run = finished_run(self.root, "small")
+
+    def arguments(self, *further: str) -> list[str]:
+        """Of the command."""
+        return ["eval", self.config, "--data", self.data, "--limit", "2", *further]
+
+    def evaluate(self, tasks: str, models: str = "before,student,teacher", run: str = "small", **options: Any) -> Any:
+        """The flow in this process; how many parts of each model were asked and found."""
+        config = load_config(self.config, (), None, run)
+        asked = evaluation_config(tasks=tasks, models=models, **{"data": self.data, "limit": 2, **options})
+        done = evaluate(config.run, config.root, config.domains, config.teacher, config.student, asked)
+        return [(model["asked"], model["found"]) for model in done["models"]]
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """By the file's path below the run's evaluations."""
+        folder = self.run / "evaluations"
+        return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in folder.rglob("*.json")}
+
+
+def finished_run(root: Path, name: str) -> Path:
+    """What `ddk distill` leaves, with the quickstart's student as if it had been trained."""
+    folder = RunFolder(str(root), name)
+    shutil.copytree(ASSETS / "student", root / "runs" / name / "student")
+    write_json(f"{folder.url}/config.json", {"method": "ddk", "student": {"model": "s"}, "teacher": {"model": "t"}})
+    folder.finish({"steps": 1})
+    return root / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="module")
+def output(case: Case, ddk: Ddk) -> Finished:
+    """Of the command, in a process of its own."""
+    output = ddk(*case.arguments("--tasks", TASKS, "--allow-code"), timeout=600)
+    assert output.code == 0, output.err
+    return output
+
+
+def test_every_model_answers_every_benchmark(case: Case, output: Finished) -> None:
+    whole = {(r["model"], r["task"]): r for path, r in case.records().items() if path.count("/") == 1}
+    assert set(whole) == {(model, task) for model in ("before", "student", "teacher") for task in NAMES}
+    for (model, task), record in whole.items():
+        assert record["metrics"], (model, task)
+        assert record["limit"] == 2
+        assert record["asked"] == (3 if task == "mmlu" else 2), "two of each subject at most"
+    # Its parts lie below it.
+    assert sum(path.startswith("teacher/mmlu/") for path in case.records()) == 2
+    # The student before and the one called trained are the same model here: equal answers show that roles do not mix.
+    for task in NAMES:
+        assert whole["before", task]["metrics"] == whole["student", task]["metrics"]
+    assert whole["teacher", "arc_easy"]["identity"]["model"] != whole["student", "arc_easy"]["identity"]["model"]
+    assert whole["student", "mbpp"]["executed"] == "isolated"
+
+
+def test_the_terminal_the_page_and_the_table_show_them(case: Case, output: Finished) -> None:
+    page = (case.run / "report" / "evaluation.html").read_text()
+    rows = list(csv.DictReader(io.StringIO((case.run / "report" / "evaluation.csv").read_text())))
+    assert {row["task"] for row in rows} == NAMES
+    assert not [row for row in rows if not row["teacher"]]
+    for name in ("arc_easy", "mmlu", "mbpp", "code", "math"):
+        assert name in page
+        assert name in output.out
+    assert "Benchmarks, in %" in output.out
+    assert str(case.run / "report" / "evaluation.html") in output.out
+
+
+def test_what_is_answered_is_not_asked_again_here_or_in_another_run(case: Case, output: Finished) -> None:
+    before = case.records()
+    assert case.evaluate(TASKS, allow_code="isolated") == [(0, 6)] * 3
+    assert case.records() == before
+    finished_run(case.root, "second")
+    assert case.evaluate(TASKS, run="second") == [(0, 6)] * 3
+    # Other examples, other questions, another engine: another evaluation.
+    assert case.evaluate("arc_easy@1", models="teacher") == [(1, 0)]
+    assert case.evaluate("arc_easy", models="teacher", limit=1) == [(1, 0)]
+    assert case.evaluate("arc_easy", models="teacher,student") == [(0, 1), (0, 1)]
+
+
+def test_programs_are_executed_only_when_that_is_allowed_and_later_without_asking_again(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    assert case.evaluate("mbpp@1", models="student") == [(1, 0)]
+    ((path, record),) = case.records().items()
+    assert record["metrics"] == {}
+    samples = (case.run / "evaluations" / path).with_suffix(".samples.jsonl")
+    answers = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert ["outcome" in answer for answer in answers] == [False, False]
+    assert "not executed" in (case.run / "report" / "evaluation.html").read_text()
+    # In place of the model's programs a right and a wrong one: what is stored is what is executed.
+    right = "def add_11(x):\n    return x + 11\n" + "\n".join(FILES["mbpp.jsonl"][4]["test_list"])
+    changed = [{**answer, "program": program} for answer, program in zip(answers, (right, "1 / 0"), strict=True)]
+    samples.write_text("".join(json.dumps(answer) + "\n" for answer in changed))
+    assert case.evaluate("mbpp@1", models="student", allow_code="isolated") == [(0, 1)]
+    record = case.records()[path]
+    assert record["metrics"]["pass@1"]["value"] == 0.5
+    assert record["executed"] == "isolated"
+    outcomes = [json.loads(line)["outcome"] for line in samples.read_text().splitlines()]
+    assert outcomes == ["passed", "ZeroDivisionError"]
+
+
+def test_a_kill_costs_what_was_being_asked_and_no_more(tmp_path: Path, ddk: Ddk) -> None:
+    case = Case(tmp_path)
+    tasks, models = "arc_easy,commonsense_qa,completion:code", "teacher,student"
+    ddk.kill_when(lambda: len(case.records()) >= 2, *case.arguments("--tasks", tasks, "--models", models))
+    kept = {path: (case.run / "evaluations" / path).stat().st_mtime_ns for path in case.records()}
+    assert 2 <= len(kept) < 6
+    done = case.evaluate(tasks, models)
+    assert sum(found for _, found in done) == len(kept)
+    assert sum(asked for asked, _ in done) == 6 - len(kept)
+    assert len(case.records()) == 6
+    assert {path: (case.run / "evaluations" / path).stat().st_mtime_ns for path in kept} == kept
+
+
+def test_offline_a_task_of_the_hub_is_named_and_nothing_is_written_to_the_home(
+    tmp_path: Path, prefect_server: str
+) -> None:
+    case = Case(tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    environment = {**kept, "HOME": str(home), "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    environment |= {
+        "PREFECT_API_URL": prefect_server,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "OMP_NUM_THREADS": "2",
+    }
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows", *arguments],
+            env=environment,
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=300,
+        )
+
+    done = call(*case.arguments("--tasks", "arc_easy", "--models", "before"))
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in home.rglob("*") if path.is_file() and "huggingface" in str(path)]
+    done = call("eval", case.config, "--tasks", "arc_easy,hellaswag", "--models", "before")
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ddk: ")]
+    assert "task 'arc_easy' takes its questions from the hub (allenai/ai2_arc), and they cannot be had" in line
+    assert (
+        "HF_HUB_OFFLINE is set, and the cache has none; put arc_easy.jsonl into a folder of yours (--data FOLDER"
+        in line
+    )
+    assert "Traceback" not in done.stderr
+
+
+# ---- what a user gets wrong
+
+
+def test_a_run_without_a_student_names_the_way_out(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run 'other' has no final student yet.*--models before,teacher"):
+        case.evaluate("arc_easy", run="other")
+
+
+def test_a_teacher_on_a_server_is_not_evaluated(case: Case) -> None:
+    config = load_config(
+        case.config, ["teacher.source=server", "teacher.server_url=http://localhost:8000/v1"], None, "small"
+    )
+    asked = evaluation_config(tasks="arc_easy", models="teacher", data=case.data)
+    with pytest.raises(UserError, match=r"teacher.source is 'server'.*--models before,student"):
+        evaluate(config.run, config.root, config.domains, config.teacher, config.student, asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "students"], "--models: Input should be 'before', 'student' or 'teacher' (it is 'students')"),
+        (["--backend", "tgi"], "--backend: Input should be 'auto', 'hf' or 'vllm' (it is 'tgi')"),
+        (["--preset", "leaderboard"], "there is no preset 'leaderboard'; there are paper, paper-5shot, code, local"),
+        (["--data", "/no/such/folder"], "--data /no/such/folder: there is no such folder, or nothing in it"),
+        (["--tasks", "completion:rust"], "the run has no domain 'rust' with texts; it has code, math, zh_books"),
+    ],
+)
+def test_options_that_are_wrong(case: Case, arguments: list[str], message: str, ddk_error: Any) -> None:
+    assert message in ddk_error("eval", case.config, *arguments)
+
+
+def test_without_the_harness_the_extra_is_named(case: Case, monkeypatch: pytest.MonkeyPatch, ddk_error: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'ddk-distill[eval]'" in ddk_error("eval", case.config)
+
+
+@pytest.fixture
+def ddk_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    from flows.__main__ import main
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ddk", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        err = capsys.readouterr().err
+        assert ended.value.code == 2, err
+        assert "Traceback" not in err
+        (line,) = [line for line in err.splitlines() if line.startswith("ddk: ")]
+        return line
+
+    return call
+
+
+def test_help_stays_quick_and_loads_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom flows.__main__ import app\n"
+        "try:\n    app(['eval', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'lm_eval', 'datasets', 'vllm', 'prefect'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--allow-code" in done.stdout
