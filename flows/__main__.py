@@ -4,6 +4,7 @@
     ddk distill CONFIG          everything: pack, cache, train, report
     ddk pack|cache|train|gap|report CONFIG      one stage
     ddk eval CONFIG             benchmarks of the student before, the distilled student and the teacher
+    ddk compare CONFIG          several methods and seeds on one teacher cache, and what they show
     ddk plan CONFIG             which stages are complete, stale or missing, and why; nothing is run
     ddk plan CONFIG --cost      what it will take of disk, GPU memory and GPU hours; needs no data and no weights
     ddk serve CONFIG            every stage as a deployment served from this process, for development
@@ -21,6 +22,7 @@ line says what; `--debug` shows the traceback).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -257,6 +259,60 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="A,B,…", help="By default all that need no live teacher.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,…")] = "0,1,2",
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="SECTION.FIELD=V,V,…", help="A variant for each value; may be repeated."),
+    ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="'NAME: FIELD=V; FIELD=V'", help="One by hand; may be repeated."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="NAME", help="Take differences from it; by default ddk."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the comparison; by default the file's `run`.")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is there.")] = False,
+    overrides: Overrides = None,
+    root: Root = None,
+) -> None:
+    """Run several methods and seeds on one teacher cache, and report how they differ; goes on where it stopped.
+
+    Exits with 1 where runs have failed; the others are compared all the same.
+    """
+    from flows import compare as comparing
+    from flows.variants import request, whole_numbers
+    from tasks.compare_report import write_comparison
+    from tasks.storage_block import use_storage_block
+
+    loaded = _load(config, overrides, root, None)
+    asked = request(
+        loaded,
+        os.path.dirname(os.path.abspath(config)),
+        name=name,
+        methods=[method.strip() for method in methods.split(",")] if methods else (),
+        seeds=whole_numbers(seeds, "--seeds"),
+        sweeps=sweeps or (),
+        variants=variants or (),
+        baseline=baseline,
+    )
+    if report_only:
+        use_storage_block(loaded.storage_block)
+        write_comparison(loaded.root, comparing.found(loaded, asked, comparing.refusals(loaded, asked)))
+    else:
+        with contextlib.suppress(comparing.SomeRunsFailedError):
+            _interruptible(lambda: comparing.compare(config=loaded, request=asked))
+    if not _show_comparison(loaded.root, asked.name):
+        raise typer.Exit(1)
+
+
+@app.command()
 def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Serve every stage as a deployment from this process, for development; Ctrl-C ends it.
 
@@ -440,8 +496,12 @@ def _run_flow(name: str, config: Any, module: str = "flows.stages", **options: A
     flow = getattr(importlib.import_module(module), name)
     parameters = stages.flow_parameters(config)
     taken = introspection.signature(flow.fn).parameters
+    return _interruptible(lambda: flow(**{key: value for key, value in parameters.items() if key in taken}, **options))
+
+
+def _interruptible(call: Callable[[], Any]) -> Any:
     try:
-        return flow(**{key: value for key, value in parameters.items() if key in taken}, **options)
+        return call()
     except KeyboardInterrupt:
         raise _InterruptedError from None  # typer would end the process at once, without a word
 
@@ -479,6 +539,31 @@ def _show_cost(config: Any, assumed: Any, *, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(cost_table.table(found, config.run))
     for line in cost_table.warning_lines(found):
         _say(line)
+
+
+def _show_comparison(root: str, name: str) -> bool:
+    """The table, what failed, and where the report lies. Returns whether nothing failed."""
+    from rich.console import Console
+
+    from storage import uri
+    from tasks.compare_page import in_words, terminal_comparison
+    from tasks.compare_report import DATA, comparison_url, read_comparison
+
+    folder = comparison_url(root, name)
+    comparison = read_comparison(uri.join(folder, DATA))
+    Console(width=None if sys.stdout.isatty() else 200).print(terminal_comparison(comparison))
+    for sentence in in_words(comparison):
+        _say(sentence)
+    reasons: dict[str, list[str]] = {}
+    for run in comparison.failed:
+        reasons.setdefault(run.reason or "", []).append(run.run)
+    for reason, runs in reasons.items():
+        _say(f"failed    {', '.join(runs)}: {reason}")
+    waiting = [run.run for run in comparison.runs if run.status in ("unfinished", "missing")]
+    if waiting:
+        _say(f"waiting   {', '.join(waiting)}")
+    _say(f"report    {folder}/index.html")
+    return not reasons
 
 
 def _next_step(config: Any, command: str) -> str:

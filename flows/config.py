@@ -158,6 +158,25 @@ def load_config(path: str, overrides: Sequence[str] = (), root: str | None = Non
         raise UserError(_readable(error, path)) from None
 
 
+def changed(config: Config, fields: Mapping[str, Any], folder: str, place: str) -> Config:
+    """The configuration with other values.
+
+    Args:
+        fields: value by `section.field`; a relative path in one is relative to `folder`.
+        place: what the error's line begins with.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    data = config.model_dump(mode="json")
+    for field, value in fields.items():
+        _put(data, field, value, f"{place}: {field}")
+    try:
+        return Config.model_validate(_with_absolute_paths(data, folder))
+    except ValidationError as error:
+        raise UserError(_readable(error, place)) from None
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
@@ -179,15 +198,20 @@ def _apply(data: dict[str, Any], override: str) -> None:
     match = re.fullmatch(r"([\w.-]+)=(.*)", override, flags=re.DOTALL)
     if match is None:
         raise UserError(f"--set takes section.field=value, not '{override}'")
-    *path, last = match[1].split(".")
+    try:
+        value = yaml.safe_load(match[2])
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    _put(data, match[1], value, f"--set {override}")
+
+
+def _put(data: dict[str, Any], field: str, value: Any, place: str) -> None:
+    *path, last = field.split(".")
     for part in path:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
-            raise UserError(f"--set {override}: '{part}' is not a section")
-    try:
-        data[last] = yaml.safe_load(match[2])
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+            raise UserError(f"{place}: '{part}' is not a section")
+    data[last] = value
 
 
 def _with_absolute_paths(data: Mapping[str, Any], folder: str) -> dict[str, Any]:

@@ -98,8 +98,6 @@ def summarise(
     if config is None:
         raise UserError(f"there is no run '{folder.name}' in {folder.url}; correct the name, or run `ddk train` first")
     done = finished or folder.summary() or {}
-    # A method may set fields of the loss whatever the file says; what was trained with is what is reported.
-    fixed = METHODS[config["method"]].loss if config["method"] in METHODS else {}
     return RunSummary(
         name=folder.name,
         method=config["method"],
@@ -109,10 +107,17 @@ def summarise(
         tokens_seen=records[-1].tokens_seen,
         steps=records[-1].step,
         seq_len=config["packing"]["seq_len"],
-        settings={**config, "loss": {**config["loss"], **fixed}},
+        settings=effective_settings(config),
         wall_seconds=done.get("training_seconds"),
         stopped_early=done.get("stopped_early"),
     )
+
+
+def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's stored configuration with what it was trained with: a method may set fields of the loss whatever the
+    file says."""
+    fixed = METHODS[config["method"]].loss if config["method"] in METHODS else {}
+    return {**config, "loss": {**config["loss"], **fixed}}
 
 
 def _interval(record: MixtureRecord) -> IntervalRecord:

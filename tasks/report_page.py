@@ -37,7 +37,7 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord]) -> str:
         ValueError: as `report_data.domains_of`.
     """
     rows, gaps = render_rows(records), gap_table(records)
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(
         run=summary,
         settings=list(flat_settings(summary.settings)),
@@ -80,7 +80,7 @@ def _images(plot: Callable[..., bytes], records: Sequence[IntervalRecord]) -> di
     }
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     """Jinja2 with escaping on; `PackageLoader` finds the template in a checkout, a wheel and an editable install."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tasks", "templates"),

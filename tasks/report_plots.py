@@ -70,12 +70,12 @@ DARK = Theme(ground="#171b21", ink="#d5dae0", grid="#363d47")
 
 def ratio_plot(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> bytes:
     """PNG of `ratio_figure`."""
-    return _png(ratio_figure(records, theme=theme))
+    return as_png(ratio_figure(records, theme=theme))
 
 
 def mixture_plot(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> bytes:
     """PNG of `mixture_figure`."""
-    return _png(mixture_figure(records, theme=theme))
+    return as_png(mixture_figure(records, theme=theme))
 
 
 def ratio_figure(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> Figure:
@@ -91,7 +91,7 @@ def ratio_figure(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> 
     axes.set_ylabel("student / teacher perplexity (1 = caught up)")
     drawn = [ratio for values in ratios.values() for ratio in values if math.isfinite(ratio) and ratio > 0] + [1.0]
     if max(drawn) / min(drawn) > LOG_FROM:
-        _logarithmic(axes)
+        logarithmic(axes)
     return figure
 
 
@@ -117,18 +117,23 @@ def _canvas(domains: Iterable[str], theme: Theme) -> tuple[Figure, Axes]:
     figure = Figure(figsize=theme.inches(theme.labels(domains)), dpi=DPI, facecolor=theme.ground)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)  # inches
     axes = figure.add_subplot(facecolor=theme.ground)
+    dress(axes, theme)
+    axes.set_xlabel("tokens seen by the student")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if theme.narrow else 7, steps=[1, 2, 2.5, 5, 10]))
+    return figure, axes
+
+
+def dress(axes: Axes, theme: Theme) -> None:
+    """Grid, spines, letters and colours of axes whose x is a number of tokens."""
     axes.grid(visible=True, color=theme.grid, linewidth=0.7)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.ink)
     axes.tick_params(which="both", colors=theme.ink, labelsize=9, labelfontfamily=FONT)
-    axes.set_xlabel("tokens seen by the student")
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=theme.ink, fontsize=10, fontfamily=FONT)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if theme.narrow else 7, steps=[1, 2, 2.5, 5, 10]))
-    return figure, axes
 
 
 def _curves(
@@ -175,7 +180,7 @@ def _curves(
         text.set_parse_math(False)  # a domain may be called 'a$b$'
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
     """Powers of ten and 2 and 5 between them, written as plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -196,7 +201,7 @@ def drawable(text: str, length: int = LABEL_LENGTH) -> str:
     return spelled if len(spelled) <= length else f"{spelled[: half - 1]}…{spelled[-half:]}"
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     """The figure in 128 colours, a third of the bytes of full colour, and without metadata (date, version)."""
     canvas, out = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()  # type: ignore[no-untyped-call]

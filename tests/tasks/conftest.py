@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from ddk.methods.registry import METHODS
 from ddk.types import DomainGap, Mixture
+from storage.mixtures import make_record
+from tasks.compare_data import ComparedRun, ComparedVariant, Comparison
 from tasks.report_data import IntervalRecord, RunSummary
 
 MakeRecords = Callable[..., list[IntervalRecord]]
@@ -82,3 +85,65 @@ def make_summary() -> Callable[..., RunSummary]:
 @pytest.fixture
 def summary(make_summary: Callable[..., RunSummary]) -> RunSummary:
     return make_summary()
+
+
+MakeComparison = Callable[..., Comparison]
+
+
+@pytest.fixture
+def make_comparison() -> MakeComparison:
+    """`make_comparison({'ddk': {0: {'math': [3.0, 2.0], 'web': [1.5, 1.2]}, 1: …}, 'kd': …})`.
+
+    Variant → seed → domain → ratios at the measurements; None in place of a seed's domains: that run has failed. The
+    teacher's perplexity is 8 everywhere; a step reads 2 blocks a domain, of 16 positions each.
+    """
+
+    def make(ratios: dict[str, dict[int, dict[str, list[float]] | None]], **changes: object) -> Comparison:
+        seeds = tuple(dict.fromkeys(seed for runs in ratios.values() for seed in runs))
+        domains = next(of for runs in ratios.values() for of in runs.values() if of)
+        values: dict[str, object] = {
+            "name": "trial",
+            "baseline": next(iter(ratios)),
+            "seeds": seeds,
+            "domains": tuple(domains),
+            "variants": tuple(ComparedVariant(name=name, method=_method(name)) for name in ratios),
+            "runs": tuple(
+                _compared(name, seed, runs[seed]) for seed in seeds for name, runs in ratios.items() if seed in runs
+            ),
+        }
+        return Comparison.model_validate(values | changes)
+
+    return make
+
+
+def _method(name: str) -> str:
+    return name if name in METHODS else "ddk"
+
+
+def _compared(variant: str, seed: int, ratios: dict[str, list[float]] | None) -> ComparedRun:
+    common = {"variant": variant, "seed": seed, "run": f"trial-{variant}-s{seed}"}
+    if ratios is None:
+        return ComparedRun(status="failed", reason=f"{variant} has diverged", **common)
+    records = tuple(
+        make_record(
+            version=t,
+            step=10 * t,
+            tokens_seen=10 * t * 2 * len(ratios) * 16,
+            gaps=[DomainGap(domain=domain, student_ppl=8.0 * of[t], teacher_ppl=8.0) for domain, of in ratios.items()],
+            mixture=Mixture(probabilities=_shares({domain: of[t] for domain, of in ratios.items()})),
+            blocks_drawn=dict.fromkeys(ratios, 10 * t * 2),
+        )
+        for t in range(len(next(iter(ratios.values()))))
+    )
+    return ComparedRun(
+        status="complete",
+        training_seconds=12.5,
+        seq_len=16,
+        records=records,
+        student_flops=1_000,
+        teacher_flops=5_000,
+        teacher="unused" if variant == "cpt" else "live" if variant == "ted" else "stored",
+        validation_positions=320,
+        stores=("targets/a/math.zarr",),
+        **common,
+    )
