@@ -1,6 +1,6 @@
 """Our own numbers: the paper's methods, and ways to keep a teacher, on the quickstart's models and corpora.
 
-    make bench-methods                                   both parts, about two hours on two cores
+    make bench-methods                                   both parts, an hour or two on two idle cores
     .venv/bin/python benchmarks/bench_methods.py --part methods
 
 Two comparisons, each by `ddk compare` on one configuration, with equal tokens and learning rates:
@@ -214,10 +214,10 @@ def _target_rows(comparison: Comparison, found: dict[str, dict[str, list[float]]
         values = by_seed(comparison, variant.name, measure)
         ratios = [values[seed] / base[seed] for seed in values if seed in base]
         if ratios and variant.name != comparison.baseline:
-            yield row(f"kd, {variant.name}: perplexity / dense's", ratios, "x")
+            yield row(f"targets, {variant.name}: perplexity / dense kd's", ratios, "x")
     for name, of in found.items():
         if name != comparison.baseline:
-            yield row(f"kd, {name}: gradient's deviation from dense", of["gradient"], "")
+            yield row(f"targets, {name}: gradient's deviation from dense", of["gradient"], "")
 
 
 if __name__ == "__main__":

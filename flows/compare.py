@@ -16,12 +16,14 @@ from ddk.errors import UserError
 from flows.config import Config
 from flows.stages import cache_teacher, flow_parameters, pack_corpus, train_student
 from flows.variants import PlannedRun, Request, planned_runs
+from storage import uri
 from storage.errors import explained
 from storage.fingerprint import differences
 from storage.runs import RunFolder
 from tasks.compare_collect import collect
 from tasks.compare_data import ComparedVariant, Comparison
 from tasks.compare_report import report_comparison
+from tasks.finish_run import report_run
 from tasks.plan import Plan, plan_stores
 from tasks.progress import logger
 from tasks.storage_block import use_storage_block
@@ -140,3 +142,5 @@ def _train(config: Config, plans: Mapping[str, Plan]) -> None:
             f"--name, or remove that folder"
         )
     logger.info("compare: %s: complete already", config.run)
+    if not uri.exists(uri.join(folder.report_url, "index.html")):  # it was killed between the student and its report
+        report_run(config.root, config.run)

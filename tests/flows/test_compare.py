@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterParentFlowRunId
 from small_run import DOMAINS, Ddk, Finished, SmallRun, files_below, write_config
 
 from storage.mixtures import MixtureHistory
@@ -71,12 +71,10 @@ def test_one_cache_serves_them_all(compared: Compared, small_run: SmallRun) -> N
 
 def test_prefect_has_a_run_for_each_below_one_for_all(compared: Compared) -> None:
     with get_client(sync_client=True) as client:
-        (parent,) = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["compare small"])),
-            sort="START_TIME_ASC",
-            limit=1,
-        )
-        children = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [parent.id]}))
+        named = FlowRunFilter(name=FlowRunFilterName(any_=["compare small"]))
+        (parent,) = client.read_flow_runs(flow_run_filter=named, sort="START_TIME_ASC", limit=1)
+        below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[parent.id]))
+        children = client.read_flow_runs(flow_run_filter=below)
     assert parent.state_name == "Failed", "one of its variants has failed"
     trained = [run for run in children if run.name.startswith("train ")]
     assert sorted(run.name for run in trained) == sorted(f"train {name}" for name in RUNS)

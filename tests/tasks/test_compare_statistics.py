@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
@@ -19,6 +19,7 @@ def test_t_quantile_is_scipys(confidence, degrees):
     assert t_quantile(confidence, degrees) == pytest.approx(stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-9)
 
 
+@settings(deadline=None)
 @given(
     st.floats(min_value=0.05, max_value=300.0),
     st.floats(min_value=0.05, max_value=300.0),
@@ -34,6 +35,7 @@ def test_there_is_no_quantile_of_nothing(confidence, degrees):
         t_quantile(confidence, degrees)
 
 
+@settings(deadline=None)
 @given(st.lists(VALUES, min_size=2, max_size=8))
 def test_spread_is_numpys(values):
     found = spread(values)
@@ -49,6 +51,7 @@ def test_one_value_has_no_spread_and_equal_ones_none_at_all():
         spread([])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(VALUES, VALUES), min_size=2, max_size=8))
 def test_the_interval_is_that_of_the_paired_t_test(pairs):
     ours, base = (dict(enumerate(column)) for column in zip(*pairs, strict=True))
