@@ -25,7 +25,8 @@ from tasks.compare_data import (
 )
 from tasks.compare_paper import PaperTable, RowBeside, paper, tables_beside
 from tasks.compare_statistics import Difference, Spread, spread
-from tasks.report_page import UNKNOWN, data_uri, duration, environment, ppl, ratio
+from tasks.formats import UNKNOWN, duration, ppl, ratio
+from tasks.report_page import data_uri, environment
 
 MEAN, WORST, PERPLEXITY = Measure(name="ratio"), Measure(name="worst_ratio"), Measure(name="perplexity")
 _PLOTS = {

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from ddk.errors import UserError
 from storage import uri
 from storage.errors import FormatVersionError, StoreDamagedError
+from tasks.artifacts import artifact_key
 from tasks.compare_data import FORMAT, Comparison, run_rows, summary_rows
 from tasks.compare_page import render_comparison, render_markdown
 from tasks.compare_plots import plots
 from tasks.model_card import escape
 from tasks.progress import logger
-from tasks.report import artifact_key
 from tasks.report_data import render_csv
 from tasks.report_page import data_uri
 from tasks.report_plots import DARK, LIGHT

@@ -236,7 +236,7 @@ def _publish(run: str, rows: Sequence[Row]) -> None:
     from prefect.artifacts import create_table_artifact
     from prefect.context import FlowRunContext
 
-    from tasks.report import artifact_key
+    from tasks.artifacts import artifact_key
 
     if FlowRunContext.get() is None or not rows:
         return

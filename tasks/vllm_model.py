@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 from lm_eval.models.vllm_causallms import VLLM
 
-from tasks.orphans import Orphans
+from tasks.orphans import Descendants
 from tasks.teacher import TeacherConfig, model_rows, on_gpu, resolved_dtype
 from tasks.transformers_model import room_for_text
+from tasks.vllm_engine import engine_environment
 from tasks.vllm_portable import LOGITS_BYTES
-from tasks.vllm_teacher import engine_environment
 
 _AT_ONCE = 1_000_000
 """Requests that are handed to the engine together; it batches them itself."""
@@ -30,32 +29,34 @@ class VllmModel(VLLM):  # type: ignore[misc]
     """
 
     def __init__(self, config: TeacherConfig, *, tokenizer: str, seed: int) -> None:
-        self._orphans: Orphans | None = None
-        before = _children()
+        self._processes = Descendants()
         # Prompt log-probabilities make the logits of a step whole, outside what the engine reserves memory for.
         rows = model_rows(config) or 1
-        with engine_environment(config):
-            super().__init__(
-                pretrained=config.model,
-                tokenizer=tokenizer,
-                dtype=resolved_dtype(config),
-                quantization=config.quantization,
-                trust_remote_code=config.trust_remote_code,
-                tensor_parallel_size=config.tensor_parallel_size,
-                batch_size=_AT_ONCE,
-                seed=seed,
-                max_num_batched_tokens=max(128, min(config.max_batch_tokens, LOGITS_BYTES // (4 * rows))),
-                max_num_seqs=256 if on_gpu() else 32,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                enable_chunked_prefill=True,
-                # Prompt log-probabilities of a prefix that is taken from the cache would be missing.
-                enable_prefix_caching=False,
-                enforce_eager=not on_gpu(),
-                load_format="safetensors",
-                use_tqdm_on_load=False,
-                disable_log_stats=True,
-            )
-        self._orphans = Orphans(_children() - before)
+        try:
+            with engine_environment(config), self._processes.marked():
+                super().__init__(
+                    pretrained=config.model,
+                    tokenizer=tokenizer,
+                    dtype=resolved_dtype(config),
+                    quantization=config.quantization,
+                    trust_remote_code=config.trust_remote_code,
+                    tensor_parallel_size=config.tensor_parallel_size,
+                    batch_size=_AT_ONCE,
+                    seed=seed,
+                    max_num_batched_tokens=max(128, min(config.max_batch_tokens, LOGITS_BYTES // (4 * rows))),
+                    max_num_seqs=256 if on_gpu() else 32,
+                    gpu_memory_utilization=config.gpu_memory_utilization,
+                    enable_chunked_prefill=True,
+                    # Prompt log-probabilities of a prefix that is taken from the cache would be missing.
+                    enable_prefix_caching=False,
+                    enforce_eager=not on_gpu(),
+                    load_format="safetensors",
+                    use_tqdm_on_load=False,
+                    disable_log_stats=True,
+                )
+        except BaseException:
+            self._processes.close()
+            raise
 
     def modify_gen_kwargs(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str], int]:
         """As the harness has it, with room for the prompt."""
@@ -64,10 +65,7 @@ class VllmModel(VLLM):  # type: ignore[misc]
 
     def close(self) -> None:
         """End the engine's processes and free their memory."""
-        self.model.llm_engine.engine_core.shutdown()
-        if self._orphans is not None:
-            self._orphans.close()
-
-
-def _children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+        try:
+            self.model.llm_engine.engine_core.shutdown()
+        finally:
+            self._processes.close()
