@@ -35,11 +35,17 @@ class MixtureConfig(BaseModel):
     """Mixture of the first interval, for methods that follow the gap: 'gap' is the method's own (Eq. 1; uniform with
     cpt_doremi); 'proportional' draws uniformly over all blocks, as Algorithm 1 of the paper does before its first
     update."""
+    level: int | None = Field(default=None, ge=1)
+    """How many parts of the domains' paths the mixture is kept at: with 1, `math/algebra` and `math/geometry` are one
+    domain `math` to Eq. 1 and Eq. 2, whose blocks are drawn in proportion to their numbers. Empty: every leaf by
+    itself. Gaps are measured and reported at the leaves all the same."""
     weights: NamedWeights | dict[str, float] | None = None
     """Mixture of the methods that do not follow the gap (kd, cpt, minillm, ddk_equal, ted): 'equal', 'proportional'
-    (to the domains' numbers of blocks), or a positive weight for each domain. Default: the method's own."""
+    (to the domains' numbers of blocks), or a positive weight for each domain (cut to `level`). Default: the method's
+    own."""
     stop_ratio: float | None = Field(default=None, ge=0.0)
-    """Stop early once the largest ℓ_S/ℓ_T of all domains is at or below this ratio, e.g. 1.05. Never by default."""
+    """Stop early once the largest ℓ_S/ℓ_T of all domains (leaves, whatever `level` is) is at or below this ratio, e.g.
+    1.05. Never by default."""
     doremi_step: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     """With cpt_doremi: step size η of the domain weights, per nat of excess loss."""
     doremi_smoothing: float = Field(default=1e-3, ge=0.0, le=1.0)

@@ -154,7 +154,9 @@ def _nth_block(seed: int, domain: str, size: int, n: int, window: Window | None)
     return int(_permutation(seed, domain, n // size, size, window)[n % size])
 
 
-@lru_cache(maxsize=128)
+# Room for every leaf of a thousand. An epoch's entry is as long as the blocks that it was drawn for: of a long run with
+# few domains, all of them together take 8 bytes a block drawn.
+@lru_cache(maxsize=4096)
 def _permutation(seed: int, domain: str, epoch: int, size: int, window: Window | None) -> npt.NDArray[np.int64]:
     name = int.from_bytes(hashlib.blake2b(domain.encode(), digest_size=8).digest(), "little")
     random = np.random.default_rng([seed, name, epoch])

@@ -33,6 +33,7 @@ from ddk.loss import LossConfig
 from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss
 from ddk.mixture import MixtureConfig
 from ddk.packing import PackingConfig
+from ddk.paths import check_leaves, depth
 from ddk.student import StudentConfig
 from ddk.ted import TedConfig
 from ddk.trainer import TrainConfig
@@ -43,7 +44,12 @@ from tasks.tracking import TrackingConfig
 from tasks.train_student import RunSettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-"""Of runs and domains: they become names of files."""
+"""Of runs: they become names of files."""
+
+DomainName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})*$", max_length=150)
+]
+"""Of domains: parts like the name of a run, with '/' between them."""
 
 
 class Config(BaseModel):
@@ -62,8 +68,8 @@ class Config(BaseModel):
     """Which loss and which mixture: see docs/methods.md. 'ddk' is the paper's."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of the sampler and of dropout."""
-    domains: dict[Name, DomainConfig] = Field(min_length=1)
-    """The corpora, by domain."""
+    domains: dict[DomainName, DomainConfig] = Field(min_length=1)
+    """The corpora, by domain. A name may be a path, such as `math/algebra`: see docs/training.md."""
     packing: PackingConfig = PackingConfig()
     """How documents become blocks."""
     teacher: TeacherConfig
@@ -90,8 +96,14 @@ class Config(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _no_domain_lies_below_another(self) -> Config:
+        # One whose records have paths has none of its own; what they are is seen when the corpus is read.
+        check_leaves([name for name, domain in self.domains.items() if domain.path_field is None])
+        return self
+
+    @model_validator(mode="after")
     def _method_and_sections_go_together(self) -> Config:
-        check_method(self.method, self.mixture, self.loss, self.domains)
+        check_method(self.method, self.mixture, self.loss, self._expected_leaves())
         if METHODS[self.method].needs_teacher:
             place = f"method {self.method} runs the teacher beside the student"
             if self.train.parallel == "fsdp":
@@ -116,6 +128,17 @@ class Config(BaseModel):
                 "then captured anew), or set loss.tail: bucket"
             )
         return self
+
+    def _expected_leaves(self) -> list[str]:
+        """The domains, and for one whose records have paths what `mixture.weights` says of its leaves."""
+        level, given = self.mixture.level, self.mixture.weights
+        weighted = list(given) if isinstance(given, Mapping) else []
+        names: list[str] = []
+        for name, domain in self.domains.items():
+            seen_later = domain.path_field is not None and (level is None or level > depth(name))
+            below = [one for one in weighted if one.startswith(f"{name}/")] if seen_later else []
+            names += below or ([f"{name}/…"] if seen_later else [name])
+        return names
 
     @property
     def settings(self) -> RunSettings:
@@ -195,7 +218,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    match = re.fullmatch(r"([\w.-]+)=(.*)", override, flags=re.DOTALL)
+    match = re.fullmatch(r"([\w./-]+)=(.*)", override, flags=re.DOTALL)
     if match is None:
         raise UserError(f"--set takes section.field=value, not '{override}'")
     try:

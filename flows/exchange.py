@@ -24,6 +24,7 @@ from storage.distillkit import CompressionConfig, documented
 from storage.export import export_split
 from storage.foreign import COMPRESSION_FILE, read_compression
 from storage.manifest import Manifest
+from storage.paths import domain_of
 from storage.targets import open_targets
 from tasks.progress import meter
 from tasks.teacher import TeacherConfig
@@ -168,7 +169,7 @@ def _card(url: str, folder: str, row_format: Format, manifest: Manifest, compres
     }
     teacher = manifest.inputs.get("teacher", {})
     facts = {
-        "domain": url.rstrip("/").rpartition("/")[2].removesuffix(".zarr"),
+        "domain": domain_of(url.rstrip("/").rpartition("/")[2]),
         "tokens in a row": manifest.dims["seq_len"] + 1,
         "entries a position": compression.k if compression is not None else f"up to {manifest.dims['k']}",
         "vocabulary": manifest.dims["vocab_size"],

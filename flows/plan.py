@@ -7,7 +7,8 @@ A stage's output is looked up where its inputs say that it lies (stores are cont
     stale         there is none for these inputs, but one for others; the fields that differ are named
     missing       there is none at all
 
-Nothing is written but the hashes of input files (`<root>/digests.json`), which the stages need anyway.
+Nothing is written but what the stages need anyway of the input files: their hashes (`<root>/digests.json`), and where
+records have paths, which there are (`<root>/paths.json`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from storage.checkpoints import CheckpointFolder
 from storage.fingerprint import differences
 from storage.layout import Kind
 from storage.manifest import Manifest, read_manifest
+from storage.paths import store_name
 from storage.runs import RunFolder
 from tasks.plan import Plan, plan_stores
 from tasks.train_student import StudentSession
@@ -90,7 +92,7 @@ def _others(root: str, domain: str, kind: Kind) -> Iterator[Manifest]:
     """Stores of the same domain, for other inputs."""
     folder = uri.join(root, kind)
     for name in uri.list_names(folder):
-        manifest = read_manifest(uri.join(folder, name, f"{domain}.zarr"))
+        manifest = read_manifest(uri.join(folder, name, store_name(domain)))
         if manifest is not None:
             yield manifest
 

@@ -36,7 +36,13 @@ from tasks.sharing import alone
 from tasks.sources import open_teacher
 from tasks.storage_block import use_storage_block
 from tasks.teacher import TeacherConfig
-from tasks.train_student import StudentSession, evaluate_gap, train_interval, update_mixture
+from tasks.train_student import (
+    StudentSession,
+    check_leaves_of_mixture,
+    evaluate_gap,
+    train_interval,
+    update_mixture,
+)
 
 Force = Annotated[bool, Field(description="Make it again beside what is there, instead of going on with that.")]
 Part = Annotated[int, Field(ge=1, description="Of several runs that capture together: which one this is.")]
@@ -189,6 +195,11 @@ def distill(config: Config) -> dict[str, Any]:
     Returns:
         What `train_student` says.
     """
+    if isinstance(config.mixture.weights, dict) and any(domain.path_field for domain in config.domains.values()):
+        # Which leaves there are is in the records; a weight that is missing is better said before the capture.
+        check_leaves_of_mixture(
+            config.settings, plan_stores(config.root, config.domains, config.packing, config.teacher)
+        )
     for stage in (pack_corpus, cache_teacher):
         stage(config.root, config.domains, config.teacher, config.packing, config.storage_block)
     result: dict[str, Any] = train_student(**flow_parameters(config))

@@ -10,8 +10,8 @@ A file's suffix says what is in it:
 - `.txt`: a document ends at a blank line (or at the file's end). Its lines are joined by a line feed.
 - `.parquet`: a document is one row of a string column.
 
-The first two may end in `.gz` or `.zst` as well. Of the kinds that have fields, a further one may hold a document's
-prompt.
+The first two may end in `.gz` or `.zst` as well. Of the kinds that have fields, further ones may hold a document's
+prompt, and where below its domain it belongs (`storage.leaves`).
 """
 
 from __future__ import annotations
@@ -54,10 +54,17 @@ class DomainConfig(BaseModel):
     """Field of the prompt, for instruction data: its tokens come before those of `text_field`, and carry no loss. Every
     record has the field; where it is null or empty there is no prompt. Both are tokenised as they are: a chat template
     must be applied to them already. Not for text files."""
+    path_field: str | None = Field(default=None, min_length=1)
+    """Field of the path that a record has below its domain: of domain `math`, a record whose field holds
+    `algebra/linear` belongs to `math/algebra/linear`, which is a domain of its own to gap and mixture. Every record has
+    the field. Not for text files."""
+    path_depth: int | None = Field(default=None, ge=1)
+    """Keep so many parts of the records' paths: with 1, `algebra/linear` and `algebra/rings` are both `algebra`. Empty:
+    all of them."""
     max_train_blocks: int | None = Field(default=None, ge=1)
-    """Stop after so many train blocks. Empty: all of them."""
+    """Stop after so many train blocks (of each leaf, where there is a path_field). Empty: all of them."""
     max_validation_blocks: int | None = Field(default=None, ge=1)
-    """Stop after so many validation blocks. Empty: all of them."""
+    """Stop after so many validation blocks (of each leaf, likewise). Empty: all of them."""
     targets: Literal["teacher", "topk", "distillkit"] = "teacher"
     """Where the teacher's predictions come from. 'teacher' captures them. Otherwise the files (.parquet or .jsonl) hold
     rows of tokens with a teacher's predictions already: lists of the top k ('topk'), or DistillKit's ('distillkit')."""
@@ -98,6 +105,20 @@ class DomainConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_path_is_a_field_of_documents(self) -> DomainConfig:
+        if self.path_depth is not None and self.path_field is None:
+            raise ValueError("path_depth goes with path_field, and there is none; name the field of the records' paths")
+        if self.path_field is not None and self.imported:
+            raise ValueError(
+                f"path_field goes with documents, and targets: {self.targets} takes rows of tokens; give the files of "
+                "each leaf a domain of its own, named by its path (such as math/algebra)"
+            )
+        others = {"text_field": self.text_field, "prompt_field": self.prompt_field}
+        if twice := [name for name, value in others.items() if value is not None and value == self.path_field]:
+            raise ValueError(f"path_field and {twice[0]} are both '{self.path_field}'; each is a field of its own")
+        return self
+
     @property
     def imported(self) -> bool:
         """Whether the files hold a teacher's predictions already."""
@@ -115,16 +136,18 @@ class CorpusFile:
     """Bytes as stored (compressed); 0 where the server does not tell."""
 
 
-def resolve_files(patterns: Sequence[str], domain: str, prompt_field: str | None = None) -> list[CorpusFile]:
+def resolve_files(
+    patterns: Sequence[str], domain: str, prompt_field: str | None = None, path_field: str | None = None
+) -> list[CorpusFile]:
     """The files that the patterns match: sorted by URL, each once, local ones as absolute paths.
 
     Raises:
         UserError: a pattern matches no file, names a folder or cannot be listed, a file's suffix is unknown, or it is
-            a text file and there is to be a prompt.
+            a text file and there is to be a prompt or a path.
     """
     found = {file.url: file for pattern in patterns for file in _expand(pattern, domain)}
     for file in found.values():
-        check_fields(file, prompt_field, f"domain '{domain}': ")
+        check_fields(file, prompt_field, f"domain '{domain}': ", path_field)
     return [found[url] for url in sorted(found)]
 
 
@@ -169,17 +192,19 @@ def file_format(file: CorpusFile, place: str = "") -> tuple[str, str]:
     return kind, compression
 
 
-def check_fields(file: CorpusFile, prompt_field: str | None, place: str = "") -> None:
-    """That the file's kind is known, and has fields where one is to hold the prompt.
+def check_fields(file: CorpusFile, prompt_field: str | None, place: str = "", path_field: str | None = None) -> None:
+    """That the file's kind is known, and has fields where one is to hold the prompt or the path.
 
     Raises:
         UserError: it is not so; the message begins with `place`.
     """
-    if file_format(file, place)[0] == "text" and prompt_field is not None:
-        raise UserError(
-            f"{place}{file.url} holds plain text, which has no field '{prompt_field}'; prompt_field goes with .jsonl "
-            f"and .parquet files: leave it out, or put prompt and text into fields"
-        )
+    plain = file_format(file, place)[0] == "text"
+    for what, field in (("prompt", prompt_field), ("path", path_field)):
+        if plain and field is not None:
+            raise UserError(
+                f"{place}{file.url} holds plain text, which has no field '{field}'; {what}_field goes with .jsonl and "
+                f".parquet files: leave it out, or put {what} and text into fields"
+            )
 
 
 def domain_seed(domain: str) -> int:

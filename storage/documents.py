@@ -3,7 +3,8 @@
 `iter_documents` streams one file, whatever its suffix says is in it (see `storage.corpus`). The **record number** is
 the index, from 0, of the line on which the document begins, or of the row: an error that names line 7 means record 6,
 and reading can go on at the record where it stopped. Blank lines count. Documents of white space alone are left out.
-Memory is bounded by the longest document, not by the file.
+Memory is bounded by the longest document, not by the file. `iter_filed` gives the paths as well, of a domain whose
+records have them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import zstandard
 from ddk.errors import UserError
 from storage import uri
 from storage.corpus import CorpusFile, check_fields, file_format
+from storage.paths import record_path
 
 _BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 _CHUNK = 1 << 20
@@ -55,9 +57,29 @@ def iter_documents(
             text, not UTF-8, a truncated or corrupt file, a file that is no longer there, a prompt's field of a text
             file.
     """
-    check_fields(file, prompt_field)
+    for _, document in _iter(file, _Fields(text_field, prompt_field), start, on_bytes):
+        yield document
+
+
+def iter_filed(
+    file: CorpusFile,
+    text_field: str,
+    path_field: str,
+    on_bytes: OnBytes | None = None,
+    prompt_field: str | None = None,
+) -> Iterator[tuple[str, Text]]:
+    """As `iter_documents`, each with the path that its record has (`storage.paths.record_path`).
+
+    Raises:
+        UserError: besides, a record without a path, or with a value that is none.
+    """
+    yield from _iter(file, _Fields(text_field, prompt_field, path_field), 0, on_bytes)
+
+
+def _iter(file: CorpusFile, fields: _Fields, start: int, on_bytes: OnBytes | None) -> Iterator[tuple[str, Text]]:
+    """Path and document; the path is empty where there is no field for it."""
+    check_fields(file, fields.prompt, path_field=fields.path)
     kind, compression = file_format(file)
-    fields = _Fields(text_field, prompt_field)
     with opened(file, on_bytes) as stored:
         if kind == "parquet":
             documents = _parquet_rows(stored, file, fields, start)
@@ -65,9 +87,9 @@ def iter_documents(
             documents = _json_records(stored_lines(stored, file, compression), file, fields, start)
         else:
             documents = _paragraphs(stored_lines(stored, file, compression), file, start)
-        for document in documents:
+        for path, document in documents:
             if document.text and not document.text.isspace():
-                yield document
+                yield path, document
 
 
 @contextlib.contextmanager
@@ -90,18 +112,29 @@ class _Fields(NamedTuple):
     """Names of JSON fields or Parquet columns."""
 
     text: str
-    prompt: str | None
+    prompt: str | None = None
+    path: str | None = None
 
     def settings(self) -> Iterator[tuple[str, str]]:
         """Each name, and what it is called in the configuration."""
-        yield self.text, "text_field"
-        if self.prompt is not None:
-            yield self.prompt, "prompt_field"
+        for name, setting in ((self.text, "text_field"), (self.prompt, "prompt_field"), (self.path, "path_field")):
+            if name is not None:
+                yield name, setting
+
+
+def _path(value: str, field: str, place: str) -> str:
+    try:
+        return record_path(value)
+    except ValueError as error:
+        raise UserError(
+            f"{place}: field '{field}' holds {value!r}, which is no path ({error}); write parts with '/' between them, "
+            f"such as 'algebra/linear'"
+        ) from None
 
 
 def _json_records(
     records: Iterator[tuple[int, bytes]], file: CorpusFile, fields: _Fields, start: int
-) -> Iterator[Text]:
+) -> Iterator[tuple[str, Text]]:
     for number, line in records:
         if number >= start and not line.isspace():
             place = _place(file, number)
@@ -109,7 +142,9 @@ def _json_records(
             text = _json_text(record, place, fields.text)
             # null: there is no prompt.
             has_prompt = fields.prompt is not None and record[fields.prompt] is not None
-            yield Text(number, text, _json_text(record, place, str(fields.prompt)) if has_prompt else "")
+            prompt = _json_text(record, place, str(fields.prompt)) if has_prompt else ""
+            path = _path(_json_text(record, place, fields.path), fields.path, place) if fields.path is not None else ""
+            yield path, Text(number, text, prompt)
 
 
 def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
@@ -123,7 +158,10 @@ def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
         raise UserError(f"{place}: not a JSON object but {_named(record)}; {remedy}")
     for name, setting in fields.settings():
         if name not in record:
-            also = ", or give the record one (null for no prompt)" if setting == "prompt_field" else ""
+            also = {
+                "prompt_field": ", or give the record one (null for no prompt)",
+                "path_field": ", or give the record one",
+            }.get(setting, "")
             there = _listed(record)
             raise UserError(f"{place}: no field '{name}'; set {setting} to one that is there{also}: {there}")
     return record
@@ -142,14 +180,14 @@ def _json_text(record: dict[str, Any], place: str, name: str) -> str:
     return text
 
 
-def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int) -> Iterator[Text]:
+def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int) -> Iterator[tuple[str, Text]]:
     first = 0
     document: list[str] = []
     inside = False
     for number, line in lines:
         if line.isspace():
             if document:
-                yield Text(first, "\n".join(document), "")
+                yield "", Text(first, "\n".join(document), "")
             document, inside = [], False
             continue
         if not inside:
@@ -157,10 +195,10 @@ def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int
         if first >= start:
             document.append(_decode(line, file, number).rstrip("\r\n"))
     if document:
-        yield Text(first, "\n".join(document), "")
+        yield "", Text(first, "\n".join(document), "")
 
 
-def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start: int) -> Iterator[Text]:
+def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start: int) -> Iterator[tuple[str, Text]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,7 +214,7 @@ def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start
         for batch in parquet.iter_batches(batch_size=64, row_groups=groups, columns=columns):
             for cells in zip(*(batch.column(name) for name in columns), strict=True):
                 if row >= start:
-                    yield _row_text(row, cells, _place(file, row, "row"), columns)
+                    yield _row_text(row, cells, _place(file, row, "row"), fields)
                 row += 1
     except FileNotFoundError:
         raise
@@ -201,12 +239,19 @@ def _check_column(schema: Any, file: CorpusFile, column: str, setting: str) -> N
         raise UserError(f"{file.url}: column '{column}' holds {kind}, not strings; name a text column as {setting}")
 
 
-def _row_text(row: int, cells: Sequence[Any], place: str, columns: Sequence[str]) -> Text:
-    """Of the text's cell and, where there is a column for it, the prompt's."""
-    text, *prompt = (_cell_text(cell, place, column) for cell, column in zip(cells, columns, strict=True))
-    if text is None:
-        raise UserError(f"{place}: column '{columns[0]}' is null; fill or remove such rows")
-    return Text(row, text, (prompt[0] or "") if prompt else "")
+def _row_text(row: int, cells: Sequence[Any], place: str, fields: _Fields) -> tuple[str, Text]:
+    """Path and document of a row.
+
+    Args:
+        cells: of the columns that `fields` names, in its order.
+    """
+    found = {name: _cell_text(cell, place, name) for (name, _), cell in zip(fields.settings(), cells, strict=True)}
+    for name in (fields.text, fields.path):
+        if name is not None and found[name] is None:
+            raise UserError(f"{place}: column '{name}' is null; fill or remove such rows")
+    path = "" if fields.path is None else _path(str(found[fields.path]), fields.path, place)
+    prompt = None if fields.prompt is None else found[fields.prompt]
+    return path, Text(row, str(found[fields.text]), prompt or "")
 
 
 def _cell_text(cell: Any, place: str, column: str) -> str | None:

@@ -32,6 +32,8 @@ from storage.distillkit import CompressionConfig, decode
 from storage.predictions import BoolArray, Entries, Float64Array, Int64Array, Predictions, predictions
 from storage.rows import Cells, Ragged, iter_rows, place
 
+IMPORT_VERSION = 1
+"""Of how predictions are read from files; raised where the same files would give other targets."""
 COMPRESSION_FILE = "compression_config.yaml"
 _COMPRESSED = ("bytepacked_indices", "compressed_logprobs")
 _PAIRS = (

@@ -91,6 +91,12 @@ class Manifest(_Frozen):
         """What is stored. Format 1 has no word of a form, and its readers would refuse one."""
         return self.model_dump(exclude={"targets"} if self.targets is None else None)
 
+    def positions(self, split: Split) -> int:
+        """Of a complete store of blocks: how many positions of a split carry loss."""
+        if is_marked(self.dims):
+            return int(self.total("with_loss", split))
+        return self.splits[split].blocks * self.dims["seq_len"]
+
     def total(self, fact: str, split: Split | None = None) -> float:
         """Sum of a number that every shard has among its facts, over one split or all."""
         chosen = self.splits.values() if split is None else [self.splits[split]]

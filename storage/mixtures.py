@@ -48,6 +48,9 @@ class MixtureRecord(BaseModel):
     """The mixture to train on from here."""
     blocks_drawn: dict[str, int]
     """Blocks that the student had read, by domain."""
+    positions: dict[str, int] | None = None
+    """Validation positions that the perplexities are means over, by domain: what rolls them up along the domains'
+    paths. None where there is nothing to roll up."""
 
     @property
     def gaps(self) -> tuple[DomainGap, ...]:
@@ -69,6 +72,7 @@ def make_record(
     gaps: Sequence[DomainGap],
     mixture: Mixture,
     blocks_drawn: Mapping[str, int],
+    positions: Mapping[str, int] | None = None,
 ) -> MixtureRecord:
     """A record of domains in alphabetical order, in which it is stored and comes back."""
     return MixtureRecord(
@@ -81,6 +85,7 @@ def make_record(
         },
         probabilities=dict(sorted(mixture.probabilities.items())),
         blocks_drawn=dict(sorted(blocks_drawn.items())),
+        positions=None if positions is None else dict(sorted(positions.items())),
     )
 
 
@@ -121,7 +126,7 @@ class MixtureHistory:
         """
         expected = len(self.records())
         place = uri.join(self._url, f"{record.version:05d}.json")
-        if record.version == expected and not uri.create_json(place, record.model_dump()):
+        if record.version == expected and not uri.create_json(place, record.model_dump(exclude_none=True)):
             expected += 1  # since then another was written
         if record.version != expected:
             raise ValueError(f"{self._url} expects version {expected}; this record is version {record.version}")

@@ -103,7 +103,8 @@ def summarise(
         method=config["method"],
         teacher=config["teacher"]["model"],
         student=config["student"]["model"],
-        domains=tuple(config["domains"]),
+        # Not the configuration's, of which one may stand for many leaves.
+        domains=records[0].mixture.domains,
         tokens_seen=records[-1].tokens_seen,
         steps=records[-1].step,
         seq_len=config["packing"]["seq_len"],
@@ -128,4 +129,5 @@ def _interval(record: MixtureRecord) -> IntervalRecord:
         gaps=record.gaps,
         mixture=record.mixture,
         blocks_drawn=record.blocks_drawn,
+        positions=record.positions or {},
     )

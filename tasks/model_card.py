@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from tasks.formats import count, markdown_table, percent, ppl, ratio
-from tasks.report_data import IntervalRecord, RunSummary, flat_settings, gap_table
+from tasks.report_data import IntervalRecord, RunSummary, domains_of, flat_settings
+from tasks.report_tree import tree_table
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
@@ -42,7 +43,8 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
     Raises:
         ValueError: as `report_data.domains_of`.
     """
-    gaps = gap_table(records)
+    gaps, leaves = tree_table(records), set(domains_of(records))
+    rolled_up = " A domain in italics is rolled up from its leaves, which follow it." if len(gaps) > len(leaves) else ""
     origin = "distilled domain by domain from" if distils(summary.method) else "trained without targets, compared with"
     parts = [
         f"---\n{yaml.safe_dump(front_matter(summary), sort_keys=False, allow_unicode=True)}---",
@@ -52,12 +54,13 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
         "Language Models” (arXiv 2407.16154).",
         "## Data",
         f"The student read {count(summary.tokens_seen)} tokens in {count(summary.steps)} optimizer steps, as blocks of "
-        f"{count(summary.seq_len)} predictions. Blocks repeat where a domain's data ran out.",
+        f"{count(summary.seq_len)} predictions. Blocks repeat where a domain's data ran out."
+        f"{rolled_up}",
         markdown_table(
             ("domain", "blocks read", "tokens read", "share of tokens"),
             [
                 (
-                    escape(row["domain"]),
+                    _name(row["domain"], leaves),
                     count(row["blocks_drawn"]),
                     count(row["blocks_drawn"] * summary.seq_len),
                     percent(row["token_share"]),
@@ -78,7 +81,7 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
             ("domain", "teacher", "student before", "student after", "ratio before", "ratio after"),
             [
                 (
-                    escape(row["domain"]),
+                    _name(row["domain"], leaves),
                     ppl(row["teacher_ppl"]),
                     ppl(row["student_ppl_before"]),
                     ppl(row["student_ppl_after"]),
@@ -96,6 +99,10 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
         "- The licences of the teacher, of the original student and of the data apply; see where they come from.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _name(domain: str, leaves: Collection[str]) -> str:
+    return escape(domain) if domain in leaves else f"*{escape(domain)}*"
 
 
 def front_matter(summary: RunSummary) -> dict[str, Any]:

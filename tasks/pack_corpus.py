@@ -20,6 +20,7 @@ from prefect.cache_policies import NO_CACHE
 
 from ddk.errors import UserError
 from ddk.packing import Cursor, PackedBlock, pack
+from ddk.paths import depth
 from ddk.student import load_tokenizer
 from ddk.types import SPLITS, Split
 from storage.layout import is_marked
@@ -129,6 +130,7 @@ def _blocks(
         split,
         tokenizer,
         domain=store.domain,
+        path=store.path,
         start=start.document if start is not None else (0, 0),
         on_progress=progress.advance,
     )
@@ -148,6 +150,8 @@ def _refuse_empty(store: StorePlan, split: Split) -> None:
         if split == "train"
         else "give it more validation text (domains.*.validation or validation_fraction), or lower packing.seq_len"
     )
+    if store.path is not None and "/" in store.path:
+        remedy += f", or set path_depth: {depth(store.path) - 1}, so that it joins its neighbours"
     raise UserError(
         f"domain '{store.domain}' has fewer {split} tokens than one block of {store.blocks_dims['seq_len'] + 1} "
         f"(in {names}); {remedy}"

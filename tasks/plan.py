@@ -1,45 +1,50 @@
 """Where each domain's stores lie: from the configuration to fingerprints, without computing any store.
 
 Each domain has fingerprints of its own, so that a change to one domain's corpus leaves the others' stores as they
-are. Every stage plans afresh and meets the stage before it at the same URL; they exchange nothing else.
+are. A domain whose records have paths falls into its leaves here (`tasks.leaves`); from here on each is a domain.
+Every stage plans afresh and meets the stage before it at the same URL; they exchange nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
+from ddk.paths import check_leaves
 from ddk.student import load_tokenizer
 from ddk.types import Split
 from storage import uri
 from storage.codec import FORMAT_1, TargetFormat
-from storage.corpus import CorpusFile, DomainConfig, resolve_files
+from storage.corpus import CorpusFile, DomainConfig
 from storage.digests import DigestCache
 from storage.fingerprint import fingerprint
-from storage.foreign import compression_url
+from storage.foreign import IMPORT_VERSION, compression_url
 from storage.generations import newest_complete, to_make_again
 from storage.layout import BLOCKS_PER_SHARD, Kind, format_version, is_marked
+from storage.leaves import LeafIndex
 from storage.manifest import read_manifest
+from storage.paths import store_name
+from tasks.leaves import domain_leaves
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.server_teacher import server_identity
 from tasks.teacher import TeacherConfig, check_fits, engine_version, resolved_dtype, target_format
 
-IMPORT_VERSION = 1
-"""Of how predictions are read from files (`storage.foreign`); raised where the same files would give other targets."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorePlan:
-    """One domain's two stores: where they lie, and what they are to hold."""
+    """One domain's (one leaf's) two stores: where they lie, and what they are to hold."""
 
     domain: str
     corpus: DomainConfig
+    path: str | None = None
+    """Of a leaf of a domain with a path_field: its records' path, cut; None where all records are meant."""
     train_files: tuple[CorpusFile, ...]
     validation_files: tuple[CorpusFile, ...]
-    """The train files again where a fraction of them is held out."""
+    """The train files again where a fraction of them is held out. Files without a record of the leaf are left out."""
     blocks_url: str
     blocks_inputs: Mapping[str, Any]
     blocks_dims: Mapping[str, int]
@@ -63,6 +68,7 @@ class Plan:
     """All domains' stores, and what they share."""
 
     domains: Mapping[str, StorePlan]
+    """By leaf, where a domain has leaves."""
     teacher_folder: str
     vocab_size: int
     """Tokens of the tokenizer, V."""
@@ -81,7 +87,8 @@ def plan_stores(
 ) -> Plan:
     """Fingerprint every input.
 
-    Files are hashed once and remembered in `<root>/digests.json` by size and modification time.
+    Files are hashed once and remembered in `<root>/digests.json` by size and modification time; those of a domain with
+    a `path_field` are read once as well, and their paths remembered in `<root>/paths.json`.
 
     Args:
         make_again: stores to be made beside those that are there; see `storage.generations`.
@@ -101,25 +108,18 @@ def plan_stores(
         check_fits(teacher, seq_len=packing.seq_len, vocab_size=vocab_size)
     tokenizer_inputs = {"files": tokenizer_digests(folder, digests), "eos_id": tokenizer.eos_token_id}
     teacher_inputs = _teacher_inputs(teacher, folder, digests, root) if captures else {}
+    index = LeafIndex(uri.join(root, "paths.json"))
+    leaves = [leaf for name, corpus in domains.items() for leaf in domain_leaves(name, corpus, digests, index)]
+    _check_names([leaf.domain for leaf in leaves])
     plans: dict[str, StorePlan] = {}
-    for domain, corpus in domains.items():
+    for leaf in leaves:
+        domain, corpus, files = leaf.domain, leaf.corpus, [*leaf.train, *leaf.validation]
         marked = corpus.prompt_field is not None
-        train = resolve_files(corpus.train, domain, corpus.prompt_field)
-        validation = resolve_files(corpus.validation, domain, corpus.prompt_field) if corpus.validation else train
-        both = {file.url for file in train} & {file.url for file in validation}
-        if corpus.validation and both:
-            raise UserError(
-                f"domain '{domain}' reads {sorted(both)[0]} for training and for validation; take it out of one"
-            )
         blocks_inputs = {
             "kind": "blocks",
             "format": format_version(None, marked=marked),
             "domain": domain,
-            "corpus": {
-                **_corpus_inputs(corpus),
-                "train": _files(train, digests),
-                "validation": _files(validation, digests),
-            },
+            "corpus": leaf.inputs,
             "tokenizer": tokenizer_inputs,
             "seq_len": packing.seq_len,
         }
@@ -129,7 +129,7 @@ def plan_stores(
             "format": format_version(form),
             "keeps": form.model_dump(mode="json") | ({"seed": teacher.draws_seed} if form.draws else {}),
             "blocks": fingerprint(blocks_inputs),
-            "teacher": _imported_inputs(domain, corpus, teacher, vocab_size, [*train, *validation], digests)
+            "teacher": _imported_inputs(domain, corpus, teacher, vocab_size, files, digests)
             if corpus.imported
             else teacher_inputs,
             "shard_blocks": teacher.shard_blocks,
@@ -142,8 +142,9 @@ def plan_stores(
         plans[domain] = StorePlan(
             domain=domain,
             corpus=corpus,
-            train_files=tuple(train),
-            validation_files=tuple(validation),
+            path=leaf.path,
+            train_files=tuple(leaf.train),
+            validation_files=tuple(leaf.validation),
             blocks_url=urls["blocks"],
             blocks_inputs=blocks_inputs,
             blocks_dims={**dims, "shard_blocks": BLOCKS_PER_SHARD, **({"marked": 1} if marked else {})},
@@ -155,8 +156,17 @@ def plan_stores(
     return Plan(domains=plans, teacher_folder=folder, vocab_size=vocab_size, eos_id=int(tokenizer.eos_token_id))
 
 
+def _check_names(leaves: Sequence[str]) -> None:
+    if twice := [leaf for leaf, times in Counter(leaves).items() if times > 1]:
+        raise UserError(f"two domains of the configuration have records of '{twice[0]}'; rename one")
+    try:
+        check_leaves(leaves)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def _store_url(root: str, domain: str, kind: Kind, inputs: Mapping[str, Any], make_again: Collection[Kind]) -> str:
-    first = uri.join(root, kind, fingerprint(inputs), f"{domain}.zarr")
+    first = uri.join(root, kind, fingerprint(inputs), store_name(domain))
     return to_make_again(first) if kind in make_again else newest_complete(first)
 
 
@@ -170,19 +180,8 @@ def _older_store(
     if imported or teacher.source != "engine" or teacher.draws or teacher.tail_temperatures:
         return None
     older = {name: value for name, value in inputs.items() if name != "keeps"} | {"format": format_version(FORMAT_1)}
-    manifest = read_manifest(uri.join(root, "targets", fingerprint(older), f"{domain}.zarr"))
+    manifest = read_manifest(uri.join(root, "targets", fingerprint(older), store_name(domain)))
     return older if manifest is not None and manifest.complete else None
-
-
-def _corpus_inputs(corpus: DomainConfig) -> dict[str, Any]:
-    """What of a domain's settings, besides its files, determines its blocks."""
-    other = {"train", "validation", "targets", "shift", "compression_config"}
-    # Left out where there is none, so that stores from before there were prompts are found.
-    if corpus.prompt_field is None:
-        other.add("prompt_field")
-    if not corpus.imported:
-        return corpus.model_dump(exclude=other)
-    return {**corpus.model_dump(exclude={*other, "text_field"}), "rows": IMPORT_VERSION}
 
 
 def _teacher_inputs(teacher: TeacherConfig, folder: str, digests: DigestCache, root: str) -> dict[str, Any]:
@@ -229,8 +228,3 @@ def _imported_inputs(
         "shift": corpus.shift,
         "compression": {file.name: found[urls[file.url]] for file in files if urls[file.url] in found},
     }
-
-
-def _files(files: list[CorpusFile], digests: DigestCache) -> list[list[Any]]:
-    found = digests.get_all([file.url for file in files])
-    return [[file.name, file.size, found[file.url]] for file in files]

@@ -13,6 +13,7 @@ from storage import uri
 from tasks.report_data import IntervalRecord, RunSummary, gap_table, plain, render_csv, render_rows
 from tasks.report_page import render_page
 from tasks.report_plots import mixture_plot, ratio_plot
+from tasks.report_tree import overview, rollup_rows, weakest
 
 REPORT_FORMAT = 1
 """Version of report.json; raised when a name in it changes its meaning."""
@@ -21,19 +22,26 @@ REPORT_FORMAT = 1
 def write_report(summary: RunSummary, records: Sequence[IntervalRecord], folder_url: str) -> dict[str, str]:
     """Write `index.html`, `ratio.png`, `mixture.png`, `gap.csv` and `report.json` below `folder_url`.
 
+    Where domains have paths also `rollup.csv`, with a row for each domain above the leaves; and where there are more
+    leaves than a plot has room for, `ratio-weakest.png`.
+
     Each file is written in one atomic step. Returns the URL of each by its name.
 
     Raises:
         ValueError: as `report_data.domains_of`; nothing is written then.
         OSError: the folder cannot be written to.
     """
-    rows = render_rows(records)
+    rows, above, shown = render_rows(records), rollup_rows(records), overview(records)
     contents = {
         "index.html": render_page(summary, records).encode(),
-        "ratio.png": ratio_plot(records),
-        "mixture.png": mixture_plot(records),
+        "ratio.png": ratio_plot(shown),
+        "mixture.png": mixture_plot(shown),
         "gap.csv": render_csv(rows).encode(),
     }
+    if above:
+        contents["rollup.csv"] = render_csv(above).encode()
+    if few := weakest(records):
+        contents["ratio-weakest.png"] = ratio_plot(records, domains=few)
     urls = {name: uri.join(folder_url, name) for name in (*contents, "report.json")}
     for name, content in contents.items():
         uri.write_bytes(urls[name], content)
@@ -44,6 +52,7 @@ def write_report(summary: RunSummary, records: Sequence[IntervalRecord], folder_
             "summary": plain({field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}),
             "gap": plain(gap_table(records)),
             "rows": plain(rows),
+            **({"rollup": plain(above)} if above else {}),
         },
     )
     return urls

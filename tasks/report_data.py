@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,8 @@ class IntervalRecord:
     """What the following interval draws by."""
     blocks_drawn: Mapping[str, int]
     """Blocks of each domain that the student has read up to `step`; a domain left out has none."""
+    positions: Mapping[str, int] = field(default_factory=dict)
+    """Validation positions that a domain's perplexities are means over; empty where that is not known."""
 
     def __post_init__(self) -> None:
         measured = [gap.domain for gap in self.gaps]
@@ -44,7 +46,8 @@ class IntervalRecord:
                 f"record t = {self.t} measures the domains {measured}, but its mixture is over "
                 f"{list(self.mixture.domains)}; both must name each domain once"
             )
-        object.__setattr__(self, "blocks_drawn", MappingProxyType(dict(self.blocks_drawn)))
+        for counts in ("blocks_drawn", "positions"):
+            object.__setattr__(self, counts, MappingProxyType(dict(getattr(self, counts))))
 
     def gap(self, domain: str) -> DomainGap:
         return next(gap for gap in self.gaps if gap.domain == domain)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import jinja2
 from rich.table import Table
@@ -17,6 +18,7 @@ from rich.text import Text
 from tasks.formats import count, duration, percent, ppl, ratio
 from tasks.report_data import (
     IntervalRecord,
+    Row,
     RunSummary,
     domains_of,
     flat_settings,
@@ -26,6 +28,7 @@ from tasks.report_data import (
     worst_domain,
 )
 from tasks.report_plots import DARK, LIGHT, mixture_plot, ratio_plot
+from tasks.report_tree import overview, rollup_rows, tree_table, weakest
 
 __all__ = ["gap_table", "mixture_path", "render_csv", "render_page", "render_rows", "terminal_table"]
 
@@ -36,35 +39,67 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord]) -> str:
     Raises:
         ValueError: as `report_data.domains_of`.
     """
-    rows, gaps = render_rows(records), gap_table(records)
+    rows, table, shown, few = render_rows(records), tree_table(records), overview(records), weakest(records)
+    leaves = domains_of(records)
     template = environment().get_template("report.html.j2")
     return template.render(
         run=summary,
         settings=list(flat_settings(summary.settings)),
-        gaps=gaps,
-        worst_before=worst_domain(records[0]),
-        worst_after=worst_domain(records[-1]),
-        intervals={gap["domain"]: [row for row in rows if row["domain"] == gap["domain"]] for gap in gaps},
+        table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
+        leaves=leaves,
+        worst_before=records[0].gap(worst_domain(records[0])),
+        worst_after=records[-1].gap(worst_domain(records[-1])),
+        intervals=_by_domain([*rows, *rollup_rows(records)], table),
         versions=len(records),
         plots=[
             {
                 "title": "Gap",
-                "alt": f"Line plot of student over teacher perplexity against tokens seen, a line for each of "
-                f"{len(records[0].gaps)} domains. The numbers are in the tables of this page.",
+                "alt": _alt("Line plot of student over teacher perplexity", len(shown[0].gaps)),
                 "caption": "Perplexity of the student divided by the teacher's, on each domain's validation blocks. "
-                "At 1 (dotted) the student has caught up.",
-                **_images(ratio_plot, records),
+                f"At 1 (dotted) the student has caught up.{_rolled_up(shown, records)}",
+                **_images(ratio_plot, shown),
             },
+            *(
+                [
+                    {
+                        "title": f"Gap of the {len(few)} weakest",
+                        "alt": _alt("Line plot of student over teacher perplexity", len(few)),
+                        "caption": f"The same, of the {len(leaves)} leaves for those whose gap is largest now.",
+                        **_images(partial(ratio_plot, domains=few), records),
+                    }
+                ]
+                if few
+                else []
+            ),
             {
                 "title": "Mixture",
-                "alt": f"Step plot of sampling probability against tokens seen, a line for each of "
-                f"{len(records[0].gaps)} domains. The numbers are in the tables of this page.",
+                "alt": _alt("Step plot of sampling probability", len(shown[0].gaps)),
                 "caption": "Probability that a training block is drawn from a domain; it changes where the gap was "
-                "measured and holds until the next measurement.",
-                **_images(mixture_plot, records),
+                f"measured and holds until the next measurement.{_rolled_up(shown, records)}",
+                **_images(mixture_plot, shown),
             },
         ],
     )
+
+
+def _alt(what: str, lines: int) -> str:
+    return (
+        f"{what} against tokens seen, a line for each of {lines} domains. The numbers are in the tables of this page."
+    )
+
+
+def _rolled_up(shown: Sequence[IntervalRecord], records: Sequence[IntervalRecord]) -> str:
+    if domains_of(shown) == domains_of(records):
+        return ""
+    return f" The {len(records[0].gaps)} leaves are rolled up to {len(shown[0].gaps)} domains."
+
+
+def _by_domain(rows: Sequence[Row], table: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each domain, in the table's order."""
+    found: dict[str, list[Row]] = {row["domain"]: [] for row in table}
+    for row in rows:
+        found[row["domain"]].append(row)
+    return found
 
 
 def data_uri(png: bytes) -> str:
@@ -94,28 +129,41 @@ def environment() -> jinja2.Environment:
 
 
 def terminal_table(records: Sequence[IntervalRecord]) -> Table:
-    """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold."""
+    """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold.
+
+    Where domains have paths, a row above the leaves' says what they roll up to.
+    """
     table = Table(title="Gap to the teacher, before → after", title_justify="left")
     table.add_column("domain", no_wrap=True)
     for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
-    worst = worst_domain(records[-1])
-    for row in gap_table(records):
+    worst, rows, leaves = worst_domain(records[-1]), tree_table(records), domains_of(records)
+    for row in rows:
         table.add_row(
-            Text(row["domain"]),  # Text, not str: a domain called '[red]' is no markup
+            Text(_branch(row["domain"]) if len(rows) > len(leaves) else row["domain"]),  # no str: '[red]' is no markup
             ppl(row["teacher_ppl"]),
             ppl(row["student_ppl_before"]),
             ppl(row["student_ppl_after"]),
             ratio(row["ratio_before"]),
             ratio(row["ratio_after"]),
             percent(row["token_share"]),
-            style="bold" if row["domain"] == worst else None,
+            style="bold" if row["domain"] == worst else None if row["domain"] in leaves else "dim",
         )
     return table
 
 
+def _branch(domain: str) -> str:
+    """A row's name below that of the domain which it lies in: 'math/algebra/linear' → '    linear'."""
+    *above, name = domain.split("/")
+    return "  " * len(above) + name
+
+
 def mixture_path(records: Sequence[IntervalRecord]) -> Table:
-    """The sampling probabilities in percent: a row per version of the mixture, a column per domain."""
+    """The sampling probabilities in percent: a row per version of the mixture, a column per domain.
+
+    Leaves that are too many for columns are rolled up.
+    """
+    records = overview(records)
     table = Table(title="Mixture, in % of the blocks drawn", title_justify="left")
     for heading in ("t", "step", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)

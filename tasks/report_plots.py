@@ -68,9 +68,11 @@ LIGHT = Theme(ground="#ffffff", ink="#24292f", grid="#d9dee3")
 DARK = Theme(ground="#171b21", ink="#d5dae0", grid="#363d47")
 
 
-def ratio_plot(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> bytes:
+def ratio_plot(
+    records: Sequence[IntervalRecord], *, theme: Theme = LIGHT, domains: Sequence[str] | None = None
+) -> bytes:
     """PNG of `ratio_figure`."""
-    return as_png(ratio_figure(records, theme=theme))
+    return as_png(ratio_figure(records, theme=theme, domains=domains))
 
 
 def mixture_plot(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> bytes:
@@ -78,13 +80,19 @@ def mixture_plot(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> 
     return as_png(mixture_figure(records, theme=theme))
 
 
-def ratio_figure(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> Figure:
+def ratio_figure(
+    records: Sequence[IntervalRecord], *, theme: Theme = LIGHT, domains: Sequence[str] | None = None
+) -> Figure:
     """ℓ_S/ℓ_T of every domain against tokens seen, with a line at 1. One Line2D a domain, in `domains_of` order.
+
+    Args:
+        domains: only these, in this order.
 
     Raises:
         ValueError: as `domains_of`.
     """
-    ratios = {domain: [record.gap(domain).ratio for record in records] for domain in domains_of(records)}
+    chosen = domains_of(records) if domains is None else domains
+    ratios = {domain: [record.gap(domain).ratio for record in records] for domain in chosen}
     figure, axes = _canvas(ratios, theme)
     _curves(figure, axes, records, ratios, theme, drawstyle="default")
     axes.axhline(1.0, color=theme.ink, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1.5, gid="caught-up")

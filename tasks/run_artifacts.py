@@ -22,6 +22,7 @@ from tasks.model_card import escape
 from tasks.report_data import IntervalRecord, RunSummary, gap_table, worst_domain, worst_first
 from tasks.report_page import data_uri
 from tasks.report_plots import mixture_plot, ratio_plot
+from tasks.report_tree import overview
 
 
 def publish_measurement(folder: RunFolder) -> None:
@@ -117,7 +118,7 @@ def targets_row(domain: str, url: str, manifest: Manifest, teacher_ppl: float, r
 
 def report_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls: Mapping[str, str]) -> str:
     """A page for Prefect's UI: the table, both plots as data URIs, and where the files lie."""
-    gaps = gap_table(records)
+    gaps, drawn = gap_table(records), overview(records)
     return "\n\n".join(
         [
             f"# {escape(summary.name)}",
@@ -140,9 +141,9 @@ def report_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls
                 ],
             ),
             "## Gap against tokens seen",
-            f"![Student over teacher perplexity by domain against tokens seen]({data_uri(ratio_plot(records))})",
+            f"![Student over teacher perplexity by domain against tokens seen]({data_uri(ratio_plot(drawn))})",
             "## Mixture against tokens seen",
-            f"![Sampling probability by domain against tokens seen]({data_uri(mixture_plot(records))})",
+            f"![Sampling probability by domain against tokens seen]({data_uri(mixture_plot(drawn))})",
             "## Where it lies",
             markdown_table(("", ""), [(name, link(url)) for name, url in urls.items()], left=2),
         ]

@@ -27,9 +27,11 @@ from ddk.packing import Document
 from ddk.types import Int32Array, Split
 from storage.corpus import CorpusFile, DomainConfig, domain_seed, in_validation
 from storage.documents import Text, iter_documents
+from storage.leaves import in_leaf_validation, iter_leaf_documents
 
 DocumentKey = tuple[int, int]
-"""File index and record number: where a document lies, and in which order it comes."""
+"""File index and record number: where a document lies, and in which order it comes. Of a leaf 0 and the document's
+number within the leaf: what lies between may change while the leaf stays as it is."""
 
 Tokenized = list[Document[DocumentKey]]
 
@@ -45,6 +47,7 @@ def tokenize_documents(
     tokenizer: Any,
     *,
     domain: str,
+    path: str | None = None,
     start: DocumentKey = (0, 0),
     on_progress: Callable[[int], None] | None = None,
     batch_documents: int = 256,
@@ -52,20 +55,22 @@ def tokenize_documents(
     """The split's documents from `start` on, each with at least one token behind its prompt.
 
     `files` are the ones that hold the split: the validation files where the config names some, else the train files,
-    of which `validation_fraction` is held out. `tokenizer` is a Hugging Face tokenizer, best a fast one; truncation
-    and padding that it may have set are turned off. `on_progress` hears the stored bytes that were passed since its
-    last call; over all files these sum to the files' sizes. It is called on the consumer's thread.
+    of which `validation_fraction` is held out. `path` is the leaf's, where its documents alone are meant. `tokenizer`
+    is a Hugging Face tokenizer, best a fast one; truncation and padding that it may have set are turned off.
+    `on_progress` hears the stored bytes that were passed since its last call; over all files these sum to the files'
+    sizes. It is called on the consumer's thread.
 
     Raises:
         UserError: a file cannot be read (see `storage.documents.iter_documents`).
     """
     encode = _encoder(tokenizer)
-    seed, fraction = domain_seed(domain), config.validation_fraction
-
-    def wanted(file: CorpusFile, record: int) -> bool:
-        return not fraction or in_validation(seed, file.name, record, fraction) == (split == "validation")
-
-    documents = _documents(files, config, wanted, start, on_progress or (lambda _: None))
+    seed = domain_seed(domain)
+    passed = on_progress or (lambda _: None)
+    documents = (
+        _documents(files, config, split, seed, start, passed)
+        if path is None
+        else _leaf_documents(files, config, split, seed, path, start, passed)
+    )
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize") as executor:
         ahead: Future[Tokenized] | None = None
         for batch in _batches(documents, batch_documents):
@@ -79,17 +84,44 @@ def tokenize_documents(
 def _documents(
     files: Sequence[CorpusFile],
     config: DomainConfig,
-    wanted: Callable[[CorpusFile, int], bool],
+    split: Split,
+    seed: int,
     start: DocumentKey,
     on_progress: Callable[[int], None],
 ) -> Iterator[tuple[DocumentKey, Text]]:
+    fraction = config.validation_fraction
     for index, file in enumerate(files):
         progress = _FileProgress(file.size, on_progress)
         if index >= start[0]:
             first = start[1] if index == start[0] else 0
             for document in iter_documents(file, config.text_field, first, progress.read, config.prompt_field):
-                if wanted(file, document.record):
-                    yield (index, document.record), document
+                record = document.record
+                if not fraction or in_validation(seed, file.name, record, fraction) == (split == "validation"):
+                    yield (index, record), document
+        progress.finish()
+
+
+def _leaf_documents(
+    files: Sequence[CorpusFile],
+    config: DomainConfig,
+    split: Split,
+    seed: int,
+    path: str,
+    start: DocumentKey,
+    on_progress: Callable[[int], None],
+) -> Iterator[tuple[DocumentKey, Text]]:
+    """All files from their beginning: only their records say which of them are the leaf's."""
+    fraction, number = config.validation_fraction, 0
+    for file in files:
+        progress = _FileProgress(file.size, on_progress)
+        for found, document in iter_leaf_documents(file, config, progress.read):
+            if found != path:
+                continue
+            if number >= start[1] and (
+                not fraction or in_leaf_validation(seed, document, fraction) == (split == "validation")
+            ):
+                yield (0, number), document
+            number += 1
         progress.finish()
 
 

@@ -23,13 +23,15 @@ from ddk.data import TrainData
 from ddk.errors import UserError
 from ddk.gap import domain_gap
 from ddk.loss import LossConfig
-from ddk.methods.registry import METHODS, MethodName, effective_loss, mixture_after
+from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss, mixture_after
 from ddk.mixture import MixtureConfig
 from ddk.parallel import World
+from ddk.paths import depth, rolled_up_mixture
 from ddk.student import StudentConfig
 from ddk.ted import TedConfig
 from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
-from ddk.types import DomainGap
+from ddk.types import DomainGap, Mixture
+from storage.blocks import open_blocks
 from storage.digests import DigestCache
 from storage.mixtures import MixtureHistory, MixtureRecord, make_record
 from storage.runs import RunFolder
@@ -51,9 +53,10 @@ _OPERATIONAL = {
     *("device", "keep_checkpoints", "log_every"),
     *("processes", "nodes", "rendezvous", "parallel", "compile"),
 }
+_DOMAINS_IN_A_LINE = 12
 # Added after runs had been started without them: with these values they are those runs' own.
 _ADDED_TO_LOSS = ("divergence", "beta", "mask_document_starts")
-_ADDED_TO_MIXTURE = ("evaluation", "weights", "doremi_step", "doremi_smoothing", "reference_run")
+_ADDED_TO_MIXTURE = ("evaluation", "level", "weights", "doremi_step", "doremi_smoothing", "reference_run")
 # These drew every domain equally once, and now in proportion to its size: not the same run.
 _MIXTURE_CHANGED = {"kd": "proportional", "cpt": "proportional"}
 
@@ -76,6 +79,18 @@ class RunSettings:
     """`teacher.trust_remote_code`, for a method that loads the live teacher."""
 
 
+def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
+    """What the configuration alone cannot tell where records give the paths: that every leaf has its weight.
+
+    Raises:
+        UserError: `mixture.weights` are of other domains than the plan's, cut to `mixture.level`.
+    """
+    try:
+        check_method(settings.method, settings.mixture, settings.loss, plan.domains)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 class StudentSession:
     """One run's student, loaded once and kept between the intervals.
 
@@ -89,13 +104,14 @@ class StudentSession:
 
     Raises:
         RunMismatchError: the folder holds another run.
-        UserError: the student does not fit the teacher.
+        UserError: the student does not fit the teacher, or the mixture's weights not the domains.
     """
 
     def __init__(self, settings: RunSettings, plan: Plan, config: Mapping[str, Any] | None = None) -> None:
         self.settings = settings
         self.plan = plan
         self._config = dict(config or {})
+        check_leaves_of_mixture(settings, plan)
         self.run = RunFolder(settings.root, settings.run)
         self.history = MixtureHistory(self.run.url)
         self.student_folder = local_folder(settings.student.model, settings.student.revision, "student.model")
@@ -212,6 +228,16 @@ class StudentSession:
                 f"mixture.reference_run '{name}' has domains {sorted(found)}, this run {sorted(self.plan.domains)}"
             )
         return found
+
+    @cached_property
+    def positions(self) -> dict[str, int] | None:
+        """Validation positions that carry loss, by domain; None where nothing is to be rolled up."""
+        if self.settings.mixture.level is None and not any(depth(domain) > 1 for domain in self.plan.domains):
+            return None
+        return {
+            domain: open_blocks(store.blocks_url, "validation").manifest.positions("validation")
+            for domain, store in self.plan.domains.items()
+        }
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -369,8 +395,10 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
                 settings.mixture,
                 session.sizes,
                 session.reference_ppl,
+                session.positions,
             ),
             blocks_drawn=state.sampler.drawn,
+            positions=session.positions,
         )
         try:
             session.history.append(record)
@@ -385,7 +413,12 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
         step,
         worst.ratio,
         worst.domain,
-        ", ".join(f"{domain} {p:.2f}" for domain, p in record.probabilities.items()),
+        ", ".join(f"{domain} {p:.2f}" for domain, p in _shown(record.mixture).probabilities.items()),
         "" if METHODS[settings.method].follows_gap else " (fixed)",
     )
     return record
+
+
+def _shown(mixture: Mixture) -> Mixture:
+    """As a line of the log has room for it: many leaves as the domains that they are of."""
+    return mixture if len(mixture.domains) <= _DOMAINS_IN_A_LINE else rolled_up_mixture(mixture, 1)

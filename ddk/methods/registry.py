@@ -18,6 +18,7 @@ from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
 from ddk.methods.minillm import MINILLM
 from ddk.methods.ted import TED
 from ddk.mixture import MixtureConfig, fixed_mixture, proportional_mixture
+from ddk.paths import cut, rolled_up_counts, rolled_up_gaps, rolled_up_mixture, rolled_up_ppl, spread_mixture
 from ddk.types import DomainGap, Mixture
 
 MethodName = Literal["ddk", "ddk_no_smoothing", "ddk_equal", "kd", "cpt", "minillm", "cpt_doremi", "ted"]
@@ -51,18 +52,45 @@ def mixture_after(
     config: MixtureConfig,
     sizes: Mapping[str, int],
     reference: Mapping[str, float] | None = None,
+    positions: Mapping[str, int] | None = None,
 ) -> Mixture:
-    """The mixture of the next interval.
+    """The mixture of the next interval, over the leaves.
+
+    With `config.level` the method sees the domains cut to that level, and what it finds is spread over their leaves.
 
     Args:
         previous: that of the interval that has just ended; None before the first.
         gaps: measured now, one a domain.
         sizes: train blocks by domain.
         reference: perplexities by domain of the model that `cpt_doremi` compares with; None: the teacher's.
+        positions: validation positions that carry loss, by domain; only `config.level` asks for them.
 
     Raises:
         ValueError: gaps, mixture, sizes or reference are of different domains.
     """
+    level = config.level
+    if level is None:
+        return _mixture_after(method, previous, gaps, config, sizes, reference)
+    positions = positions or {}
+    found = _mixture_after(
+        method,
+        previous and rolled_up_mixture(previous, level),
+        rolled_up_gaps(gaps, positions, level),
+        config,
+        rolled_up_counts(sizes, level),
+        reference and rolled_up_ppl(reference, positions, level),
+    )
+    return spread_mixture(found, sizes, level)
+
+
+def _mixture_after(
+    method: MethodName,
+    previous: Mixture | None,
+    gaps: Sequence[DomainGap],
+    config: MixtureConfig,
+    sizes: Mapping[str, int],
+    reference: Mapping[str, float] | None,
+) -> Mixture:
     chosen = METHODS[method]
     if previous is None and chosen.follows_gap and config.initial == "proportional":
         return proportional_mixture(sizes)
@@ -80,7 +108,7 @@ def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, d
     """That the method, the mixture and the loss of a configuration go together.
 
     Args:
-        domains: that the configuration names.
+        domains: all leaves.
 
     Raises:
         ValueError: they do not; the fields and the remedy are named.
@@ -94,7 +122,8 @@ def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, d
         )
     if mixture.weights is not None:
         try:
-            fixed_mixture(mixture.weights, dict.fromkeys(domains, 1))
+            level = mixture.level
+            fixed_mixture(mixture.weights, {cut(one, level) if level else one: 1 for one in domains})
         except ValueError as error:
             raise ValueError(f"mixture.weights: {error}") from None
     if mixture.reference_run is not None and not chosen.reads_reference:

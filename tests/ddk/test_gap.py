@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from ddk import gap
 from ddk.gap import domain_gap
 from ddk.loss import LossConfig
+from ddk.paths import rolled_up_ppl
 from ddk.student import StudentLoss
 
 V, PADDED, L, N = 50, 64, 12, 7
@@ -78,6 +79,16 @@ def test_equals_transformers_own_loss(blocks: Blocks) -> None:
     expected = plain_perplexity(model, blocks.tokens)
     assert expected > 60, "the model must not be uniform, or the test shows little"
     assert perplexity(model, blocks, vocab_size=V, batch_size=3) == pytest.approx(expected, rel=1e-6)
+
+
+def test_leaves_rolled_up_are_what_all_their_blocks_give(blocks: Blocks) -> None:
+    model = tiny_model()
+    leaves = {"m/a": Blocks(blocks.tokens[:2]), "m/b": Blocks(blocks.tokens[2:])}
+    measured = {leaf: perplexity(model, own, vocab_size=V, batch_size=3) for leaf, own in leaves.items()}
+    positions = {leaf: len(own) * L for leaf, own in leaves.items()}
+    assert measured["m/a"] != pytest.approx(measured["m/b"], rel=1e-2)
+    expected = plain_perplexity(model, blocks.tokens)
+    assert rolled_up_ppl(measured, positions, 1) == {"m": pytest.approx(expected, rel=1e-6)}
 
 
 def test_the_batch_size_changes_rounding_only(blocks: Blocks) -> None:

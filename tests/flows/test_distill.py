@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import subprocess
 import sys
 import time
@@ -13,21 +15,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from small_run import DOMAINS, Ddk, SmallRun, files_below, write_config
+from small_run import ASSETS, DOMAINS, Ddk, SmallRun, files_below, write_config
 
 from ddk.mixture import initial_mixture, update_mixture
 from flows.config import load_config
+from flows.plan import plan_stages
 from storage import uri
 from storage.blocks import open_blocks
+from storage.corpus import CorpusFile
+from storage.documents import iter_documents
 from storage.fingerprint import fingerprint
 from storage.manifest import StoreWriter
-from storage.mixtures import MixtureHistory
+from storage.mixtures import MixtureHistory, MixtureRecord
 from storage.runs import RunFolder
 from storage.targets import open_targets, teacher_perplexity
 from tasks.cache_targets import cache_targets
 from tasks.plan import plan_stores
 
 SEQ_LEN, K, VOCAB = 96, 16, 4090
+LEAVES = ("C & C++", "school/maths")
 
 
 def test_the_output_says_what_came_out(small_run: SmallRun) -> None:
@@ -250,23 +256,80 @@ def test_a_complete_store_of_format_1_is_not_captured_again(small_run: SmallRun,
     assert open_targets(url).manifest.format_version == 1
 
 
+def _filed_together(folder: Path, split: str) -> str:
+    """One file with the records of two domains by turns, each with its path."""
+    math_and_code = zip(_texts(f"math/{split}.jsonl.gz"), _texts(f"code/{split}.jsonl.zst"), strict=False)
+    with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+        for pair in math_and_code:
+            for text, topic in zip(pair, ("school/maths", "C & C++"), strict=True):
+                file.write(json.dumps({"text": text, "topic": topic}) + "\n")
+    return str(folder / f"{split}.jsonl")
+
+
+def _texts(name: str) -> list[str]:
+    place = ASSETS / "corpora" / name
+    file = CorpusFile(url=str(place), name=place.name, size=place.stat().st_size)
+    return [document.text for document in iter_documents(file, "text")]
+
+
 def test_everything_on_s3(ddk: Ddk, s3_server: str, small_run: SmallRun, tmp_path: Path) -> None:
-    """The same stores as on a local disk, byte for byte; the run and its student beside them."""
+    """The same stores as on a local disk, byte for byte; the run and its student beside them.
+
+    Besides, two of the small run's domains lie in one file here, told apart by a field: their leaves hold what the
+    domains of their own do. The mixture is kept above the leaves.
+    """
     root = f"{s3_server}/distill"
-    config = write_config(tmp_path, root=root, domains={"code": None, "zh_books": None}, train={"steps": 2})
+    filed = {split: _filed_together(tmp_path, split) for split in ("train", "validation")}
+    both = {**filed, "path_field": "topic", "max_train_blocks": 40, "max_validation_blocks": 6}
+    config = write_config(
+        tmp_path,
+        root=root,
+        domains={"code": None, "zh_books": None, "both": both},
+        train={"steps": 2},
+        mixture={"level": 1},
+    )
     output = ddk("distill", config)
     assert output.code == 0, output.err
     plan = plan_stores(*_sections(config))
-    theirs = plan_stores(*_sections(small_run.config))["math"]
-    for remote, local in ((plan["math"].blocks_url, theirs.blocks_url), (plan["math"].targets_url, theirs.targets_url)):
-        for name, content in files_below(Path(local)).items():
-            if name != "manifest.json":
-                assert uri.read_bytes(f"{remote}/{name}") == content, name
+    same = {"math": "math", "both/school/maths": "math", "both/C & C++": "code"}
+    assert set(plan.domains) == set(same)
+    local_plan = plan_stores(*_sections(small_run.config))
+    for domain, name in same.items():
+        ours, theirs = plan[domain], local_plan[name]
+        for remote, local in ((ours.blocks_url, theirs.blocks_url), (ours.targets_url, theirs.targets_url)):
+            for path, content in files_below(Path(local)).items():
+                if path != "manifest.json":
+                    assert uri.read_bytes(f"{remote}/{path}") == content, f"{domain} {path}"
     assert uri.read_bytes(f"{root}/runs/small/student/model.safetensors") is not None
     assert b"data:image/png" in (uri.read_bytes(f"{root}/runs/small/report/index.html") or b"")
+    _follows_the_gap_of_the_whole(MixtureHistory(f"{root}/runs/small").records(), f"{root}/runs/small/report", config)
     again = ddk("distill", config)
     assert again.code == 0, again.err
     assert "train small: complete already" in again.err
+    assert {one.of for one in plan_stages(load_config(config)) if one.state == "complete"} == {*same, "small"}
+
+
+def _follows_the_gap_of_the_whole(records: list[MixtureRecord], report: str, config: str) -> None:
+    """Eq. 1 over `math` and `both`, whose leaves have 6 validation blocks each and 40 to be drawn from."""
+    first, last = records
+    positions = dict.fromkeys(("both/C & C++", "both/school/maths", "math"), 6 * SEQ_LEN)
+    assert first.positions == last.positions == positions
+    ppl = {
+        who: {
+            "both": math.sqrt(math.prod(getattr(first.perplexities[f"both/{leaf}"], who) for leaf in LEAVES)),
+            "math": getattr(first.perplexities["math"], who),
+        }
+        for who in ("student", "teacher")
+    }
+    expected = initial_mixture(ppl["student"], ppl["teacher"]).probabilities
+    found = first.probabilities
+    assert found["math"] == pytest.approx(expected["math"], rel=1e-9)
+    assert [found[f"both/{leaf}"] for leaf in LEAVES] == pytest.approx([expected["both"] / 2] * 2, rel=1e-9)
+    rows = list(csv.DictReader(io.StringIO((uri.read_bytes(f"{report}/rollup.csv") or b"").decode())))
+    assert [(row["t"], row["domain"]) for row in rows] == [(t, d) for d in ("both", "both/school") for t in "01"]
+    assert float(rows[0]["student_ppl"]) == pytest.approx(ppl["student"]["both"], rel=1e-9)
+    summary = uri.read_json(f"{report}/report.json")["summary"]
+    assert summary["domains"] == ["both/C & C++", "both/school/maths", "math"]
 
 
 def test_it_stops_early_where_the_student_has_caught_up(small_run: SmallRun, ddk: Ddk) -> None:

@@ -113,6 +113,16 @@ def test_too_little_validation_text(ddk_error: Any, tmp_path: Path) -> None:
     assert "give it more validation text" in message
 
 
+def test_a_weight_that_a_leaf_lacks_is_named_before_anything_is_packed(ddk_error: Any, tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x", "topic": "a"}\n{"text": "y", "topic": "b"}\n')
+    mine = {"train": "train.jsonl", "validation": "valid.jsonl", "path_field": "topic"}
+    config = config_with(tmp_path, mine=mine, method="kd", mixture={"weights": {"mine/a": 1.0}})
+    message = ddk_error("distill", config)
+    assert "mixture.weights: domain 'mine/b' has no weight; give one to each of mine/a, mine/b" in message
+    assert not (tmp_path / "root" / "blocks").exists()
+
+
 def test_the_same_file_for_training_and_validation(ddk_error: Any, tmp_path: Path) -> None:
     both = f"{ASSETS}/corpora/math/validation.jsonl.gz"
     assert "for training and for validation" in ddk_error("pack", config_with(tmp_path, mine={"train": both}))

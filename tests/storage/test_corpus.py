@@ -43,6 +43,20 @@ def test_a_single_pattern_may_be_a_plain_string() -> None:
             {"train": "a.jsonl", "validation_fraction": 0.1, "prompt_field": "prompt", "targets": "topk"},
             "prompt_field goes with documents, and targets: topk takes rows of tokens",
         ),
+        ({"train": "a.jsonl", "validation_fraction": 0.1, "path_depth": 1}, "path_depth goes with path_field"),
+        ({"train": "a.jsonl", "validation_fraction": 0.1, "path_field": "a", "path_depth": 0}, "greater than or equal"),
+        (
+            {"train": "a.jsonl", "validation_fraction": 0.1, "path_field": "text"},
+            "path_field and text_field are both 'text'; each is a field of its own",
+        ),
+        (
+            {"train": "a.jsonl", "validation_fraction": 0.1, "path_field": "a", "prompt_field": "a"},
+            "path_field and prompt_field are both 'a'",
+        ),
+        (
+            {"train": "a.jsonl", "validation_fraction": 0.1, "path_field": "topic", "targets": "distillkit"},
+            r"path_field goes with documents, and targets: distillkit takes rows of tokens; .*\(such as math/algebra\)",
+        ),
     ],
 )
 def test_a_wrong_configuration_says_why(values, message: str) -> None:
@@ -99,6 +113,8 @@ def test_a_prompt_needs_files_that_have_fields(tmp_path: Path) -> None:
     message = r"domain 'chat': .*c\.txt\.gz holds plain text, which has no field 'prompt'; .* leave it out, or put"
     with pytest.raises(UserError, match=message):
         resolve_files([f"{tmp_path}/*"], "chat", "prompt")
+    with pytest.raises(UserError, match=r"c\.txt\.gz holds plain text, which has no field 'topic'; path_field goes"):
+        resolve_files([f"{tmp_path}/*"], "chat", path_field="topic")
 
 
 def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> None:

@@ -60,6 +60,17 @@ def test_numbers_are_read_exactly_as_they_were_written(history: MixtureHistory) 
     assert found.mixture == odd.mixture
 
 
+def test_positions_are_kept_where_there_are_some_and_not_a_word_where_there_are_none(place: str) -> None:
+    plain, weighed = record(0), record(1).model_copy(update={"positions": {"a.b/c": 3, "math": 9}})
+    history = MixtureHistory(f"{place}/runs/b")
+    history.append(plain)
+    history.append(weighed)
+    assert history.records() == [plain, weighed]
+    # As every version before wrote it, so that it can read it.
+    assert set(uri.read_json(f"{place}/runs/b/mixtures/00000.json")) == set(MixtureRecord.model_fields) - {"positions"}
+    assert uri.read_json(f"{place}/runs/b/mixtures/00001.json")["positions"] == {"a.b/c": 3, "math": 9}
+
+
 def test_only_the_next_version_may_be_added(history: MixtureHistory, place: str) -> None:
     history.append(record(0))
     before = uri.read_bytes(f"{place}/runs/a/mixtures/00000.json")

@@ -1,0 +1,76 @@
+"""What a configuration says of domains with a path, before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from small_run import small_config, write_config
+
+from ddk.errors import UserError
+from flows.config import Config, load_config
+
+PLAIN = {"train": "a.jsonl", "validation": "v.jsonl"}
+FILED = {**PLAIN, "path_field": "topic"}
+
+
+def config(domains: dict[str, Any], **changes: Any) -> Config:
+    return Config.model_validate({**small_config(**changes), "domains": domains})
+
+
+@pytest.mark.parametrize("name", ["math/algebra", "math/algebra/linear-2", "m.1/x"])
+def test_a_domain_may_be_named_by_a_path(name: str) -> None:
+    assert list(config({name: PLAIN, "web": FILED}).domains) == [name, "web"]
+
+
+@pytest.mark.parametrize("name", ["/math", "math/", "math//algebra", "math/../x", "math/ algebra", "a/" * 99 + "a"])
+def test_what_is_no_name_of_a_domain(name: str) -> None:
+    with pytest.raises(ValidationError, match="String should"):
+        config({name: PLAIN})
+
+
+def test_a_run_is_no_path() -> None:
+    with pytest.raises(ValidationError, match="String should match pattern"):
+        config({"math": PLAIN}, run="a/b")
+
+
+def test_a_domain_above_another_is_refused_unless_its_records_have_paths() -> None:
+    with pytest.raises(ValidationError, match="'math' has documents of its own, and 'math/algebra' lies below it"):
+        config({"math": PLAIN, "math/algebra": PLAIN})
+    assert config({"math": FILED, "math/algebra": PLAIN})
+
+
+def test_a_field_of_a_domain_with_a_path_can_be_set(tmp_path: Path) -> None:
+    path = write_config(tmp_path, domains={"math/algebra": {**FILED, "path_depth": 1}})
+    loaded = load_config(path, ["domains.math/algebra.path_depth=3", "mixture.level=2"])
+    assert loaded.domains["math/algebra"].path_depth == 3
+    assert loaded.domains["math/algebra"].train == [str(tmp_path / "a.jsonl")]
+    assert loaded.mixture.level == 2
+    with pytest.raises(UserError, match=r"domains.math/algebra.path_feild: there is no such field .*path_field\?"):
+        load_config(path, ["domains.math/algebra.path_feild=x"])
+
+
+@pytest.mark.parametrize(
+    ("level", "weights", "message"),
+    [
+        (None, {"web": 1, "math/algebra": 2, "math/geometry": 3}, None),
+        (1, {"web": 1, "math": 2}, None),
+        (2, {"web": 1, "math/algebra": 2}, None),
+        (None, {"web": 1, "math": 2}, "domain 'math/…' has no weight; give one to each of math/…, web"),
+        (1, {"web": 1, "math/algebra": 2}, "domain 'math' has no weight; give one to each of math, web"),
+        (None, {"math/algebra": 2}, "domain 'web' has no weight"),
+        (None, {"web": 1, "math/algebra": 2, "mathematics": 1}, "there is no domain 'mathematics'"),
+    ],
+)
+def test_weights_of_leaves_that_only_the_records_know(
+    level: int | None, weights: dict[str, float], message: str | None
+) -> None:
+    domains = {"web": PLAIN, "math": FILED}
+    settings = {"method": "kd", "mixture": {"level": level, "weights": weights}}
+    if message is None:
+        assert config(domains, **settings)
+    else:
+        with pytest.raises(ValidationError, match=message):
+            config(domains, **settings)
