@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,14 @@ def assert_same_run(one: Path, other: Path) -> None:
         torch.testing.assert_close(weights[name].float(), tensor.float(), rtol=2e-2, atol=2e-3, msg=name)
 
 
-def wait_until_gone(processes: Sequence[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert not [process for process in alive if "train_worker" in " ".join(process.cmdline())]
-
-
 def test_killed_on_two_processes_and_resumed_on_one(ddk: Ddk, small_run: SmallRun) -> None:
     """The leading process dies with -9 after the first checkpoint: its workers end too, and what is there goes on."""
     run = small_run.root / "runs" / "two"
     two = ("train", small_run.config, "--run", "two", "--set", "train.processes=2", "--set", "train.parallel=fsdp")
     checkpoint = run / "checkpoints" / "step-00000002" / "state.json"
     started = ddk.kill_when(checkpoint.exists, *two)
-    assert [process for process in started if process.pid], "torchrun and its workers"
-    wait_until_gone(started)
+    assert len(started) >= 3, "torchrun and its workers"
+    assert not psutil.wait_procs(started, timeout=20)[1], "nothing outlives the leading process"
     parts = sorted(path.name for path in checkpoint.parent.iterdir())
     assert parts == ["rank-00000.safetensors", "rank-00001.safetensors", "state.json"]
 
