@@ -219,6 +219,12 @@ def _unknown_blocks(size: RunSize) -> Iterator[str]:
             f"max_train_blocks is not set for {', '.join(unknown)}; reckoned with are {each} ({why}), and capture "
             f"takes all that the files hold: set it, or give --blocks"
         )
+    fine = [name for name, domain in domains.items() if domain.path_field is not None]
+    if fine:
+        yield (
+            f"the limits of {', '.join(fine)} hold for each leaf of path_field, and how many there are stands in the "
+            f"records alone; reckoned with is one"
+        )
     unknown = [name for name, domain in domains.items() if domain.max_validation_blocks is None]
     if unknown:
         yield f"max_validation_blocks is not set for {', '.join(unknown)}; reckoned with are {VALIDATION_BLOCKS} each"

@@ -11,6 +11,7 @@ from ddk.types import SPLITS
 from storage import uri
 from storage.manifest import Manifest, read_manifest
 from storage.mixtures import MixtureHistory
+from storage.paths import store_name
 from storage.runs import RunFolder
 from tasks.compare_data import CapturedStore, ComparedRun, ComparedVariant, Comparison, Status
 from tasks.finish_run import effective_settings
@@ -73,11 +74,11 @@ class Collector:
         manifests = [self._manifest("blocks", domain, of["blocks"]) for domain, of in identity["stores"].items()]
         if None in manifests:
             return None
-        return sum(one.splits["validation"].blocks * one.dims["seq_len"] for one in manifests if one is not None)
+        return sum(one.positions("validation") for one in manifests if one is not None)
 
     def _targets(self, identity: Mapping[str, Any], teacher_flops: int | None) -> Iterable[str]:
         for domain, of in identity["stores"].items():
-            place = uri.join("targets", of["targets"], f"{domain}.zarr")
+            place = uri.join("targets", of["targets"], store_name(domain))
             manifest = self._manifest("targets", domain, of["targets"])
             if manifest is None:
                 continue
@@ -89,7 +90,7 @@ class Collector:
             yield place
 
     def _manifest(self, kind: str, domain: str, fingerprint: str) -> Manifest | None:
-        found = read_manifest(uri.join(self._root, kind, fingerprint, f"{domain}.zarr"))
+        found = read_manifest(uri.join(self._root, kind, fingerprint, store_name(domain)))
         return found if found is not None and found.complete else None
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from storage.manifest import Manifest
+from storage.paths import store_name
 from storage.runs import RunFolder
 from storage.uri import join
 from tasks.artifacts import Board, add_version, artifact_key, current_place, showing, table
@@ -155,7 +156,7 @@ def places(folder: RunFolder) -> dict[str, str]:
     root = folder.url.rpartition("/runs/")[0]
     stores = (folder.identity() or {}).get("stores", {})
     return {"run": folder.url} | {
-        f"{kind} of {domain}": join(root, kind, fingerprints[kind], f"{domain}.zarr")
+        f"{kind} of {domain}": join(root, kind, fingerprints[kind], store_name(domain))
         for kind in ("targets", "blocks")
         for domain, fingerprints in sorted(stores.items())
     }
