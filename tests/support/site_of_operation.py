@@ -17,7 +17,7 @@ from uuid import UUID
 
 import httpx
 import psutil
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 
 REPOSITORY = Path(__file__).parents[2]
@@ -71,9 +71,8 @@ class Site:
 
     @cached_property
     def client(self) -> SyncPrefectClient:
-        return self._stack.enter_context(
-            get_client(sync_client=True, httpx_settings={"base_url": self.api_url})  # type: ignore[call-overload]
-        )
+        # Not `get_client`: where the environment names no server, that one starts its own.
+        return self._stack.enter_context(SyncPrefectClient(self.api_url))
 
     def start_server(self, timeout: float = 90) -> None:
         self._start("server", "server", "start", "--host", "127.0.0.1", "--port", str(self._port))
