@@ -23,7 +23,7 @@ from tasks.completions import Completion, draw_completions
 from tasks.local_benchmarks import DataFolder
 from tasks.storage_block import use_storage_block
 from tasks.teacher import TeacherConfig
-from tasks.validation_texts import validation_texts
+from tasks.validation_texts import ValidationTexts
 
 VALIDATION_DOCUMENTS = 500
 """Of a domain, from which lines to complete are drawn: as many as the paper measures perplexities on."""
@@ -55,13 +55,12 @@ def evaluate(
     from tasks.evaluation_report import report_evaluation
 
     folder = DataFolder(evaluation.data) if evaluation.data is not None else None
-    with_texts = [name for name, corpus in domains.items() if not corpus.imported]
-    benchmarks = wanted_benchmarks(evaluation, with_texts, folder.tasks if folder is not None else ())
+    texts = ValidationTexts(root, domains)
+    benchmarks = wanted_benchmarks(evaluation, lambda: texts.names, folder.tasks if folder is not None else ())
     count = min(evaluation.completions, evaluation.limit or evaluation.completions)
 
     def completions(domain: str) -> Sequence[Completion]:
-        documents = validation_texts(domain, domains[domain], VALIDATION_DOCUMENTS)
-        return draw_completions(documents, count, evaluation.seed)
+        return draw_completions(texts.read(domain, VALIDATION_DOCUMENTS), count, evaluation.seed)
 
     # Models first: that one is missing is known at once, and a large set of questions takes a while.
     with evaluated_models(evaluation.models, root=root, run=run, student=student, teacher=teacher) as models:

@@ -155,7 +155,7 @@ def running(model: EvaluatedModel, backend: Backend, *, seed: int, on_progress: 
     """The model, loaded, as the harness takes one; its memory and its processes are gone afterwards.
 
     Args:
-        on_progress: hears how many requests were answered; of transformers alone.
+        on_progress: hears how many requests were answered since its last call.
 
     Raises:
         UserError: it cannot be loaded.
@@ -165,7 +165,7 @@ def running(model: EvaluatedModel, backend: Backend, *, seed: int, on_progress: 
         engine_version()
         from tasks.vllm_model import VllmModel
 
-        lm = VllmModel(model.engine, tokenizer=model.tokenizer, seed=seed)
+        lm = VllmModel(model.engine, tokenizer=model.tokenizer, seed=seed, on_progress=on_progress)
     else:
         import torch
 

@@ -12,7 +12,7 @@ definition says.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,12 +87,12 @@ class EvaluationConfig(BaseModel):
 
 
 def wanted_benchmarks(
-    config: EvaluationConfig, domains: Sequence[str], local: Collection[str] = ()
+    config: EvaluationConfig, domains: Callable[[], Sequence[str]], local: Collection[str] = ()
 ) -> tuple[Benchmark, ...]:
     """The benchmarks in the order in which they are reported, `completion` spelt out by domain.
 
     Args:
-        domains: of the run, those with texts.
+        domains: of the run, those with texts; asked only where there are completions.
         local: tasks that the data folder has files for.
 
     Raises:
@@ -115,7 +115,8 @@ def parse(text: str) -> Benchmark:
     Raises:
         UserError: it is no name, or what is behind the @ is no number.
     """
-    match = re.fullmatch(r"\s*([^\s@,/]+)(?:@(\d{1,3}))?\s*", text)
+    # A domain's name may be a path; a task's is a name alone.
+    match = re.fullmatch(rf"\s*([^\s@,/]+|{COMPLETION}:[^\s@,]+)(?:@(\d{{1,3}}))?\s*", text)
     if match is None:
         raise UserError(f"--tasks takes names, each with @ and a number of examples where wanted, not '{text}'")
     return Benchmark(match[1], int(match[2]) if match[2] else None)
@@ -132,15 +133,17 @@ def _preset(name: str, local: Collection[str], data: str | None) -> tuple[Benchm
     return PRESETS[name]
 
 
-def _by_domain(benchmark: Benchmark, domains: Sequence[str]) -> list[Benchmark]:
+def _by_domain(benchmark: Benchmark, domains: Callable[[], Sequence[str]]) -> list[Benchmark]:
     name, separator, domain = benchmark.task.partition(":")
     if name != COMPLETION:
         return [benchmark]
     if benchmark.shots:
         raise UserError(f"'{benchmark}': a completion is given no worked examples; leave @{benchmark.shots} out")
-    if separator and domain not in domains:
-        raise UserError(f"'{benchmark}': the run has no domain '{domain}' with texts; it has {', '.join(domains)}")
-    return [Benchmark(f"{COMPLETION}:{one}") for one in ([domain] if separator else domains)]
+    names = domains()
+    below = [name for name in names if not separator or name == domain or name.startswith(f"{domain}/")]
+    if not below:
+        raise UserError(f"'{benchmark}': the run has no domain '{domain}' with texts; it has {', '.join(names)}")
+    return [Benchmark(f"{COMPLETION}:{name}") for name in below]
 
 
 def headline(task: str, metrics: Collection[str]) -> str | None:

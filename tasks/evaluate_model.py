@@ -112,8 +112,6 @@ def _ask_all(
         for measure, part in parts:
             started = time.monotonic()
             metrics, samples = _answers(part, lm, evaluation.config)
-            if backend == "vllm":
-                progress.advance(len(part.task.instances), part.name)
             record = {
                 **_described(evaluation, part.name, measure, model),
                 "identity": evaluation.identity(part, model, backend),

@@ -1,71 +1,112 @@
-"""A vLLM engine as lm-evaluation-harness wants a model: the harness's own class, with an end that is sure.
+"""A model of the harness that a vLLM engine of our own runs, by vLLM's public interface.
 
-Imports the harness and vLLM; import this module within functions only.
+Of a continuation's tokens the engine is asked for their own log-probabilities and ranks alone. Padded rows of a
+vocabulary are tokens to vLLM, and it takes two tokens less of a question that fills the model.
+
+Imports the harness; import this module within functions only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lm_eval.models.vllm_causallms import VLLM
-
+from tasks.harness_model import HarnessModel, Prompt, Scored
 from tasks.orphans import Descendants
 from tasks.teacher import TeacherConfig, model_rows, on_gpu, resolved_dtype
-from tasks.transformers_model import room_for_text
 from tasks.vllm_engine import engine_environment
 from tasks.vllm_portable import LOGITS_BYTES
 
-_AT_ONCE = 1_000_000
+AT_ONCE = 4096
 """Requests that are handed to the engine together; it batches them itself."""
 
 
-class VllmModel(VLLM):  # type: ignore[misc]
+class VllmModel(HarnessModel):
     """An engine that lives until `close`, or until this process ends, however that happens.
 
     Args:
         config: what to run.
         tokenizer: folder of its tokenizer.
         seed: of the engine.
+        on_progress: hears how many requests were answered since its last call.
+
+    Raises:
+        UserError: there is no such model.
     """
 
-    def __init__(self, config: TeacherConfig, *, tokenizer: str, seed: int) -> None:
-        self._processes = Descendants()
+    def __init__(self, config: TeacherConfig, *, tokenizer: str, seed: int, on_progress: Callable[[int], None]) -> None:
+        super().__init__(tokenizer, trust_remote_code=config.trust_remote_code, on_progress=on_progress)
         # Prompt log-probabilities make the logits of a step whole, outside what the engine reserves memory for.
-        rows = model_rows(config) or 1
+        step = min(config.max_batch_tokens, LOGITS_BYTES // (4 * (model_rows(config) or self.vocab_size)))
+        self._llm: Any = None
+        self._processes = Descendants()
         try:
             with engine_environment(config), self._processes.marked():
-                super().__init__(
-                    pretrained=config.model,
+                from vllm import LLM
+
+                self._llm = LLM(
+                    model=config.model,
                     tokenizer=tokenizer,
                     dtype=resolved_dtype(config),
                     quantization=config.quantization,
-                    trust_remote_code=config.trust_remote_code,
-                    tensor_parallel_size=config.tensor_parallel_size,
-                    batch_size=_AT_ONCE,
-                    seed=seed,
-                    max_num_batched_tokens=max(128, min(config.max_batch_tokens, LOGITS_BYTES // (4 * rows))),
-                    max_num_seqs=256 if on_gpu() else 32,
-                    gpu_memory_utilization=config.gpu_memory_utilization,
+                    max_num_batched_tokens=max(128, step),
+                    logprobs_mode="raw_logprobs",
                     enable_chunked_prefill=True,
-                    # Prompt log-probabilities of a prefix that is taken from the cache would be missing.
                     enable_prefix_caching=False,
+                    tensor_parallel_size=config.tensor_parallel_size,
+                    gpu_memory_utilization=config.gpu_memory_utilization,
                     enforce_eager=not on_gpu(),
                     load_format="safetensors",
+                    trust_remote_code=config.trust_remote_code,
                     use_tqdm_on_load=False,
                     disable_log_stats=True,
+                    seed=seed,
                 )
         except BaseException:
-            self._processes.close()
+            self.close()
             raise
-
-    def modify_gen_kwargs(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str], int]:
-        """As the harness has it, with room for the prompt."""
-        options, until, tokens = VLLM.modify_gen_kwargs(*args, **kwargs)
-        return options, until, room_for_text(tokens, self.max_length)
+        self.max_length = int(self._llm.llm_engine.model_config.max_model_len)
+        self.judged_length = self.max_length - 1  # the engine wants room for one token behind the prompt
 
     def close(self) -> None:
-        """End the engine's processes and free their memory."""
+        llm, self._llm = self._llm, None
         try:
-            self.model.llm_engine.engine_core.shutdown()
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
         finally:
             self._processes.close()
+
+    def judge(self, asked: Sequence[Scored]) -> list[tuple[float, bool]]:
+        from vllm import SamplingParams
+
+        # 0: of each token of the prompt its own log-probability, and no other's.
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        outputs = self._run([one.tokens for one in asked], [parameters] * len(asked))
+        return [_judged(output.prompt_logprobs, one) for output, one in zip(outputs, asked, strict=True)]
+
+    def write(self, asked: Sequence[Prompt]) -> list[str]:
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                max_tokens=prompt.most, stop=list(prompt.until), **{"temperature": 0.0, **dict(prompt.sampling)}
+            )
+            for prompt in asked
+        ]
+        return [str(output.outputs[0].text) for output in self._run([prompt.tokens for prompt in asked], parameters)]
+
+    def _run(self, prompts: Sequence[tuple[int, ...]], parameters: Sequence[Any]) -> Iterator[Any]:
+        for first in range(0, len(prompts), AT_ONCE):
+            batch = [{"prompt_token_ids": list(tokens)} for tokens in prompts[first : first + AT_ONCE]]
+            yield from self._llm.generate(batch, list(parameters[first : first + AT_ONCE]), use_tqdm=False)
+            self.on_progress(len(batch))
+
+
+def _judged(flat: Any, one: Scored) -> tuple[float, bool]:
+    """From one entry a token; nothing predicts the first, which has none."""
+    logprobs, ranks = flat.logprobs[-one.continuation :], flat.ranks[-one.continuation :]
+    if len(flat.logprobs) != len(one.tokens) - 1:
+        raise RuntimeError(f"the engine gave {len(flat.logprobs)} log-probabilities of {len(one.tokens) - 1}")
+    return float(sum(logprobs)), all(rank == 1 for rank in ranks)

@@ -11,12 +11,14 @@ import pytest
 from benchmark_files import FILES, write_files
 
 from ddk.errors import UserError
-from tasks.benchmark_tasks import CODE_TASKS, Measure, build_measures
+from tasks.benchmark_tasks import CODE_TASKS, Measure, _manager, build_measures
 from tasks.benchmarks import PRESETS, Benchmark, EvaluationConfig, headline, parse, wanted_benchmarks
 from tasks.completions import Completion
 from tasks.local_benchmarks import FORMATS, DataFolder
 
-DOMAINS = ("python", "java")
+
+def domains() -> list[str]:
+    return ["python", "java", "shell/bash", "shell/zsh"]
 
 
 # ---- names
@@ -32,21 +34,19 @@ def test_names_with_and_without_a_number_of_examples() -> None:
 
 
 def test_the_papers_list_is_the_default() -> None:
-    shots = {benchmark.task: benchmark.shots for benchmark in wanted_benchmarks(EvaluationConfig(), DOMAINS)}
+    shots = {benchmark.task: benchmark.shots for benchmark in wanted_benchmarks(EvaluationConfig(), domains)}
     assert shots == {
         **dict.fromkeys(("ceval-valid", "mmlu", "race", "c3", "winogrande", "gsm8k", "commonsense_qa"), 0),
         **dict.fromkeys(("arc_easy", "arc_challenge", "humaneval"), 0),
         "mbpp": 3,
     }
-    few = wanted_benchmarks(EvaluationConfig(preset="paper-5shot"), DOMAINS)
+    few = wanted_benchmarks(EvaluationConfig(preset="paper-5shot"), domains)
     assert {benchmark.shots for benchmark in few} == {5}
     assert {benchmark.task for benchmark in few} == set(shots) - {"humaneval", "mbpp"}
 
 
 def test_every_name_of_a_preset_is_one_of_the_harness_or_ours() -> None:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+    manager = _manager()
     ours = {"c3", "completion"}
     for preset in PRESETS.values():
         for benchmark in preset:
@@ -57,21 +57,33 @@ def test_every_name_of_a_preset_is_one_of_the_harness_or_ours() -> None:
 
 
 def test_completion_stands_for_every_domain_with_texts() -> None:
-    asked = EvaluationConfig(tasks=("completion", "completion:java", "gsm8k", "gsm8k"))
-    assert [str(one) for one in wanted_benchmarks(asked, DOMAINS)] == ["completion:python", "completion:java", "gsm8k"]
+    def names(*tasks: str) -> list[str]:
+        return [str(benchmark) for benchmark in wanted_benchmarks(EvaluationConfig(tasks=tasks), domains)]
+
+    every = [f"completion:{name}" for name in domains()]
+    assert names("completion", "completion:java", "gsm8k", "gsm8k") == [*every, "gsm8k"]
+    assert names("completion:shell/zsh") == ["completion:shell/zsh"]
+    assert names("completion:shell") == ["completion:shell/bash", "completion:shell/zsh"]
     with pytest.raises(UserError, match="no domain 'rust' with texts; it has python, java"):
-        wanted_benchmarks(EvaluationConfig(tasks=("completion:rust",)), DOMAINS)
+        names("completion:rust")
     with pytest.raises(UserError, match="is given no worked examples"):
-        wanted_benchmarks(EvaluationConfig(tasks=("completion@2",)), DOMAINS)
+        names("completion@2")
+
+
+def test_domains_are_only_asked_for_completions() -> None:
+    def asked() -> list[str]:
+        raise AssertionError("reading the records' paths of a large corpus takes long")
+
+    assert wanted_benchmarks(EvaluationConfig(tasks=("gsm8k",)), asked) == (Benchmark("gsm8k"),)
 
 
 def test_presets_that_are_not_there() -> None:
     with pytest.raises(UserError, match="no preset 'papers'; there are paper, paper-5shot, code, local"):
-        wanted_benchmarks(EvaluationConfig(preset="papers"), DOMAINS)
+        wanted_benchmarks(EvaluationConfig(preset="papers"), domains)
     with pytest.raises(UserError, match=r"needs a folder \(--data\)"):
-        wanted_benchmarks(EvaluationConfig(preset="local"), DOMAINS)
+        wanted_benchmarks(EvaluationConfig(preset="local"), domains)
     with pytest.raises(UserError, match="in /x there is no file that belongs to a task"):
-        wanted_benchmarks(EvaluationConfig(data="/x"), DOMAINS)
+        wanted_benchmarks(EvaluationConfig(data="/x"), domains)
 
 
 def test_the_metric_that_stands_for_a_task() -> None:
@@ -311,3 +323,96 @@ def test_a_task_that_executes_programs_by_itself_is_refused(folder: str) -> None
 
 def test_the_harness_does_not_talk_over_us() -> None:
     assert logging.getLogger("lm_eval").getEffectiveLevel() >= logging.ERROR
+
+
+# ---- the hub, with its data sets in place of the network
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str | None], Any]:
+    """Data sets by path and name; whatever else is asked for cannot be reached."""
+    import datasets
+
+    found: dict[tuple[str, str | None], Any] = {}
+
+    def load_dataset(path: str, name: str | None = None, **_: Any) -> Any:
+        if (path, name) not in found:
+            raise ConnectionError(f"Couldn't reach '{path}' on the Hub (LocalEntryNotFoundError)\nsecond line")
+        return {split: datasets.Dataset.from_list(rows) for split, rows in found[path, name].items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return found
+
+
+def from_hub(*names: str) -> list[Measure]:
+    return build_measures([parse(name) for name in names], folder=None, completions=lines, limit=None, seed=1)
+
+
+def test_a_task_of_the_hub_asks_what_a_file_would(hub: dict[Any, Any], folder: str) -> None:
+    rows = [task.eval_docs[0] for task in (build(folder, "arc_challenge")[0].parts[0].task,)]
+    hub["allenai/ai2_arc", "ARC-Challenge"] = dict.fromkeys(("train", "validation", "test"), rows)
+    (remote,), (local,) = from_hub("arc_challenge"), build(folder, "arc_challenge")
+    assert remote.parts[0].requests == local.parts[0].requests
+    assert remote.parts[0].source == "allenai/ai2_arc"
+
+
+def test_programs_of_the_hub_are_only_written_too(hub: dict[Any, Any], folder: str) -> None:
+    rows = FILES["mbpp.jsonl"]
+    hub["google-research-datasets/mbpp", "full"] = {
+        "prompt": [row for row in rows if row["task_id"] <= 10],
+        "test": [row for row in rows if 11 <= row["task_id"] <= 510],
+    }
+    hub["openai/openai_humaneval", None] = {"test": FILES["humaneval.jsonl"]}
+    for name in CODE_TASKS:
+        (remote,), (local,) = from_hub(name), build(folder, name)
+        assert asked(remote) == asked(local)
+        task = remote.parts[0].task
+        assert list(task.process_results(task.eval_docs[0], ["raise SystemExit"])) == ["bypass"]
+
+
+def test_where_the_harness_would_show_a_question_its_own_answer(hub: dict[Any, Any]) -> None:
+    def problem(i: int) -> dict[str, str]:
+        return {
+            "article": f"Article number {i}.",
+            "problems": str(
+                [{"question": f"What is it ({i})?", "answer": "B", "options": ["a", f"the {i}", "c", "d"]}]
+            ),
+        }
+
+    hub["EleutherAI/race", "high"] = {"test": [problem(i) for i in range(6)]}
+    (measure,) = from_hub("race@3")
+    prompts = {prompt for prompt, _ in asked(measure)}
+    assert len(prompts) == 6
+    for prompt in prompts:
+        *examples, article, _ = [part for part in prompt.split("\n\n") if part.startswith("Article:")] + [""]
+        assert len(examples) == 3
+        assert article not in examples
+
+
+def test_parts_and_groups_of_the_hub(hub: dict[Any, Any]) -> None:
+    row = {"question": "一加一？", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
+    index = _manager().task_index
+    for name in index["ceval-valid"].cfg["task"]:
+        config = index[name].cfg
+        hub[config["dataset_path"], config["dataset_name"]] = {"val": [row], "dev": [row] * 5, "test": [row]}
+    (measure,) = from_hub("ceval-valid@0")
+    assert len(measure.parts) == 52
+    assert measure.group.has_aggregation
+    assert asked(measure)[0][0].endswith("一加一？\nA. 1\nB. 2\nC. 3\nD. 4\n答案：")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_hub_that_does_not_answer(folder: str) -> None:
+    with pytest.raises(
+        UserError, match=r"task 'arc_easy' .* \(allenai/ai2_arc\), .* cannot be had.*--data FOLDER"
+    ) as told:
+        from_hub("arc_easy")
+    assert "second line" not in str(told.value)
+    empty = DataFolder(write_files(Path(folder), "gsm8k_test.jsonl"))
+    with pytest.raises(UserError, match=r"put hellaswag.jsonl into "):
+        build_measures([parse("hellaswag")], folder=_without(empty, "hellaswag"), completions=lines, limit=None, seed=1)
+
+
+def _without(folder: DataFolder, task: str) -> DataFolder:
+    folder._names = [name for name in folder._names if not name.startswith(task)]
+    return folder

@@ -19,7 +19,7 @@ from tasks.benchmark_tasks import build_measures
 from tasks.benchmarks import Benchmark, EvaluationConfig
 from tasks.evaluate_model import _answers
 from tasks.local_benchmarks import DataFolder
-from tasks.transformers_model import TransformersModel, room_for_text
+from tasks.transformers_model import TransformersModel
 
 TOKENS = 4090
 """Of the quickstart's tokenizer; its teacher predicts 4,160 rows, of which the last 70 are padding."""
@@ -213,9 +213,11 @@ def test_padded_rows_are_never_written(tmp_path: Path, teacher_folder: str) -> N
     lm.close()
 
 
-def test_a_prompt_has_half_of_the_model_at_least() -> None:
-    assert room_for_text(256, 4096) == 256
-    assert room_for_text(1024, 1024) == 512
+def test_a_prompt_has_half_of_the_model_at_least(lm: TransformersModel) -> None:
+    short, long = (lm._prompt("word " * n, {"until": [], "max_gen_toks": 2000}) for n in (3, 3000))
+    assert lm.max_length == 1024
+    assert (short.most, len(long.tokens), long.most) == (512, 512, 512)
+    assert lm._prompt("word", {"until": [], "max_gen_toks": 20}).most == 20
 
 
 def test_threads_are_given_back(teacher_folder: str) -> None:
