@@ -104,15 +104,25 @@ class Rehearsal:
         self.say(f"kill -9 of {helper} and its flow after {len(committed)} shards; no process of theirs is left")
         return written
 
-    def kill_the_server(self) -> None:
-        self.wait(lambda: self._steps() >= 1, "the first checkpoint", PATIENCE)
+    def kill_the_server(self, run: UUID) -> None:
+        self.wait(lambda: self._step() > 0, "the first checkpoint", PATIENCE)
         self.site.kill("server", whole_tree=True)
         time.sleep(3)
+        before = self._step()
         self.site.start_server()
-        self.say(f"kill -9 of the server with {self._steps()} checkpoints there, and a new server")
+        self.say(f"kill -9 of the server at step {before} of the training, and a new server")
+        self.wait(lambda: self._step() > before or self._final(run), "the training goes on", PATIENCE)
+        if self._final(run):
+            # Prefect ends a run whose concurrency slot it could not renew, so that no two share one.
+            self._retry(run)
+            self.wait(lambda: self._step() > before, "the training goes on", PATIENCE)
+            self.say("the run had ended with the server; after Retry it goes on")
+        else:
+            self.say("the run went on meanwhile")
 
     def kill_in_training(self) -> None:
-        self.wait(lambda: self._steps() >= 3, "the third checkpoint", PATIENCE)
+        before = self._step()
+        self.wait(lambda: self._step() > before, "a further checkpoint", PATIENCE)
         trainer = next(name for name in self.site.workers if self._flows_below(name))
         started = self.site.kill(trainer)
         for process in started:
@@ -120,27 +130,27 @@ class Rehearsal:
                 process.kill()
         self._gone(started)
         assert not (self.run / "summary.json").exists(), "killed in the middle of the training"
-        self.say(f"kill -9 of {trainer} and its flow with {self._steps()} checkpoints there")
+        self.say(f"kill -9 of {trainer} and its flow at step {self._step()}")
         self.site.start_worker("gpu-3", "gpu")
 
     def retry(self, run: UUID) -> None:
         """What the UI's buttons do: the run, whose death nobody could report, is set to Crashed, then retried."""
-        client = self.site.client
-        state = client.read_flow_run(run).state
-        assert state is not None
-        if not state.is_final():
-            client.set_flow_run_state(run, Crashed(message="its worker was killed"), force=True)
-        now = datetime.datetime.now(datetime.UTC)
-        client.set_flow_run_state(run, AwaitingRetry(scheduled_time=now), force=True)
+        if not self._final(run):
+            self.site.client.set_flow_run_state(run, Crashed(message="its worker was killed"), force=True)
+        self._retry(run)
         self.ended(run, PATIENCE)
         self.say("Retry: the same run went on at its newest checkpoint, and completed")
 
-    def ended(self, run: UUID, timeout: float) -> None:
-        def final() -> bool:
-            state = self.site.client.read_flow_run(run).state
-            return state is not None and state.is_final()
+    def _retry(self, run: UUID) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        self.site.client.set_flow_run_state(run, AwaitingRetry(scheduled_time=now), force=True)
 
-        self.wait(final, "the run ends", timeout)
+    def _final(self, run: UUID) -> bool:
+        state = self.site.client.read_flow_run(run).state
+        return state is not None and state.is_final()
+
+    def ended(self, run: UUID, timeout: float) -> None:
+        self.wait(lambda: self._final(run), "the run ends", timeout)
         state = self.site.client.read_flow_run(run).state
         assert state is not None
         assert state.type == StateType.COMPLETED, f"{state}\n{self.site.logs()[-8000:]}"
@@ -221,8 +231,9 @@ class Rehearsal:
         assert found
         return found
 
-    def _steps(self) -> int:
-        return len(list(self.run.glob("checkpoints/*/state.json")))
+    def _step(self) -> int:
+        """Of the newest checkpoint; 0 before there is one."""
+        return max((int(path.parent.name[5:]) for path in self.run.glob("checkpoints/*/state.json")), default=0)
 
     def _gone(self, processes: list[psutil.Process]) -> None:
         _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_END)
@@ -266,7 +277,7 @@ def main() -> None:
             rehearsal.uninterrupted()
             run = rehearsal.begin_by_schedule()
             written = rehearsal.kill_in_capture()
-            rehearsal.kill_the_server()
+            rehearsal.kill_the_server(run)
             rehearsal.kill_in_training()
             rehearsal.retry(run)
             rehearsal.compare(written)
