@@ -141,7 +141,7 @@ class Board:
     def _places(self, client: SyncPrefectClient, here: Place) -> Iterator[Place]:
         yield here if self._of_task or here.flow_run_id is None else Place(flow_run_id=here.flow_run_id)
         flow_run_id = here.flow_run_id
-        with suppress(ObjectNotFound):  # a caller that somebody has deleted
+        with suppress(ObjectNotFound):  # a flow run that somebody has deleted
             while flow_run_id is not None:
                 caller = client.read_flow_run(flow_run_id).parent_task_run_id
                 flow_run_id = client.read_task_run(caller).flow_run_id if caller is not None else None
