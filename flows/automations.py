@@ -41,7 +41,7 @@ SHORTEST_SILENCE = 90
 """Three of the quickest heartbeats that Prefect sends."""
 FLOWS = (
     *("pack-corpus", "cache-teacher", "train-student", "rebalance", "distill", "report"),
-    *("import-targets", "replay-targets"),
+    *("import-targets", "replay-targets", "compare", "evaluate"),
 )
 """Names of all flows of this project: those of others on the same server are not touched."""
 
