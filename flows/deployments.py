@@ -15,7 +15,7 @@ import copy
 import importlib.resources
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from prefect import Flow
@@ -26,7 +26,7 @@ from pydantic_core import CoreSchema
 
 from ddk.errors import UserError
 from flows import stages
-from flows.config import load_config
+from flows.config import Config, load_config
 from tasks.orphans import end_with_parent
 
 
@@ -77,7 +77,15 @@ def deployable(stage: Flow[..., Any]) -> Flow[..., Any]:
     flow.__module__ = __name__  # an entrypoint is made of module and name
     flow.on_running_hooks = [*flow.on_running_hooks, end_with_worker]
     flow.description = (flow.description or "").partition("\n\n")[0]
+    flow.__doc__ = _documented(flow.description, signature.parameters)
     return flow
+
+
+def _documented(description: str, parameters: Iterable[str]) -> str:
+    """A docstring from which Prefect takes what its form says of a section."""
+    said = {name: field.description or "" for name, field in Config.model_fields.items()} | stages.OPTIONS
+    lines = [f"    {name}: {' '.join(said[name].split())}" for name in parameters]
+    return "\n".join([description, "", "Args:", *lines])
 
 
 def end_with_worker(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

@@ -44,8 +44,13 @@ from tasks.train_student import (
     update_mixture,
 )
 
-Force = Annotated[bool, Field(description="Make it again beside what is there, instead of going on with that.")]
-Part = Annotated[int, Field(ge=1, description="Of several runs that capture together: which one this is.")]
+OPTIONS = {
+    "force": "Make it again beside what is there, instead of going on with that.",
+    "part": "Of several runs that capture together: which one this is.",
+}
+"""What the form says of parameters that are no section of the configuration."""
+Force = Annotated[bool, Field(description=OPTIONS["force"])]
+Part = Annotated[int, Field(ge=1, description=OPTIONS["part"])]
 
 
 def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[..., Any]], Flow[..., Any]]:

@@ -145,6 +145,8 @@ def test_the_form_says_what_a_field_is(deployed: Deployed) -> None:
     for name in ("pack-corpus", "distill"):
         schema = deployed[name].parameter_openapi_schema
         assert schema is not None
+        undescribed = [field for field, of in schema["properties"].items() if not of.get("description")]
+        assert undescribed == []
         definitions = schema["definitions"]
         assert {"TeacherConfig", "DomainConfig", "PackingConfig"} <= set(definitions)
         for title, definition in definitions.items():
