@@ -6,6 +6,7 @@
                    checkpoints/    see storage.checkpoints
                    metrics/        a file an interval: loss, speed and share of waiting, step by step
                    tensorboard/    the same and the gaps as TensorBoard reads it; see tasks.tracking_tensorboard
+                   tracking.json   by which services outside know the run
                    student/        the final model, an ordinary Hugging Face folder
                    report/         what a person looks at
                    summary.json    written last: the run is complete
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,6 +82,16 @@ class RunFolder:
         """The resolved configuration; None where the run has not begun."""
         content = uri.read_json(uri.join(self.url, "config.json"))
         return dict(content) if content is not None else None
+
+    def tracking_id(self) -> str:
+        """By which services outside know this run: 16 hexadecimal digits, made when they are first asked for.
+
+        They lie in the folder, so that a run that is begun anew where another one was removed is another run.
+        """
+        place = uri.join(self.url, "tracking.json")
+        if uri.read_json(place) is None:
+            uri.create_json(place, {"id": uuid.uuid4().hex[:16]})
+        return str((uri.read_json(place) or {})["id"])
 
     def write_metrics(self, first_step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Measurements of the steps of one interval, which begins after `first_step` steps."""

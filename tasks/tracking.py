@@ -15,7 +15,6 @@ measures is passed on by it. A service that fails never stops the training.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -257,11 +256,6 @@ class _Guarded:
             reason = " ".join(str(error).split())[:300]
             logger.warning("tracking: %s failed (%s); the training goes on without it", self._tracker.name, reason)
         self._warned = True
-
-
-def stable_id(folder: RunFolder) -> str:
-    """By which a service knows the run: the same whenever, and from wherever, it goes on."""
-    return hashlib.sha256(folder.url.encode()).hexdigest()[:16]
 
 
 def open_tracking(config: TrackingConfig, folder: RunFolder, run_config: Mapping[str, Any], gamma: float) -> Tracking:

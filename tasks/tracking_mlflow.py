@@ -1,4 +1,4 @@
-"""A run in MLflow, found again by a tag that follows from the run's URL; further tags say how far it is.
+"""A run in MLflow, found again by a tag with the id that lies in the run's folder; further tags say how far it is.
 
 Each request holds whole steps and, in the same batch, the tags that say so. What a batch that broke off has written is
 sent again with the same timestamps, which MLflow keeps once.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ddk.errors import UserError
 from storage.runs import RunFolder
 from tasks.progress import logger
-from tasks.tracking import Point, RunPoints, stable_id
+from tasks.tracking import Point, RunPoints
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,7 +96,7 @@ class MlflowTracker:
     def _find_or_create(self, client: MlflowClient) -> Run:
         experiment = client.get_experiment_by_name(self._experiment)
         place = experiment.experiment_id if experiment else client.create_experiment(self._experiment)
-        key = stable_id(self._folder)
+        key = self._folder.tracking_id()
         found = client.search_runs([place], f"tags.`{_ID}` = '{key}'", max_results=1)
         if not found:
             return client.create_run(place, tags={_ID: key, "ddk.url": self._folder.url}, run_name=self._folder.name)

@@ -25,6 +25,8 @@ _PREFIX = "events.out.tfevents"
 
 
 class TensorBoardTracker:
+    """Writes the files that the folder lacks."""
+
     name = "TensorBoard"
 
     def __init__(self, folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""A run at Weights & Biases, under an id that follows from the run's URL: whoever goes on with the run goes on there.
+"""A run at Weights & Biases, under an id that lies in the run's folder: whoever goes on with the run goes on there.
 
 How far it is stands in its own summary, which the service hands back when the run is resumed. With WANDB_MODE=offline
 nobody hands anything back; then `<run>/wandb.json` says it, and each process leaves a folder for `wandb sync`, which
@@ -17,7 +17,7 @@ from ddk.errors import UserError
 from storage.runs import RunFolder
 from storage.uri import is_local, join, open_fs, read_json, write_json
 from tasks.progress import logger
-from tasks.tracking import RunPoints, stable_id
+from tasks.tracking import RunPoints
 
 SECONDS_UNTIL_WRITTEN = 30.0
 """Offline the client writes its log every 15 s (measured); what it has not written goes with a killed process."""
@@ -120,7 +120,7 @@ class WandbTracker:
             run = wandb.init(
                 project=self._project,
                 entity=self._entity,
-                id=stable_id(self._folder),
+                id=self._folder.tracking_id(),
                 name=self._folder.name,
                 resume="allow",
                 config=dict(self._config),

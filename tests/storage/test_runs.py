@@ -72,6 +72,26 @@ def test_metrics_come_in_the_order_of_the_steps(run: RunFolder) -> None:
     assert run.metrics() == rows[:60] + rows[100:]
 
 
+def test_intervals_are_found_and_read_one_by_one(run: RunFolder, place: str) -> None:
+    assert run.measured_intervals() == []
+    assert run.interval_metrics(5) == []
+    for first in (100_000_000, 5, 0):
+        run.write_metrics(first, [{"step": first + 1}])
+    uri.write_bytes(f"{place}/runs/first/metrics/notes.txt", b"somebody's")
+    assert run.measured_intervals() == [0, 5, 100_000_000]
+    assert run.interval_metrics(5) == [{"step": 6}]
+    assert [row["step"] for row in run.metrics()] == [1, 6, 100_000_001]
+
+
+def test_services_know_the_run_by_an_id_that_stays(run: RunFolder, place: str) -> None:
+    known = run.tracking_id()
+    assert len(known) == 16
+    assert RunFolder(place, "first").tracking_id() == known
+    assert RunFolder(place, "second").tracking_id() != known
+    uri.remove_tree(run.url)
+    assert run.tracking_id() != known, "begun anew"
+
+
 def test_the_summary_is_there_once_the_run_is_complete(run: RunFolder) -> None:
     run.claim(IDENTITY, {})
     assert run.summary() is None

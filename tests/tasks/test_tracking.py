@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from ddk.types import DomainGap, Mixture
 from storage.mixtures import MixtureHistory, make_record
 from storage.runs import RunFolder
 from tasks import tracking, tracking_wandb
-from tasks.tracking import RunPoints, Tracking, TrackingConfig, open_tracking, stable_id
+from tasks.tracking import RunPoints, Tracking, TrackingConfig, open_tracking
 from tasks.tracking_mlflow import flat
 
 GAMMA = 0.2
@@ -311,7 +312,7 @@ def test_wandb_goes_on_in_the_same_run_and_no_step_comes_twice(local_run: Run) -
     for folder in (first, second):
         (head,) = folder.of("run")
         assert (head["project"], head["entity"], head["display_name"]) == ("p", "team", "a")
-        assert head["run_id"] == stable_id(run.folder)
+        assert head["run_id"] == run.folder.tracking_id()
     assert first.of("run")[0]["config"]["update"]["train"] == CONFIG["train"]
     assert [folder.of("exit")[0]["exit_code"] for folder in (first, second)] == [1, 0]
 
@@ -505,6 +506,23 @@ def test_mlflow_goes_on_in_the_same_run_and_no_step_comes_twice(local_run: Run, 
     assert [(m.step, m.timestamp) for m in losses] == [(s, int(1000 * (START + 4 * s))) for s in range(1, 7)]
     ratios = client.get_metric_history(found.info.run_id, "gap/math/ratio")
     assert sorted((m.step, m.value) for m in ratios) == [(0, 3.0), (2, 2.8), (4, 2.6), (6, 2.4)]
+
+
+@with_mlflow
+def test_a_run_begun_anew_where_another_was_removed_is_another_run(local_run: Run, mlflow_uri: str) -> None:
+    from mlflow import MlflowClient
+
+    for ce in (4.0, 5.0):
+        follower = opened(local_run, mlflow_uri=mlflow_uri, mlflow_experiment="anew")
+        local_run.train(0, ce)
+        follower.update(2, trained_from=0)
+        follower.close(failed=False)
+        shutil.rmtree(local_run.folder.url)
+    client = MlflowClient(tracking_uri=mlflow_uri)
+    experiment = client.get_experiment_by_name("anew")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.metrics["train/ce"] for run in found) == pytest.approx([3.8, 4.8])
 
 
 @with_mlflow
