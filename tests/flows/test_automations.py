@@ -226,7 +226,7 @@ def test_a_run_that_died_becomes_crashed_and_no_other_does(
         "Running",
         "Running",
     )
-    for run in (alive, ended, foreign):
+    for run in (alive, foreign):  # on one that has ended Prefect may try, and refuses
         assert not [event for event in events_of(client, run.run.id) if "automation" in event]
 
     until(lambda: alive.state == "Crashed")  # now that it is silent as well
