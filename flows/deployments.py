@@ -17,9 +17,12 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import Flow
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Crashed
 from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -92,7 +95,16 @@ def end_with_worker(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) 
     """A run whose worker was killed is nobody's: it could not be cancelled any more, and would hold its GPU against the
     next worker's. It ends too, and says so."""
     if os.environ.get("PREFECT__FLOW_RUN_ID") == str(flow_run.id):
-        end_with_parent()
+        end_with_parent(seconds=12.0, last_words=lambda: say_that_it_crashed(flow_run.id))
+
+
+def say_that_it_crashed(run: UUID) -> None:
+    """Where Prefect's engine has not come to it, the run would be Running for ever. One that has ended stays so."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run).state
+        if state is not None and not state.is_final():
+            crashed = Crashed(message="Its worker was gone, and it did not end in time.")
+            client.set_flow_run_state(run, crashed, force=True)
 
 
 pack_corpus = deployable(stages.pack_corpus)

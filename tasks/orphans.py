@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 
 import psutil
@@ -106,9 +106,14 @@ def changed_environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def end_with_parent(seconds: float = 15.0) -> None:
+def end_with_parent(seconds: float = 15.0, last_words: Callable[[], object] = lambda: None) -> None:
     """From now on this process ends once the one that started it is gone: by SIGTERM, so that it can clear up and say
-    so, and `seconds` later in any case."""
+    so, and `seconds` later in any case.
+
+    Args:
+        last_words: called if it has not ended by then (an exception raised by a signal is lost where Python ignores
+            exceptions, and a busy machine may need longer), with as many seconds again; what it raises is ignored.
+    """
     parent = os.getppid()
 
     def watch() -> None:
@@ -116,7 +121,14 @@ def end_with_parent(seconds: float = 15.0) -> None:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(seconds)
+        saying = threading.Thread(target=say, daemon=True)
+        saying.start()
+        saying.join(seconds)
         os._exit(1)
+
+    def say() -> None:
+        with contextlib.suppress(Exception):
+            last_words()
 
     threading.Thread(target=watch, name="ddk-end-with-parent", daemon=True).start()
 

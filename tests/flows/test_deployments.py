@@ -22,11 +22,12 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import PrefectHTTPStatusError, SignatureMismatchError
+from prefect.states import Completed, Running
 from prefect.workers.process import ProcessWorker
 from small_run import Ddk, small_config, write_config
 
 from flows.config import Config, load_config
-from flows.deployments import DEPLOYABLE, configuration
+from flows.deployments import DEPLOYABLE, configuration, say_that_it_crashed
 
 POOLS = {
     "pack-corpus": "cpu",
@@ -223,6 +224,14 @@ def test_a_whole_section_replaces_one_field_and_nothing_else(deployed: Deployed)
     assert taken["mixture"].interval == 2
     assert taken["train"] == deployed.config.train
     deployed.client.delete_flow_run(run.id)
+
+
+def test_a_run_s_last_words_change_no_ending(deployed: Deployed) -> None:
+    run = deployed.start("report").id
+    for state, becomes in ((Running(), "Crashed"), (Completed(), "Completed")):
+        deployed.client.set_flow_run_state(run, state, force=True)
+        say_that_it_crashed(run)
+        assert deployed.client.read_flow_run(run).state_name == becomes
 
 
 def test_a_worker_finds_the_flow_and_runs_it(deployed: Deployed, tmp_path: Path) -> None:

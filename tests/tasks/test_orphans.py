@@ -196,7 +196,7 @@ said = pathlib.Path(sys.argv[1])
 class Terminated(BaseException): pass
 def terminate(*_): raise Terminated
 signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else terminate)
-end_with_parent(seconds=2.0)
+end_with_parent(2.0, lambda: said.write_text("last words"))
 said.write_text("running")
 try:
     time.sleep(600)
@@ -206,7 +206,7 @@ finally:
 WORKER = "import subprocess, sys; sys.exit(subprocess.Popen([sys.executable, *sys.argv[1:]]).wait())"
 
 
-@pytest.mark.parametrize(("hears", "leaves"), [("hears", "cleared up"), ("deaf", "running")])
+@pytest.mark.parametrize(("hears", "leaves"), [("hears", "cleared up"), ("deaf", "last words")])
 def test_a_process_ends_with_its_parent_in_order_where_it_can(hears: str, leaves: str, tmp_path: Path) -> None:
     said = tmp_path / "said"
     worker = subprocess.Popen([sys.executable, "-c", WORKER, "-c", FLOW, str(said), hears])
