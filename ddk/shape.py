@@ -18,6 +18,8 @@ import torch
 import transformers
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TRAINING = 3
+"""Forward and backward, in forward passes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,22 +59,22 @@ class ModelShape:
         """Weights of the output projection."""
         return self.rows * self.width
 
-    def forward_flops(self, seq_len: int) -> float:
+    def forward_flops(self, seq_len: int) -> int:
         """Of a position's forward pass in a sequence of so many."""
-        return 2.0 * self.products + self._attention_flops(seq_len)
+        return 2 * self.products + self._attention_flops(seq_len)
 
-    def train_flops(self, seq_len: int, *, recompute: bool = False) -> float:
+    def train_flops(self, seq_len: int, *, recompute: bool = False) -> int:
         """Of a position's forward and backward pass.
 
         Args:
             recompute: with activation checkpointing the layers run forward once more in the backward pass.
         """
-        again = 2.0 * (self.products - self.head) + self._attention_flops(seq_len) if recompute else 0.0
-        return 3.0 * self.forward_flops(seq_len) + again
+        again = 2 * (self.products - self.head) + self._attention_flops(seq_len) if recompute else 0
+        return TRAINING * self.forward_flops(seq_len) + again
 
-    def _attention_flops(self, seq_len: int) -> float:
+    def _attention_flops(self, seq_len: int) -> int:
         """Q·Kᵀ and its product with V: two operations each for every channel of every head."""
-        return 4.0 * self.layers * self.heads * self.head_width * seq_len
+        return 4 * self.layers * self.heads * self.head_width * seq_len
 
     def cache_bytes(self, item: int, ranks: int = 1) -> int:
         """Keys and values of one position, on each of the GPUs that share the heads (at least one head each).

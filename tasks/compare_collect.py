@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
+import transformers
+
+from ddk.errors import UserError
 from ddk.methods.registry import METHODS
+from ddk.shape import ModelShape, shape_of
 from ddk.types import SPLITS
 from storage import uri
 from storage.manifest import Manifest, read_manifest
@@ -15,7 +19,8 @@ from storage.paths import store_name
 from storage.runs import RunFolder
 from tasks.compare_data import CapturedStore, ComparedRun, ComparedVariant, Comparison, Status
 from tasks.finish_run import effective_settings
-from tasks.flops import ModelSize, model_size
+from tasks.models import local_folder
+from tasks.progress import logger
 from tasks.report_data import flat_settings
 
 # What names a run or says how it goes, and not what it is.
@@ -33,7 +38,7 @@ class Collector:
     def __init__(self, root: str, failures: Mapping[str, str]) -> None:
         self._root = root
         self._failures = failures
-        self._sizes = cache(model_size)
+        self._shapes = cache(_shape)
         self.stores: dict[str, CapturedStore] = {}
         self.configs: dict[str, dict[str, str]] = {}
         """The flat settings of every run that has begun, by its name."""
@@ -49,7 +54,9 @@ class Collector:
             return ComparedRun(status="missing", **common)
         self.configs[name] = dict(flat_settings(effective_settings(config)))
         status: Status = "unfinished" if summary is None else "complete"
-        teacher, student = (self._size(config[section]) for section in ("teacher", "student"))
+        teacher, student = (
+            self._shapes(config[section]["model"], config[section]["revision"]) for section in ("teacher", "student")
+        )
         seq_len = config["packing"]["seq_len"]
         teacher_flops = None if teacher is None else teacher.forward_flops(seq_len)
         done = summary or {}
@@ -66,9 +73,6 @@ class Collector:
             stores=tuple(self._targets(identity, teacher_flops)),
             **common,
         )
-
-    def _size(self, section: Mapping[str, Any]) -> ModelSize | None:
-        return self._sizes(section["model"], section["revision"])
 
     def _validation_positions(self, identity: Mapping[str, Any]) -> int | None:
         manifests = [self._manifest("blocks", domain, of["blocks"]) for domain, of in identity["stores"].items()]
@@ -131,6 +135,17 @@ def collect(
         settings=common,
         left_out=dict(left_out),
     )
+
+
+def _shape(model: str, revision: str | None) -> ModelShape | None:
+    """None where it cannot be had from the config (a server's model without a config here, a model with code of its
+    own): a report then says that the cost is not known."""
+    try:
+        folder = local_folder(model, revision, "model", weights=False)
+        return shape_of(transformers.AutoConfig.from_pretrained(folder))
+    except (UserError, OSError, ValueError, KeyError, AttributeError) as error:
+        logger.info("the cost of %s is not known: %s", model, str(error).partition("\n")[0])
+        return None
 
 
 def _teacher_of(config: Mapping[str, Any]) -> Literal["stored", "live", "unused"]:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ddk.shape import TRAINING
 from storage.mixtures import MixtureRecord
 from tasks.compare_statistics import Difference, Spread, paired_difference, spread
-from tasks.flops import TRAINING
 from tasks.report_data import Row
 
 FORMAT = 1

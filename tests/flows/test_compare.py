@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterParentFlowRunId
-from small_run import DOMAINS, Ddk, Finished, SmallRun, files_below, write_config
+from safetensors import safe_open
+from small_run import ASSETS, DOMAINS, Ddk, Finished, SmallRun, files_below, write_config
 
 from storage.mixtures import MixtureHistory
 from storage.runs import RunFolder
@@ -90,6 +91,15 @@ def test_a_variant_that_fails_is_said_and_loses_no_other(compared: Compared) -> 
     assert "2 of 6 runs failed" in page
 
 
+def matrices(role: str) -> int:
+    """Weights that a position is multiplied with; the embedding, which is tied, as the projection that it is too."""
+    shapes = []
+    for path in (ASSETS / role).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (no mapping)
+    return sum(rows * columns[0] for rows, *columns in shapes if columns)
+
+
 def test_the_report_says_what_the_runs_hold(compared: Compared) -> None:
     comparison = compared.comparison
     assert set(comparison.domains) == set(DOMAINS)
@@ -98,8 +108,8 @@ def test_the_report_says_what_the_runs_hold(compared: Compared) -> None:
             assert run.records == tuple(MixtureHistory(str(compared.root / "runs" / run.run)).records())
             assert run.tokens == 6 * 8 * 96
             assert run.validation_positions == 3 * 6 * 96
-            assert run.training_flops == 3 * run.tokens * (2 * 918_656 + 4 * 2 * 128 * 96)
-            assert run.teacher_forwards("stored") == run.tokens * (2 * 4_215_040 + 4 * 4 * 256 * 96)
+            assert run.training_flops == 3 * run.tokens * (2 * matrices("student") + 4 * 2 * 128 * 96)
+            assert run.teacher_forwards("stored") == run.tokens * (2 * matrices("teacher") + 4 * 4 * 256 * 96)
     with open(compared.folder / "runs.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] == "complete" and row["domain"]]
     assert len(rows) == 4 * 3
