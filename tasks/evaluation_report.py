@@ -21,9 +21,13 @@ from storage import uri
 from storage.evaluations import EvaluationFolder
 from storage.mixtures import MixtureHistory
 from storage.runs import RunFolder
+from tasks.artifacts import add_version, artifact_key
+from tasks.artifacts import table as as_artifact
 from tasks.benchmarks import COMPLETION, PRESETS, ROLES, headline
+from tasks.formats import UNKNOWN, ppl
 from tasks.local_benchmarks import FORMATS
 from tasks.report_data import Row, render_csv
+from tasks.report_page import environment as plain_environment
 
 NO_ROWS = "nothing has been evaluated yet"
 _ORDER = [*dict.fromkeys([*(benchmark.task for benchmark in PRESETS["paper"]), *FORMATS])]
@@ -177,7 +181,7 @@ def terminal_scores(rows: Sequence[Row]) -> Table:
 
 def score(value: float | None, decimals: int = 2) -> str:
     """0.12345 → '12.35'."""
-    return "–" if value is None else f"{100 * value:.{decimals}f}"
+    return UNKNOWN if value is None else f"{100 * value:.{decimals}f}"
 
 
 def questions(row: Row) -> str:
@@ -196,7 +200,7 @@ def _page(root: str, run: str) -> str:
 
 def _render(template: str, root: str, run: str) -> str:
     rows = evaluation_rows(EvaluationFolder(root, run).records())
-    ppl = perplexities(root, run)
+    measured = perplexities(root, run)
     benchmarks = [row for row in rows if row["shown"] and not row["task"].startswith(f"{COMPLETION}:")]
     return (
         _environment()
@@ -207,8 +211,8 @@ def _render(template: str, root: str, run: str) -> str:
             rows=rows,
             benchmarks=benchmarks,
             means=means(benchmarks),
-            completions=completion_rows(rows, ppl),
-            perplexities=ppl,
+            completions=completion_rows(rows, measured),
+            perplexities=measured,
             roles=ROLES,
             cut_short=any(row["questions"] < row["of"] for row in rows),
             unisolated=any(row["executed"] == "unisolated" for row in rows),
@@ -217,33 +221,34 @@ def _render(template: str, root: str, run: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tasks", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = plain_environment()
     environment.filters |= {"score": score, "questions": questions, "metric_name": metric_name, "ppl": _ppl}
     return environment
 
 
 def _ppl(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
+    return UNKNOWN if value is None else ppl(value)
 
 
 def _publish(run: str, rows: Sequence[Row]) -> None:
-    from prefect.artifacts import create_table_artifact
-    from prefect.context import FlowRunContext
-
-    from tasks.artifacts import artifact_key
-
-    if FlowRunContext.get() is None or not rows:
-        return
-    shown = ("task", "shots", "questions", "metric", *ROLES, "closed")
-    create_table_artifact(
-        table=[{name: row[name] for name in shown} for row in rows],
-        key=artifact_key(run, "evaluation"),
-        description="Benchmarks of the student before, the distilled student and the teacher",
-        _sync=True,  # type: ignore[call-arg]
-    )
+    """What is shown on the page, as a table in Prefect's UI; outside of a run nothing happens."""
+    shown = [row for row in rows if row["shown"]]
+    if shown:
+        add_version(
+            artifact_key(run, "evaluation"),
+            "table",
+            as_artifact(
+                [
+                    {
+                        "task": row["task"],
+                        "shots": str(row["shots"]),
+                        "questions": questions(row),
+                        "metric": metric_name(row),
+                        **{role: score(row[role]) for role in ROLES},
+                        "gap closed": score(row["closed"], 0),
+                    }
+                    for row in shown
+                ]
+            ),
+            "Benchmarks of the student before, the distilled student and the teacher, in %",
+        )

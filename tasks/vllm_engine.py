@@ -1,4 +1,4 @@
-"""A vLLM engine of our own, and the processes that it consists of: what the two teachers that start one share."""
+"""A vLLM engine of our own, and the processes that it consists of: what all that start one share."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ class Engine:
 
     Args:
         config: what to run.
-        seq_len: longest prompt; the engine makes room for one generated token behind it.
-        settings: of vLLM's `LLM`, besides those that every capture has.
+        settings: of vLLM's `LLM`, besides those that follow from the configuration.
     """
 
-    def __init__(self, config: TeacherConfig, *, seq_len: int, **settings: Any) -> None:
+    def __init__(self, config: TeacherConfig, **settings: Any) -> None:
         self.llm: Any = None
         self._processes = Descendants()
         try:
@@ -33,14 +32,10 @@ class Engine:
                 self.llm = LLM(
                     model=config.model,
                     revision=config.revision,
-                    skip_tokenizer_init=True,
                     dtype=resolved_dtype(config),
                     quantization=config.quantization,
-                    max_model_len=seq_len + 1,
-                    max_num_seqs=config.shard_blocks,
                     enable_chunked_prefill=True,
                     enable_prefix_caching=False,
-                    enable_lora=False,
                     tensor_parallel_size=config.tensor_parallel_size,
                     gpu_memory_utilization=config.gpu_memory_utilization,
                     enforce_eager=not on_gpu(),
@@ -48,12 +43,28 @@ class Engine:
                     trust_remote_code=config.trust_remote_code,
                     use_tqdm_on_load=False,
                     disable_log_stats=True,
-                    seed=0,
                     **settings,
                 )
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def for_capture(cls, config: TeacherConfig, *, seq_len: int, **settings: Any) -> Engine:
+        """One that reads token ids alone.
+
+        Args:
+            seq_len: longest prompt; the engine makes room for one generated token behind it.
+        """
+        return cls(
+            config,
+            skip_tokenizer_init=True,
+            max_model_len=seq_len + 1,
+            max_num_seqs=config.shard_blocks,
+            enable_lora=False,
+            seed=0,
+            **settings,
+        )
 
     def close(self) -> None:
         """Harmless when called twice, and where vLLM does not manage to end them itself."""

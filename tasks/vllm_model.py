@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tasks.harness_model import HarnessModel, Prompt, Scored
-from tasks.orphans import Descendants
-from tasks.teacher import TeacherConfig, model_rows, on_gpu, resolved_dtype
-from tasks.vllm_engine import engine_environment
+from tasks.teacher import TeacherConfig, model_rows
+from tasks.vllm_engine import Engine
 from tasks.vllm_portable import LOGITS_BYTES
 
 AT_ONCE = 4096
@@ -38,43 +37,14 @@ class VllmModel(HarnessModel):
         super().__init__(tokenizer, trust_remote_code=config.trust_remote_code, on_progress=on_progress)
         # Prompt log-probabilities make the logits of a step whole, outside what the engine reserves memory for.
         step = min(config.max_batch_tokens, LOGITS_BYTES // (4 * (model_rows(config) or self.vocab_size)))
-        self._llm: Any = None
-        self._processes = Descendants()
-        try:
-            with engine_environment(config), self._processes.marked():
-                from vllm import LLM
-
-                self._llm = LLM(
-                    model=config.model,
-                    tokenizer=tokenizer,
-                    dtype=resolved_dtype(config),
-                    quantization=config.quantization,
-                    max_num_batched_tokens=max(128, step),
-                    logprobs_mode="raw_logprobs",
-                    enable_chunked_prefill=True,
-                    enable_prefix_caching=False,
-                    tensor_parallel_size=config.tensor_parallel_size,
-                    gpu_memory_utilization=config.gpu_memory_utilization,
-                    enforce_eager=not on_gpu(),
-                    load_format="safetensors",
-                    trust_remote_code=config.trust_remote_code,
-                    use_tqdm_on_load=False,
-                    disable_log_stats=True,
-                    seed=seed,
-                )
-        except BaseException:
-            self.close()
-            raise
-        self.max_length = int(self._llm.llm_engine.model_config.max_model_len)
+        self._engine = Engine(
+            config, tokenizer=tokenizer, max_num_batched_tokens=max(128, step), logprobs_mode="raw_logprobs", seed=seed
+        )
+        self.max_length = int(self._engine.llm.llm_engine.model_config.max_model_len)
         self.judged_length = self.max_length - 1  # the engine wants room for one token behind the prompt
 
     def close(self) -> None:
-        llm, self._llm = self._llm, None
-        try:
-            if llm is not None:
-                llm.llm_engine.engine_core.shutdown()
-        finally:
-            self._processes.close()
+        self._engine.close()
 
     def judge(self, asked: Sequence[Scored]) -> list[tuple[float, bool]]:
         from vllm import SamplingParams
@@ -100,7 +70,7 @@ class VllmModel(HarnessModel):
     def _run(self, prompts: Sequence[tuple[int, ...]], parameters: Sequence[Any]) -> Iterator[Any]:
         for first in range(0, len(prompts), AT_ONCE):
             batch = [{"prompt_token_ids": list(tokens)} for tokens in prompts[first : first + AT_ONCE]]
-            yield from self._llm.generate(batch, list(parameters[first : first + AT_ONCE]), use_tqdm=False)
+            yield from self._engine.llm.generate(batch, list(parameters[first : first + AT_ONCE]), use_tqdm=False)
             self.on_progress(len(batch))
 
 

@@ -101,7 +101,7 @@ class PortableTeacher:
     def _start(self) -> None:
         warn_of_padding("prompt_logprobs", self.vocab_size, self._rows)
         step = min(self.config.max_batch_tokens, LOGITS_BYTES // (4 * self._rows))
-        self._engine = Engine(
+        self._engine = Engine.for_capture(
             self.config,
             seq_len=self.seq_len,
             max_num_batched_tokens=step,

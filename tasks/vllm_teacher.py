@@ -56,7 +56,7 @@ class VllmTeacher:
         return self
 
     def _start(self) -> None:
-        self._engine = Engine(
+        self._engine = Engine.for_capture(
             self.config,
             seq_len=self.seq_len,
             max_num_batched_tokens=self.batch_tokens,
