@@ -511,8 +511,8 @@ def _show_result(config: Any, command: str) -> None:
     from rich.console import Console
 
     from storage.runs import RunFolder
-    from tasks.finish_run import interval_records
     from tasks.report_page import mixture_path, terminal_table
+    from tasks.run_summary import interval_records
 
     folder = RunFolder(config.root, config.run)
     records = interval_records(folder)

@@ -28,8 +28,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from ddk.errors import UserError
+from flows import evaluate as evaluating
 from flows import stages
 from flows.config import Config, load_config
+from tasks.benchmarks import EvaluationConfig
 from tasks.orphans import end_with_parent
 
 
@@ -103,7 +105,7 @@ def say_that_it_crashed(run: UUID) -> None:
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(run).state
         if state is not None and not state.is_final():
-            crashed = Crashed(message="Its worker was gone, and it did not end in time.")
+            crashed: State[Any] = Crashed(message="Its worker was gone, and it did not end in time.")
             client.set_flow_run_state(run, crashed, force=True)
 
 
@@ -113,6 +115,7 @@ train_student = deployable(stages.train_student)
 rebalance = deployable(stages.rebalance)
 distill = deployable(stages.distill)
 report = deployable(stages.report)
+evaluate = deployable(evaluating.evaluate)
 
 DEPLOYABLE: Mapping[str, Flow[..., Any]] = {
     "pack-corpus": pack_corpus,
@@ -121,6 +124,7 @@ DEPLOYABLE: Mapping[str, Flow[..., Any]] = {
     "rebalance": rebalance,
     "distill": distill,
     "report": report,
+    "evaluate": evaluate,
 }
 """By the name of the deployment, which is the flow's."""
 
@@ -135,19 +139,24 @@ def configuration(config: str = "", root: str = "") -> dict[str, Any]:
 
     Returns:
         Every section as plain data, every field spelt out: a later version with other defaults changes nothing of
-        what is deployed, and the form of a run is filled in.
+        what is deployed, and the form of a run is filled in. Besides `evaluation`, what `ddk eval` asks for where it
+        is told nothing.
 
     Raises:
         SystemExit: the file is not there, or a field is wrong. (Of any other error Prefect shows three tracebacks.)
     """
     try:
-        if config:
-            return load_config(config, (), root or None).model_dump(mode="json")
         with importlib.resources.as_file(importlib.resources.files("flows.presets")) as presets:
-            path = os.path.join(presets, "quickstart.yaml")
-            return load_config(path, (), root or "quickstart-run").model_dump(mode="json")
+            path = config or os.path.join(presets, "quickstart.yaml")
+            loaded = load_config(path, (), root or (None if config else "quickstart-run"))
+        return parameters(loaded)
     except UserError as error:
         raise SystemExit(f"ddk: {error}") from None
+
+
+def parameters(config: Config) -> dict[str, Any]:
+    """What the stages take, as plain data."""
+    return {**config.model_dump(mode="json"), "evaluation": EvaluationConfig().model_dump(mode="json")}
 
 
 def parameters_for(flow: Flow[..., Any], sections: Mapping[str, Any]) -> dict[str, Any]:

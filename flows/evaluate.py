@@ -16,10 +16,13 @@ from ddk.errors import UserError
 from ddk.student import StudentConfig
 from storage.corpus import DomainConfig
 from storage.evaluations import EvaluationFolder
+from storage.mixtures import MixtureHistory
+from storage.runs import RunFolder
 from storage.uri import absolute
 from tasks.benchmark_models import evaluated_models, require_harness
 from tasks.benchmarks import EvaluationConfig, wanted_benchmarks
 from tasks.completions import Completion, draw_completions
+from tasks.finish_run import report_run
 from tasks.local_benchmarks import DataFolder
 from tasks.storage_block import use_storage_block
 from tasks.teacher import TeacherConfig
@@ -39,7 +42,7 @@ def evaluate(
     evaluation: EvaluationConfig,
     storage_block: str | None = None,
 ) -> dict[str, Any]:
-    """Put a run's models to benchmarks, and write the page that shows them.
+    """Put a run's models to benchmarks, and write the page that shows them; the run's report shows them too.
 
     Returns:
         `{"models": [...], "report": {name: URL}}`: what each model was asked, and the page's files.
@@ -69,7 +72,10 @@ def evaluate(
         )
         asked = Evaluation(measures, EvaluationFolder(root, run), evaluation)
         done = [evaluate_model(asked, model) for model in models]
-    return {"models": done, "report": report_evaluation(root, run)}
+    urls = report_evaluation(root, run)
+    if MixtureHistory(RunFolder(root, run).url).records():
+        report_run(root, run)  # its page has the scores too
+    return {"models": done, "report": urls}
 
 
 def evaluation_config(*, tasks: str | None, data: str | None, models: str, **further: Any) -> EvaluationConfig:

@@ -13,7 +13,7 @@ from prefect.runner import Runner
 from prefect.types.entrypoint import EntrypointType
 
 from flows.config import Config
-from flows.deployments import DEPLOYABLE, parameters_for
+from flows.deployments import DEPLOYABLE, parameters, parameters_for
 
 NAME = "dev"
 """Of the deployments: `distill/dev` stands beside the `distill/distill` of prefect.yaml, and never replaces it."""
@@ -35,7 +35,7 @@ def serve(config: Config, say: Callable[[str], None]) -> None:
     Args:
         say: prints one line, once the deployments are there.
     """
-    sections = config.model_dump(mode="json")
+    sections = parameters(config)
     runner = _Runner()
     for flow in DEPLOYABLE.values():
         deployment = RunnerDeployment.from_flow(

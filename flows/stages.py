@@ -46,6 +46,7 @@ from tasks.train_student import (
 
 OPTIONS = {
     "force": "Make it again beside what is there, instead of going on with that.",
+    "evaluation": "Benchmarks, and how they are asked.",
     "part": "Of several runs that capture together: which one this is.",
 }
 """What the form says of parameters that are no section of the configuration."""

@@ -18,10 +18,10 @@ from storage.mixtures import MixtureHistory
 from storage.paths import store_name
 from storage.runs import RunFolder
 from tasks.compare_data import CapturedStore, ComparedRun, ComparedVariant, Comparison, Status
-from tasks.finish_run import effective_settings
 from tasks.models import local_folder
 from tasks.progress import logger
 from tasks.report_data import flat_settings
+from tasks.run_summary import effective_settings
 
 # What names a run or says how it goes, and not what it is.
 _NOT_COMPARED = ("run", "root", "seed", "method", "storage_block", "train.keep_checkpoints", "train.log_every")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from storage import uri
 from tasks.report_data import IntervalRecord, RunSummary, gap_table, plain, render_csv, render_rows
 from tasks.report_page import render_page
@@ -19,7 +21,9 @@ REPORT_FORMAT = 1
 """Version of report.json; raised when a name in it changes its meaning."""
 
 
-def write_report(summary: RunSummary, records: Sequence[IntervalRecord], folder_url: str) -> dict[str, str]:
+def write_report(
+    summary: RunSummary, records: Sequence[IntervalRecord], folder_url: str, evaluation: Markup | None = None
+) -> dict[str, str]:
     """Write `index.html`, `ratio.png`, `mixture.png`, `gap.csv` and `report.json` below `folder_url`.
 
     Where domains have paths also `rollup.csv`, with a row for each domain above the leaves; and where there are more
@@ -27,13 +31,16 @@ def write_report(summary: RunSummary, records: Sequence[IntervalRecord], folder_
 
     Each file is written in one atomic step. Returns the URL of each by its name.
 
+    Args:
+        evaluation: `evaluation_section` of the run, which the page shows too.
+
     Raises:
         ValueError: as `report_data.domains_of`; nothing is written then.
         OSError: the folder cannot be written to.
     """
     rows, above, shown = render_rows(records), rollup_rows(records), overview(records)
     contents = {
-        "index.html": render_page(summary, records).encode(),
+        "index.html": render_page(summary, records, evaluation).encode(),
         "ratio.png": ratio_plot(shown),
         "mixture.png": mixture_plot(shown),
         "gap.csv": render_csv(rows).encode(),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import jinja2
+from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
@@ -33,8 +34,11 @@ from tasks.report_tree import overview, rollup_rows, tree_table, weakest
 __all__ = ["gap_table", "mixture_path", "render_csv", "render_page", "render_rows", "terminal_table"]
 
 
-def render_page(summary: RunSummary, records: Sequence[IntervalRecord]) -> str:
+def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluation: Markup | None = None) -> str:
     """The whole report as one HTML document, for a finished run or one still going.
+
+    Args:
+        evaluation: sections with the benchmarks' scores.
 
     Raises:
         ValueError: as `report_data.domains_of`.
@@ -44,6 +48,7 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord]) -> str:
     template = environment().get_template("report.html.j2")
     return template.render(
         run=summary,
+        evaluation=evaluation,
         settings=list(flat_settings(summary.settings)),
         table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
         leaves=leaves,

@@ -24,15 +24,13 @@ from tasks.report_data import IntervalRecord, RunSummary, gap_table, worst_domai
 from tasks.report_page import data_uri
 from tasks.report_plots import mixture_plot, ratio_plot
 from tasks.report_tree import overview
+from tasks.run_summary import interval_records, summarise
 
 
 def publish_measurement(folder: RunFolder) -> None:
     """Show the newest record of a run's mixture history; to be called in a task, once for each record."""
     if current_place() is None:
         return
-    # It imports the training, which calls this.
-    from tasks.finish_run import interval_records, summarise
-
     with showing(f"the gap of run '{folder.name}'"):
         records = interval_records(folder)
         add_version(

@@ -28,6 +28,7 @@ from small_run import Ddk, small_config, write_config
 
 from flows.config import Config, load_config
 from flows.deployments import DEPLOYABLE, configuration, say_that_it_crashed
+from tasks.benchmarks import EvaluationConfig
 
 POOLS = {
     "pack-corpus": "cpu",
@@ -36,6 +37,7 @@ POOLS = {
     "rebalance": "cpu",
     "distill": "gpu",
     "report": "cpu",
+    "evaluate": "gpu",
 }
 STORE_PARAMETERS = {"root", "domains", "teacher", "packing", "storage_block"}
 YAML = Path(__file__).parents[2] / "prefect.yaml"
@@ -141,16 +143,18 @@ def test_parameters_are_the_configuration_with_every_field_spelt_out(deployed: D
     for name in ("pack-corpus", "cache-teacher"):
         assert deployed[name].parameters == {key: everything[key] for key in STORE_PARAMETERS}
     assert deployed["report"].parameters == {key: everything[key] for key in ("run", "root", "storage_block")}
+    asked = {key: everything[key] for key in ("run", "root", "storage_block", "domains", "teacher", "student")}
+    assert deployed["evaluate"].parameters == {**asked, "evaluation": EvaluationConfig().model_dump(mode="json")}
 
 
 def test_the_form_says_what_a_field_is(deployed: Deployed) -> None:
-    for name in ("pack-corpus", "distill"):
+    for name in ("pack-corpus", "distill", "evaluate"):
         schema = deployed[name].parameter_openapi_schema
         assert schema is not None
         undescribed = [field for field, of in schema["properties"].items() if not of.get("description")]
         assert undescribed == []
         definitions = schema["definitions"]
-        assert {"TeacherConfig", "DomainConfig", "PackingConfig"} <= set(definitions)
+        assert {"TeacherConfig", "DomainConfig"} <= set(definitions)
         for title, definition in definitions.items():
             assert all(field.get("description") for field in definition["properties"].values()), title
             assert definition["additionalProperties"] is False, title
