@@ -1,0 +1,106 @@
+"""What the commands share: the application, the options that recur, and how a flow is run from a terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+# Everything heavy (torch, vLLM, Prefect) is imported inside the commands: `ddk --help` answers at once.
+
+app = typer.Typer(
+    name="ddk",
+    help="Distil a large language model into a small one, domain by domain.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Replace one field of the file; may be repeated."),
+]
+Root = Annotated[str | None, typer.Option("--root", help="Store everything here instead of the file's `root`.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Make it again where it is complete, beside what is there and never over it.")
+]
+Run = Annotated[str | None, typer.Option("--run", help="Name the run so, instead of the file's `run`.")]
+
+
+class FlowInterruptedError(Exception):
+    """Somebody pressed Ctrl-C while a flow ran."""
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and the logs of Prefect and vLLM.")] = False,
+) -> None:
+    set_up(debug)
+
+
+def load(path: str, overrides: list[str] | None, root: str | None, run: str | None) -> Any:
+    from flows.config import load_config
+
+    return load_config(path, overrides or (), root, run)
+
+
+def run_flow(name: str, config: Any, module: str = "flows.stages", **options: Any) -> Any:
+    """Run one flow with those of the configuration's sections that it takes, and further parameters."""
+    import importlib
+    import inspect as introspection
+
+    from flows import stages
+
+    flow = getattr(importlib.import_module(module), name)
+    parameters = stages.flow_parameters(config)
+    taken = introspection.signature(flow.fn).parameters
+    return interruptible(lambda: flow(**{key: value for key, value in parameters.items() if key in taken}, **options))
+
+
+def interruptible(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except KeyboardInterrupt:
+        raise FlowInterruptedError from None  # typer would end the process at once, without a word
+
+
+def command() -> str:
+    """How this very command is called from here: `ddk` where it is on the PATH, else e.g. `.venv/bin/ddk`."""
+    called = sys.argv[0]
+    if os.path.basename(called) != "ddk" or shutil.which("ddk") is not None:
+        return "ddk"
+    return os.path.relpath(called)
+
+
+def say(line: str) -> None:
+    typer.echo(line)
+
+
+def set_up(debug: bool) -> None:
+    """Before anything heavy is imported: no outside calls, quiet libraries, our own log on stderr."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "ddk")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not debug:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_LOGS", "-all")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("ddk")
+    ours.addHandler(handler)
+    ours.setLevel(logging.DEBUG if debug else logging.INFO)

@@ -1,0 +1,139 @@
+"""Commands that judge what came out: benchmarks, and methods beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from flows.commands.app import ConfigPath, Overrides, Root, Run, app, interruptible, load, run_flow, say
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigPath,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="A,B@5,…", help="lm-evaluation-harness's tasks; @ sets the worked examples."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="'paper', 'paper-5shot', 'code', or 'local': all of --data.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FOLDER", help="Files of questions; the rest comes from the hub.")
+    ] = None,
+    models: Annotated[str, typer.Option("--models", help="Which of the three.")] = "before,student,teacher",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions a task, to try it out.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Execute programs that models wrote, in a sandbox.")
+    ] = False,
+    allow_unisolated: Annotated[
+        bool, typer.Option("--allow-code-unisolated", help="Execute them where no sandbox is to be had. Dangerous.")
+    ] = False,
+    backend: Annotated[str, typer.Option("--backend", help="'auto', 'hf' or 'vllm'.")] = "auto",
+    overrides: Overrides = None,
+    root: Root = None,
+    run: Run = None,
+) -> None:
+    """Put the student before, the distilled student and the teacher to benchmarks.
+
+    What was answered before, here or in another run of the same root, is not asked again.
+    """
+    # tqdm reads it when it is first imported; the harness has a bar for every one of its loops.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    loaded = load(config, overrides, root, run)
+    from flows.evaluate import evaluation_config, show_scores
+
+    evaluation = evaluation_config(
+        tasks=tasks,
+        preset=preset,
+        data=data,
+        models=models,
+        limit=limit,
+        allow_code="unisolated" if allow_unisolated else "isolated" if allow_code else "no",
+        backend=backend,
+    )
+    done = run_flow("evaluate", loaded, module="flows.evaluate", evaluation=evaluation)
+    show_scores(loaded, done["report"], say)
+
+
+@app.command()
+def compare(
+    config: ConfigPath,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="A,B,…", help="By default all that need no live teacher.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,…")] = "0,1,2",
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="SECTION.FIELD=V,V,…", help="A variant for each value; may be repeated."),
+    ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="'NAME: FIELD=V; FIELD=V'", help="One by hand; may be repeated."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="NAME", help="Take differences from it; by default ddk."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the comparison; by default the file's `run`.")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is there.")] = False,
+    overrides: Overrides = None,
+    root: Root = None,
+) -> None:
+    """Run several methods and seeds on one teacher cache, and report how they differ; goes on where it stopped.
+
+    Exits with 1 where runs have failed; the others are compared all the same.
+    """
+    from flows import compare as comparing
+    from flows.variants import request, whole_numbers
+    from tasks.compare_report import write_comparison
+    from tasks.storage_block import use_storage_block
+
+    loaded = load(config, overrides, root, None)
+    asked = request(
+        loaded,
+        os.path.dirname(os.path.abspath(config)),
+        name=name,
+        methods=[method.strip() for method in methods.split(",")] if methods else (),
+        seeds=whole_numbers(seeds, "--seeds"),
+        sweeps=sweeps or (),
+        variants=variants or (),
+        baseline=baseline,
+    )
+    if report_only:
+        use_storage_block(loaded.storage_block)
+        write_comparison(loaded.root, comparing.found(loaded, asked, comparing.refusals(loaded, asked)))
+    else:
+        with contextlib.suppress(comparing.SomeRunsFailedError):
+            interruptible(lambda: comparing.compare(config=loaded, request=asked))
+    if not _show_comparison(loaded.root, asked.name):
+        raise typer.Exit(1)
+
+
+def _show_comparison(root: str, name: str) -> bool:
+    """The table, what failed, and where the report lies. Returns whether nothing failed."""
+    from rich.console import Console
+
+    from storage import uri
+    from tasks.compare_page import in_words, terminal_comparison
+    from tasks.compare_report import DATA, comparison_url, read_comparison
+
+    folder = comparison_url(root, name)
+    comparison = read_comparison(uri.join(folder, DATA))
+    Console(width=None if sys.stdout.isatty() else 200).print(terminal_comparison(comparison))
+    for sentence in in_words(comparison):
+        say(sentence)
+    reasons: dict[str, list[str]] = {}
+    for run in comparison.failed:
+        reasons.setdefault(run.reason or "", []).append(run.run)
+    for reason, runs in reasons.items():
+        say(f"failed    {', '.join(runs)}: {reason}")
+    waiting = [run.run for run in comparison.runs if run.status in ("unfinished", "missing")]
+    if waiting:
+        say(f"waiting   {', '.join(waiting)}")
+    say(f"report    {folder}/index.html")
+    return not reasons

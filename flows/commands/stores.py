@@ -1,0 +1,89 @@
+"""Commands for stores as such: taking over, giving away, looking in, checking."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flows.commands.app import ConfigPath, Overrides, Root, app, load, run_flow, say
+
+
+@app.command("import")
+def import_caches(
+    config: ConfigPath,
+    domains: Annotated[
+        list[str] | None, typer.Option("--domain", metavar="NAME", help="Only this domain; may be repeated.")
+    ] = None,
+    overrides: Overrides = None,
+    root: Root = None,
+) -> None:
+    """Make stores of domains whose files hold a teacher's predictions already (targets: topk or distillkit).
+
+    These are `pack` and `cache` for these domains alone; no engine is started, and teacher.model is read for its
+    tokenizer only.
+    """
+    loaded = load(config, overrides, root, None)
+    from flows.exchange import imported_only
+
+    for done in run_flow("import_caches", imported_only(loaded, domains or ()), module="flows.exchange"):
+        say(
+            f"{done['domain']}: {done['shards_written']} shards written, teacher perplexity "
+            f"{done['teacher_ppl']:.3f}, {100 * done['retained_mass']:.2f}% of its probability kept  {done['url']}"
+        )
+
+
+@app.command()
+def export(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of a targets store (<root>/targets/…/<domain>.zarr).")],
+    folder: Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL for the Parquet files.")],
+    row_format: Annotated[
+        str, typer.Option("--format", help="'topk' (plain lists) or 'distillkit' (its bytes).")
+    ] = "topk",
+    config: Annotated[
+        str, typer.Option("--config", help="Of distillkit: 'k50', 'k128' or a compression_config.yaml.")
+    ] = "k50",
+    split: Annotated[str, typer.Option("--split", help="'train' or 'validation'.")] = "train",
+) -> None:
+    """Write a targets store and its blocks as Parquet files with a card; goes on where it stopped."""
+    from flows.exchange import export_targets
+
+    export_targets(url, folder, row_format=row_format, config=config, split=split, say=say)
+
+
+@app.command()
+def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr) or of a run.")]) -> None:
+    """Say what a store or a run holds: dimensions, blocks, bytes, inputs."""
+    from flows.inspect import describe
+
+    for line in describe(url):
+        say(line)
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr), or of a root with many.")],
+    fast: Annotated[bool, typer.Option("--fast", help="Only that objects are there, with the right size.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Mark damaged shards to be made again.")] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option("--replay", metavar="CONFIG", help="Besides, capture a sample again with this file's teacher."),
+    ] = None,
+    blocks: Annotated[int, typer.Option("--blocks", min=2, help="With --replay: how many of each store.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With --replay: which ones.")] = 0,
+    overrides: Overrides = None,
+    root: Root = None,
+) -> None:
+    """Read every byte of a store and name what is damaged; exits with 1 where something is.
+
+    With --repair the damaged shards are taken out, so that the next `ddk pack` or `ddk cache` makes these again and
+    no others. With --replay the live teacher says whether the numbers are its own.
+    """
+    from flows.verify import replay_all, verify_all
+
+    if not verify_all(url, full=not fast, repair=repair, say=say):
+        raise typer.Exit(1)
+    if replay is not None:
+        config = load(replay, overrides, root, None)
+        if not replay_all(url, config, blocks=blocks, seed=seed, repair=repair, say=say):
+            raise typer.Exit(1)
