@@ -1,13 +1,17 @@
 """Our own numbers: the paper's methods, and ways to keep a teacher, on the quickstart's models and corpora.
 
-    make bench-methods                                   both parts, an hour or two on two idle cores
+    make bench-methods                                   all parts, about four hours on two idle cores
     .venv/bin/python benchmarks/bench_methods.py --part methods
 
-Two comparisons, each by `ddk compare` on one configuration, with equal tokens and learning rates:
+Comparisons, each by `ddk compare` on one configuration, with equal tokens and learning rates:
 
-    methods   cpt, cpt_doremi, kd, minillm, ddk_equal, ddk_no_smoothing, ddk, and fixed mixtures
-    targets   kd from k = 8, 16, 64 kept tokens with each treatment of the tail, and from random draws, beside kd from
-              the teacher's whole distribution (k = the vocabulary) and cross-entropy alone
+    methods       cpt, cpt_doremi, kd, minillm, ddk_equal, ddk_no_smoothing, ddk, and fixed mixtures
+    targets       kd from k = 8, 16, 64 kept tokens with each treatment of the tail, and from random draws, beside
+                  kd from the teacher's whole distribution (k = the vocabulary) and cross-entropy alone
+    sensitivity   ddk with other intervals K and smoothing coefficients α, beside equal sampling
+    long          ddk and equal sampling, four times as many steps
+    fast          likewise, at three times the learning rate
+    level         likewise, on three domains whose gaps are nearly equal from the start
 
 The runs lie below `--root` and are resumed: what is complete is not run again. What they measured is kept whole in
 `benchmarks/out/comparisons/`; rows and RESULTS.md are made from that.
@@ -21,12 +25,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import harness
+import yaml
 from harness import Row, publish, row
 from target_deviation import deviations
 
+from flows.config import load_config
 from tasks.compare_data import Comparison, Measure, by_seed
 from tasks.compare_report import comparison_url, read_comparison
 
@@ -47,7 +53,8 @@ class Study:
     methods: tuple[str, ...]
     baseline: str
     settings: dict[str, object]
-    variants: dict[str, dict[str, object]]
+    variants: dict[str, dict[str, object]] = field(default_factory=dict)
+    domains: tuple[str, ...] = DOMAINS
 
     def only(self, names: str | None) -> Study:
         """With these variants alone, and the baseline; all for None."""
@@ -62,17 +69,30 @@ class Study:
         """With so many steps, and blocks to train on in each domain; None: as many as it has."""
         fewer: dict[str, object] = {} if steps is None else {"train.steps": steps}
         if blocks is not None:
-            fewer |= {f"domains.{domain}.max_train_blocks": blocks for domain in DOMAINS}
+            fewer |= {f"domains.{domain}.max_train_blocks": blocks for domain in self.domains}
         return replace(self, settings={**self.settings, **fewer})
 
     def command(self, root: str, seeds: str | None) -> list[str]:
         return [
-            *(sys.executable, "-m", "flows", "compare", os.path.join(PRESETS, "quickstart.yaml")),
+            *(sys.executable, "-m", "flows", "compare", self._config(root)),
             *("--root", root, "--name", self.name, "--seeds", seeds or self.seeds),
             *("--methods", ",".join(self.methods), "--baseline", self.baseline),
             *(part for field, value in self.settings.items() for part in ("--set", f"{field}={json.dumps(value)}")),
             *(part for name, fields in self.variants.items() for part in ("--variant", _by_hand(name, fields))),
         ]
+
+    def _config(self, root: str) -> str:
+        """The quickstart's, with fewer domains where the study has fewer."""
+        path = os.path.join(PRESETS, "quickstart.yaml")
+        if self.domains == DOMAINS:
+            return path
+        config = load_config(path, (), root).model_dump(mode="json")
+        config["domains"] = {domain: config["domains"][domain] for domain in self.domains}
+        os.makedirs(root, exist_ok=True)
+        path = os.path.join(root, f"{self.name}.yaml")
+        with open(path, "w", encoding="utf-8") as file:
+            yaml.safe_dump(config, file)
+        return path
 
 
 def _by_hand(name: str, fields: dict[str, object]) -> str:
@@ -106,14 +126,28 @@ def _targets() -> dict[str, dict[str, object]]:
     return {DENSE: {**kd, **exact}, **found}
 
 
-def _settings(train_blocks: int | None, validation_blocks: int) -> dict[str, object]:
+def _settings(
+    train_blocks: int | None, validation_blocks: int, domains: tuple[str, ...] = DOMAINS
+) -> dict[str, object]:
     """150 steps of 16 blocks of 256 positions, an interval of 25."""
     blocks = {
-        f"domains.{domain}.{field}": value
-        for domain in DOMAINS
-        for field, value in (("max_train_blocks", train_blocks), ("max_validation_blocks", validation_blocks))
+        f"domains.{domain}.{limit}": value
+        for domain in domains
+        for limit, value in (("max_train_blocks", train_blocks), ("max_validation_blocks", validation_blocks))
     }
     return {**blocks, "train.steps": 150, "train.warmup_steps": 15, "mixture.interval": 25}
+
+
+def _of_two(name: str, settings: dict[str, object], domains: tuple[str, ...] = DOMAINS) -> Study:
+    """What decides whether DDK wins: the same, but for these settings."""
+    return Study(
+        name=name,
+        seeds="0,1,2",
+        methods=("ddk", "ddk_equal"),
+        baseline="ddk",
+        settings={**_settings(None, 64, domains), **settings},
+        domains=domains,
+    )
 
 
 STUDIES = {
@@ -134,6 +168,20 @@ STUDIES = {
         settings={**_settings(192, 32), "loss.gamma": 1.0, "teacher.k": 8},
         variants=_targets(),
     ),
+    "sensitivity": Study(
+        name="sensitivity",
+        seeds="0,1,2",
+        methods=("ddk", "ddk_equal"),
+        baseline="ddk",
+        settings=_settings(None, 64),
+        variants={
+            **{f"ddk, K = {steps}": {"method": "ddk", "mixture.interval": steps} for steps in (10, 50, 75)},
+            **{f"ddk, α = {alpha:g}": {"method": "ddk", "mixture.alpha": alpha} for alpha in (0.25, 0.75, 1.0)},
+        },
+    ),
+    "long": _of_two("long", {"train.steps": 600, "train.warmup_steps": 60, "mixture.interval": 25}),
+    "fast": _of_two("fast", {"train.learning_rate": 3e-3, "train.min_learning_rate": 1.5e-4}),
+    "level": _of_two("level", {}, ("math", "code", "zh_books")),
 }
 
 
@@ -159,14 +207,14 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default=os.path.join(CHECKOUT, "build", "bench-methods"), help="of stores and runs")
-    parser.add_argument("--part", action="append", choices=sorted(STUDIES), help="by default both")
+    parser.add_argument("--part", action="append", choices=sorted(STUDIES), help="by default all")
     parser.add_argument("--seeds", help="other ones, e.g. 0,1")
     parser.add_argument("--only", help="these variants alone, e.g. ddk,kd, to try it")
     parser.add_argument("--steps", type=int, help="fewer or more, to try it")
     parser.add_argument("--blocks", type=int, help="to train on in each domain, fewer to try it")
     parser.add_argument("--out", default=harness.OUT, help="folder of the results")
     asked = parser.parse_args()
-    asked.part = asked.part or ["methods", "targets"]
+    asked.part = asked.part or list(STUDIES)
     asked.root, asked.out = os.path.abspath(asked.root), os.path.abspath(asked.out)
     return asked
 
@@ -179,12 +227,15 @@ def _keep(path: str, text: str) -> None:
 
 def rows(kept: str) -> Iterator[Row]:
     """From what is kept of the parts that have been run."""
-    methods, targets = (_kept(os.path.join(kept, f"{name}.json")) for name in ("methods", "targets"))
-    if methods is not None:
-        yield from _method_rows(methods)
-    if targets is not None:
-        with open(os.path.join(kept, "deviation.json"), encoding="utf-8") as file:
-            yield from _target_rows(targets, json.load(file))
+    for name in STUDIES:
+        comparison = _kept(os.path.join(kept, f"{name}.json"))
+        if comparison is None:
+            continue
+        if name == "targets":
+            with open(os.path.join(kept, "deviation.json"), encoding="utf-8") as file:
+                yield from _target_rows(comparison, json.load(file))
+        else:
+            yield from _method_rows(comparison)
 
 
 def _kept(path: str) -> Comparison | None:
@@ -194,17 +245,17 @@ def _kept(path: str) -> Comparison | None:
 def _method_rows(comparison: Comparison) -> Iterator[Row]:
     """Differences from ddk by seed; that equal sampling is worse is the method's claim, and the bar."""
     seconds = [run.training_seconds for run in comparison.runs if run.counts and run.training_seconds is not None]
-    yield row("training time of a run", seconds, "s")
+    yield row(f"{comparison.name}: training time of a run", seconds, "s")
     for what, measure in (("mean ratio", Measure(name="ratio")), ("largest ratio", Measure(name="worst_ratio"))):
         base = by_seed(comparison, comparison.baseline, measure)
-        yield row(f"ddk: {what}", list(base.values()), "")
+        yield row(f"{comparison.name}: ddk: {what}", list(base.values()), "")
         for variant in comparison.variants:
             found = by_seed(comparison, variant.name, measure)
             pairs = [found[seed] - base[seed] for seed in found if seed in base]
             if variant.name == comparison.baseline or not pairs:
                 continue
-            limit = 0.0 if variant.name == "ddk_equal" else None
-            yield row(f"{variant.name} − ddk: {what}", pairs, "", limit, ">")
+            limit = 0.0 if variant.name == "ddk_equal" and comparison.name == "methods" else None
+            yield row(f"{comparison.name}: {variant.name} − ddk: {what}", pairs, "", limit, ">")
 
 
 def _target_rows(comparison: Comparison, found: dict[str, dict[str, list[float]]]) -> Iterator[Row]:
