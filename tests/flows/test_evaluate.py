@@ -162,7 +162,7 @@ def test_offline_a_task_of_the_hub_is_named_and_nothing_is_written_to_the_home(
     environment |= {
         "PREFECT_API_URL": prefect_server,
         "PREFECT_HOME": str(tmp_path / "prefect"),
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
     }
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -39,7 +39,7 @@ class Ddk:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "flows", *arguments],
-            env={**os.environ, **self._prefect, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, **self._prefect, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
