@@ -30,6 +30,7 @@ from tasks.finish_run import report_run, save_final_student
 from tasks.import_targets import import_targets
 from tasks.pack_corpus import pack_corpus as pack_domain
 from tasks.pack_rows import pack_rows
+from tasks.plain_errors import plain_errors
 from tasks.plan import Plan, plan_stores
 from tasks.progress import logger
 from tasks.sharing import alone
@@ -43,6 +44,8 @@ from tasks.train_student import (
     train_interval,
     update_mixture,
 )
+
+plain_errors()  # in every process that runs a flow
 
 OPTIONS = {
     "force": "Make it again beside what is there, instead of going on with that.",
