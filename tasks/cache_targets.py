@@ -18,13 +18,12 @@ from prefect.cache_policies import NO_CACHE
 from ddk.types import SPLITS, Int32Array, SparseTargets
 from storage.blocks import open_blocks
 from storage.claims import Claims
-from storage.manifest import Manifest
-from storage.targets import TargetWriter, perplexity_of
+from storage.targets import TargetWriter
 from tasks.plan import Plan, StorePlan
-from tasks.progress import Meter, logger, meter
+from tasks.progress import Meter, meter
 from tasks.retries import RETRIES
-from tasks.run_artifacts import publish_targets
 from tasks.sharing import Shard, ShardQueue
+from tasks.stored_targets import stored_targets
 from tasks.teacher import Teacher
 
 
@@ -44,8 +43,7 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, part
         part, parts: where several capture together, this one begins at part `part` of `parts`, counted from 1.
 
     Returns:
-        `{"domain", "url", "shards_written", "done_before", "teacher_ppl", "retained_mass"}`; the last is the mean
-        probability inside the K stored entries over all positions.
+        As `stored_targets`.
 
     Raises:
         StoreMissingError: the domain is not packed.
@@ -62,31 +60,7 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, part
             written = capture(part, parts)
             claims.wait_for("finish")
             writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
-    manifest = writer.manifest
-    positions = sum(part.blocks for part in manifest.splits.values()) * store.targets_dims["seq_len"]
-    retained = 1.0 - manifest.total("tail_mass_sum") / positions
-    teacher_ppl = perplexity_of(manifest, store.targets_url, store.marked_blocks_url)
-    logger.info(
-        "cache %s: %s; teacher perplexity %.3f, %.2f%% of its probability in the %d stored tokens",
-        domain,
-        "complete already" if done_before else f"{written} of {_shards(manifest)} shards captured",
-        teacher_ppl,
-        100 * retained,
-        store.targets_dims["k"],
-    )
-    publish_targets(domain, store.targets_url, manifest, teacher_ppl, retained)
-    return {
-        "domain": domain,
-        "url": store.targets_url,
-        "shards_written": written,
-        "done_before": done_before,
-        "teacher_ppl": teacher_ppl,
-        "retained_mass": retained,
-    }
-
-
-def _shards(manifest: Manifest) -> int:
-    return sum(len(part.shards) for part in manifest.splits.values())
+    return stored_targets(store, writer.manifest, "captured", written=written, done_before=done_before)
 
 
 class _Capture:

@@ -24,13 +24,13 @@ from storage.foreign import RowFormat, compression_url, iter_predictions, read_c
 from storage.manifest import ShardRecord
 from storage.predictions import Predictions
 from storage.rows import place
-from storage.targets import TargetWriter, perplexity_of
+from storage.targets import TargetWriter
 from tasks.pack_rows import RowCounts, RowPlace, in_split, token_blocks
 from tasks.plan import Plan, StorePlan
-from tasks.progress import logger, meter
+from tasks.progress import meter
 from tasks.retries import RETRIES
-from tasks.run_artifacts import publish_targets
 from tasks.sharing import alone
+from tasks.stored_targets import stored_targets
 
 
 @task(task_run_name="import {domain}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
@@ -38,7 +38,7 @@ def import_targets(plan: Plan, domain: str) -> dict[str, Any]:
     """Read one domain's targets from its files; nothing to do where its store is complete.
 
     Returns:
-        As `tasks.cache_targets.cache_targets` does.
+        As `stored_targets`.
 
     Raises:
         StoreMissingError: the domain is not packed.
@@ -51,30 +51,9 @@ def import_targets(plan: Plan, domain: str) -> dict[str, Any]:
     if not done_before:
         with alone(store.targets_url, f"import {domain}"):
             written = _import(store, writer)
-    manifest = writer.manifest
-    shards = sum(len(part.shards) for part in manifest.splits.values())
-    positions = sum(part.blocks for part in manifest.splits.values()) * store.targets_dims["seq_len"]
-    retained = 1.0 - manifest.total("tail_mass_sum") / positions
-    teacher_ppl = perplexity_of(manifest, store.targets_url)
-    logger.info(
-        "import %s: %s; teacher perplexity %.3f, %.2f%% of its probability in the stored tokens; the entries of %d of "
-        "%d positions summed to more than 1 and were renormalised",
-        domain,
-        "complete already" if done_before else f"{written} of {shards} shards written",
-        teacher_ppl,
-        100 * retained,
-        manifest.total("renormalised"),
-        positions,
-    )
-    publish_targets(domain, store.targets_url, manifest, teacher_ppl, retained)
-    return {
-        "domain": domain,
-        "url": store.targets_url,
-        "shards_written": written,
-        "done_before": done_before,
-        "teacher_ppl": teacher_ppl,
-        "retained_mass": retained,
-    }
+    renormalised = writer.manifest.total("renormalised")
+    note = f"; the entries of {renormalised} positions summed to more than 1 and were renormalised"
+    return stored_targets(store, writer.manifest, "written", written=written, done_before=done_before, note=note)
 
 
 def _import(store: StorePlan, writer: TargetWriter) -> int:
