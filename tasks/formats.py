@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 UNKNOWN = "–"
 
@@ -49,6 +50,12 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def gap_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a row of `report_data.gap_table`: the teacher's perplexity, the student's before and after, both ratios."""
+    perplexities = (ppl(row[name]) for name in ("teacher_ppl", "student_ppl_before", "student_ppl_after"))
+    return (*perplexities, ratio(row["ratio_before"]), ratio(row["ratio_after"]))
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tasks.formats import count, markdown_table, percent, ppl, ratio
+from tasks.formats import count, gap_cells, markdown_table, percent
 from tasks.report_data import IntervalRecord, RunSummary, domains_of, flat_settings
 from tasks.report_tree import tree_table
 
@@ -82,11 +82,7 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
             [
                 (
                     _name(row["domain"], leaves),
-                    ppl(row["teacher_ppl"]),
-                    ppl(row["student_ppl_before"]),
-                    ppl(row["student_ppl_after"]),
-                    ratio(row["ratio_before"]),
-                    ratio(row["ratio_after"]),
+                    *gap_cells(row),
                 )
                 for row in gaps
             ],

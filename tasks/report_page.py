@@ -16,7 +16,7 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from tasks.formats import count, duration, percent, ppl, ratio
+from tasks.formats import count, duration, gap_cells, percent, ppl, ratio
 from tasks.report_data import (
     IntervalRecord,
     Row,
@@ -146,11 +146,7 @@ def terminal_table(records: Sequence[IntervalRecord]) -> Table:
     for row in rows:
         table.add_row(
             Text(_branch(row["domain"]) if len(rows) > len(leaves) else row["domain"]),  # no str: '[red]' is no markup
-            ppl(row["teacher_ppl"]),
-            ppl(row["student_ppl_before"]),
-            ppl(row["student_ppl_after"]),
-            ratio(row["ratio_before"]),
-            ratio(row["ratio_after"]),
+            *gap_cells(row),
             percent(row["token_share"]),
             style="bold" if row["domain"] == worst else None if row["domain"] in leaves else "dim",
         )

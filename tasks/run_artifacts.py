@@ -18,7 +18,7 @@ from storage.paths import store_name
 from storage.runs import RunFolder
 from storage.uri import join
 from tasks.artifacts import Board, add_version, artifact_key, current_place, showing, table
-from tasks.formats import change, count, markdown_table, percent, ppl, ratio
+from tasks.formats import change, count, gap_cells, markdown_table, percent, ppl, ratio
 from tasks.model_card import escape
 from tasks.report_data import IntervalRecord, RunSummary, gap_table, worst_domain, worst_first
 from tasks.report_page import data_uri
@@ -128,11 +128,7 @@ def report_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls
                 [
                     (
                         escape(row["domain"]),
-                        ppl(row["teacher_ppl"]),
-                        ppl(row["student_ppl_before"]),
-                        ppl(row["student_ppl_after"]),
-                        ratio(row["ratio_before"]),
-                        ratio(row["ratio_after"]),
+                        *gap_cells(row),
                         percent(row["token_share"]),
                         percent(row["final_probability"]),
                     )
