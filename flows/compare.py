@@ -20,9 +20,9 @@ from storage import uri
 from storage.errors import explained
 from storage.fingerprint import differences
 from storage.runs import RunFolder
+from tasks import compare_report
 from tasks.compare_collect import collect
 from tasks.compare_data import ComparedVariant, Comparison
-from tasks.compare_report import report_comparison
 from tasks.finish_run import report_run
 from tasks.plan import Plan, plan_stores
 from tasks.progress import logger
@@ -54,7 +54,7 @@ def compare(config: Config, request: Request) -> dict[str, str]:
         if run.run not in failures and run.config is not None:
             logger.info("compare: run %d of %d, %s", number + 1, len(runs), run.run)
             _attempt([run.run], failures, partial(_train, run.config, plans))
-    urls = report_comparison(config.root, found(config, request, failures))
+    urls = compare_report.report_comparison(config.root, found(config, request, failures))
     if failures:
         raise SomeRunsFailedError(f"{len(failures)} of {len(runs)} runs failed: {', '.join(failures)}")
     return urls
@@ -63,6 +63,12 @@ def compare(config: Config, request: Request) -> dict[str, str]:
 def refusals(config: Config, request: Request) -> dict[str, str]:
     """Why the configuration cannot run a variant, by the name of the run."""
     return {run.run: run.refusal for run in planned_runs(config, request) if run.refusal is not None}
+
+
+def earlier_failures(config: Config, request: Request) -> dict[str, str]:
+    """Why runs had failed by the last report, of those that are not complete by now; by the name of the run."""
+    failures = compare_report.earlier_failures(config.root, request.name)
+    return {run: why for run, why in failures.items() if RunFolder(config.root, run).summary() is None}
 
 
 def found(config: Config, request: Request, failures: Mapping[str, str]) -> Comparison:

@@ -9,14 +9,13 @@ summary.csv        means, spreads and differences
 from __future__ import annotations
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import ValidationError
 
 from ddk.errors import UserError
 from storage import uri
 from storage.errors import FormatVersionError, StoreDamagedError
-from tasks.artifacts import artifact_key
+from tasks.artifacts import add_version, artifact_key
 from tasks.compare_data import FORMAT, Comparison, run_rows, summary_rows
 from tasks.compare_page import render_comparison, render_markdown
 from tasks.compare_plots import plots
@@ -43,11 +42,11 @@ def report_comparison(root: str, comparison: Comparison) -> dict[str, str]:
     urls = write_comparison(root, comparison)
     picture = uri.read_bytes(urls["ratio.png"]) if "ratio.png" in urls else None
     pictures = [] if picture is None else [f"![Ratio against tokens]({data_uri(picture)})"]
-    create_markdown_artifact(
-        markdown="\n\n".join([render_markdown(comparison), *pictures, f"Files: `{urls['index.html']}`"]),
-        key=artifact_key(comparison.name, "comparison"),
-        description=f"{escape(comparison.name)}: {len(comparison.variants)} variants, {len(comparison.seeds)} seeds",
-        _sync=True,  # type: ignore[call-arg]
+    add_version(
+        artifact_key(comparison.name, "comparison"),
+        "markdown",
+        "\n\n".join([render_markdown(comparison), *pictures, f"Files: `{urls['index.html']}`"]),
+        f"{escape(comparison.name)}: {len(comparison.variants)} variants, {len(comparison.seeds)} seeds",
     )
     logger.info("compare: %s", urls["index.html"])
     return urls
@@ -71,6 +70,14 @@ def write_comparison(root: str, comparison: Comparison) -> dict[str, str]:
     for name, content in contents.items():
         uri.write_bytes(uri.join(folder, name), content)
     return {name: uri.join(folder, name) for name in contents}
+
+
+def earlier_failures(root: str, name: str) -> dict[str, str]:
+    """Why runs had failed when the comparison was last written, by the run's name; none where it never was."""
+    url = uri.join(comparison_url(root, name), DATA)
+    if not uri.exists(url):
+        return {}
+    return {run.run: run.reason or "" for run in read_comparison(url).failed}
 
 
 def read_comparison(url: str) -> Comparison:

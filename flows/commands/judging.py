@@ -106,7 +106,8 @@ def compare(
     )
     if report_only:
         use_storage_block(loaded.storage_block)
-        write_comparison(loaded.root, comparing.found(loaded, asked, comparing.refusals(loaded, asked)))
+        failures = comparing.earlier_failures(loaded, asked) | comparing.refusals(loaded, asked)
+        write_comparison(loaded.root, comparing.found(loaded, asked, failures))
     else:
         with contextlib.suppress(comparing.SomeRunsFailedError):
             interruptible(lambda: comparing.compare(config=loaded, request=asked))

@@ -18,7 +18,7 @@ from tasks.compare_data import ComparedVariant
 from tasks.compare_page import flops, in_words, render_comparison, render_markdown, signed
 from tasks.compare_paper import paper, tables_beside
 from tasks.compare_plots import curve, domains_figure, mixture_figure, plots, ratio_figure, ratio_panels
-from tasks.compare_report import comparison_url, read_comparison, report_comparison, write_comparison
+from tasks.compare_report import comparison_url, earlier_failures, read_comparison, report_comparison, write_comparison
 
 FILES = ["comparison.json", "domains.png", "index.html", "mixture.png", "ratio.png", "runs.csv", "summary.csv"]
 
@@ -295,3 +295,9 @@ def test_flops_are_readable(value, said):
 
 def test_signs_are_shown():
     assert [signed(value) for value in (0.1234, -0.1, 0.0, -0.0001)] == ["+0.123", "−0.100", "0.000", "0.000"]
+
+
+def test_why_runs_had_failed_is_known_later(three, tmp_path):
+    assert earlier_failures(str(tmp_path), "trial") == {}
+    write_comparison(str(tmp_path), three)
+    assert earlier_failures(str(tmp_path), "trial") == {"trial-cpt-s1": "cpt has diverged"}
