@@ -9,25 +9,15 @@ records have them.
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import io
 import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import zstandard
-
 from ddk.errors import UserError
-from storage import uri
 from storage.corpus import CorpusFile, check_fields, file_format
+from storage.corpus_bytes import OnBytes, opened, stored_lines
 from storage.paths import record_path
-
-_BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
-_CHUNK = 1 << 20
-
-OnBytes = Callable[[int], None]
 
 
 class Text(NamedTuple):
@@ -90,22 +80,6 @@ def _iter(file: CorpusFile, fields: _Fields, start: int, on_bytes: OnBytes | Non
         for path, document in documents:
             if document.text and not document.text.isspace():
                 yield path, document
-
-
-@contextlib.contextmanager
-def opened(file: CorpusFile, on_bytes: OnBytes | None = None) -> Iterator[io.RawIOBase]:
-    """The stored bytes of a file.
-
-    Raises:
-        UserError: here, or while it is read: the file is no longer there, or may not be read.
-    """
-    try:
-        with _open(file, on_bytes) as stored:
-            yield stored
-    except FileNotFoundError:
-        raise UserError(f"{file.url} is no longer there; restore it, or run again to list the corpus anew") from None
-    except PermissionError as error:
-        raise UserError(f"{file.url} may not be read ({error}); check its permissions or the credentials") from None
 
 
 class _Fields(NamedTuple):
@@ -260,93 +234,6 @@ def _cell_text(cell: Any, place: str, column: str) -> str | None:
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: column '{column}' is not UTF-8 at byte {error.start}; mend the row") from None
     return None if text is None else str(text)
-
-
-def stored_lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> Iterator[tuple[int, bytes]]:
-    """Index and bytes of every line, its line feed included, the byte order mark of some editors not."""
-    number = 0
-    try:
-        with _decompressed(stored, compression) as stream:
-            for line in stream:
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-                number += 1
-    except _BROKEN_COMPRESSION as error:
-        raise UserError(
-            f"{file.url} is truncated or corrupt after line {number} ({error}); fetch or compress it again"
-        ) from error
-
-
-def _decompressed(stored: io.RawIOBase, compression: str) -> io.BufferedIOBase:
-    if compression == ".gz":
-        return gzip.GzipFile(fileobj=io.BufferedReader(stored, _CHUNK))
-    return io.BufferedReader(_ZstdReader(stored) if compression else stored, _CHUNK)
-
-
-class _ZstdReader(io.RawIOBase):
-    """The content of one zstd frame after another. Unlike zstandard's own stream reader it notices a cut-off end."""
-
-    def __init__(self, stored: io.RawIOBase) -> None:
-        self._stored = stored
-        # Archives made with `zstd --long=31` need the widest window.
-        self._zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame = self._zstd.decompressobj()
-        self._begun = False  # within a frame
-        self._compressed, self._content = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._content:
-            # Little at a time, since a few bytes can unfold to much.
-            self._compressed = self._compressed or self._stored.read(1 << 12) or b""
-            if not self._compressed:
-                if self._begun:
-                    raise EOFError("the last zstd frame has no end")
-                return 0
-            self._content = memoryview(self._frame.decompress(self._compressed))
-            self._compressed, self._begun = self._frame.unused_data, not self._frame.eof
-            if self._frame.eof:
-                self._frame = self._zstd.decompressobj()
-        size = min(len(buffer), len(self._content))
-        buffer[:size], self._content = self._content[:size], self._content[size:]
-        return size
-
-
-class _Counted(io.RawIOBase):
-    """A file that tells how much of it has been read, whatever decompresses or seeks on top of it."""
-
-    def __init__(self, file_system: Any, file: Any, on_bytes: OnBytes | None) -> None:
-        # The file system is kept as well: an archive's closes its files when it is let go of.
-        self._file_system, self._file, self._on_bytes = file_system, file, on_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def readinto(self, buffer: Any) -> int:
-        size = int(self._file.readinto(buffer))
-        if self._on_bytes is not None and size:
-            self._on_bytes(size)
-        return size
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
-def _open(file: CorpusFile, on_bytes: OnBytes | None) -> _Counted:
-    fs, path = uri.open_fs(file.url)
-    return _Counted(fs, fs.open(path, "rb", block_size=8 * _CHUNK), on_bytes)
 
 
 def _decode(line: bytes, file: CorpusFile, number: int) -> str:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from ddk.errors import UserError
 from storage import uri
 from storage.corpus import CorpusFile, DomainConfig, file_format
-from storage.documents import OnBytes, Text, iter_filed
+from storage.corpus_bytes import OnBytes
+from storage.documents import Text, iter_filed
 from storage.fingerprint import fingerprint
 from storage.paths import cut_path
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ddk.errors import UserError
 from storage.corpus import CorpusFile, file_format
-from storage.documents import opened, stored_lines
+from storage.corpus_bytes import opened, stored_lines
 
 _ROWS_AT_ONCE = 8
 """Of Parquet: a row of 8,192 positions with 128 entries each takes 16 MB."""

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 from ddk.errors import UserError
 from storage import uri
 from storage.corpus import CorpusFile, file_format
+from storage.corpus_bytes import opened, stored_lines
 from storage.digests import digest
-from storage.documents import opened, stored_lines
 
 Row = dict[str, Any]
 T = TypeVar("T")

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from ddk.errors import UserError
-from storage import documents as storage_documents
+from storage import corpus_bytes
 from storage.corpus import CorpusFile
 from storage.documents import iter_documents
 
@@ -293,5 +293,5 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     def refuse(*_):
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(storage_documents, "_open", refuse)
+    monkeypatch.setattr(corpus_bytes, "_open", refuse)
     assert error_of(file).startswith("FILE may not be read (Access Denied); check its permissions")
