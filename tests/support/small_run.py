@@ -46,7 +46,7 @@ class Ddk:
             start_new_session=True,  # so that a kill takes the engine and the ephemeral server along
         )
 
-    def __call__(self, *arguments: str, timeout: float = 240) -> Finished:
+    def __call__(self, *arguments: str, timeout: float = 400) -> Finished:
         process = self.start(*arguments)
         try:
             out, err = process.communicate(timeout=timeout)
@@ -56,7 +56,7 @@ class Ddk:
             raise AssertionError(f"ddk {arguments} hung:\n{out}\n{err}") from None
         return Finished(process.returncode, out, err)
 
-    def kill_when(self, condition: Callable[[], bool], *arguments: str, timeout: float = 180) -> list[psutil.Process]:
+    def kill_when(self, condition: Callable[[], bool], *arguments: str, timeout: float = 300) -> list[psutil.Process]:
         """Start the command, kill -9 its process as soon as the condition holds.
 
         Returns:
