@@ -5,13 +5,15 @@ from __future__ import annotations
 import glob
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from harness import OUT
 
-from tasks.compare_data import Comparison
-from tasks.compare_page import in_words, render_markdown
+from tasks.compare_data import ComparedVariant, Comparison, Measure, by_seed, ratios
+from tasks.compare_page import in_words, render_markdown, signed
 from tasks.compare_report import read_comparison
+from tasks.compare_statistics import paired_difference
 
 SHOWN = ("train.steps", "train.batch_size", "packing.seq_len", "train.learning_rate", "mixture.interval", "loss.gamma")
 """Settings that stand above a comparison's tables, where all of its runs share them."""
@@ -52,14 +54,55 @@ def section(result: dict[str, Any]) -> str:
 
 
 def comparisons() -> list[str]:
-    """A section for each comparison that is kept; benchmarks/bench_methods.py says what they are."""
-    found = []
+    """When DDK wins, and a section for each comparison that is kept; benchmarks/bench_methods.py says what they are."""
+    kept = []
     for path in sorted(glob.glob(os.path.join(OUT, "comparisons", "*.json"))):
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if "variants" in content:  # else the deviations, which are rows above
-            found.append(tables(read_comparison(path)))
-    return found
+            kept.append(read_comparison(path))
+    return [conditions(kept), *map(tables, kept)]
+
+
+def conditions(kept: Sequence[Comparison]) -> str:
+    """Equal sampling against DDK, a row for each comparison that has both."""
+    lines = [
+        "### When domain-guided sampling wins",
+        "",
+        "`ddk_equal` − `ddk` of the same seed, so that above 0 DDK is ahead, with the 95% interval. Gaps at the start: the "
+        "largest ratio of student to teacher perplexity over the smallest, over the domains.",
+        "",
+        "| comparison | domains | gaps at the start | steps | learning rate | α | K | mean ratio: equal − ddk | | "
+        "largest ratio: equal − ddk | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
+    ]
+    for comparison in kept:
+        names = {variant.name for variant in comparison.variants}
+        for variant in comparison.variants:
+            if variant.method == "ddk" and "ddk_equal" in names:
+                lines.append(_condition(comparison, variant))
+    return "\n".join([*lines, ""])
+
+
+def _condition(comparison: Comparison, variant: ComparedVariant) -> str:
+    run = next(run for run in comparison.runs if run.variant == variant.name and run.counts)
+    before = ratios(run.records[0]).values()
+    settings = {**comparison.settings, **variant.settings}
+    cells = [
+        comparison.name,
+        str(len(comparison.domains)),
+        f"{min(before):.2f} to {max(before):.2f}",
+        *(settings[name] for name in ("train.steps", "train.learning_rate", "mixture.alpha", "mixture.interval")),
+    ]
+    for name in ("ratio", "worst_ratio"):
+        measure = Measure(name=name)
+        ahead = paired_difference(by_seed(comparison, "ddk_equal", measure), by_seed(comparison, variant.name, measure))
+        if ahead is None or ahead.low is None or ahead.high is None:
+            cells += ["–", ""]
+            continue
+        verdict = "DDK ahead" if ahead.low > 0 else "DDK behind" if ahead.high < 0 else "no difference shown"
+        cells += [f"{signed(ahead.mean)} [{signed(ahead.low)}, {signed(ahead.high)}]", verdict]
+    return f"| {' | '.join(cells)} |"
 
 
 def tables(comparison: Comparison) -> str:

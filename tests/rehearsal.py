@@ -80,7 +80,7 @@ class Rehearsal:
         self.site.deploy(self.config, str(self.root))
         for number in (1, 2):
             self.site.start_worker(f"gpu-{number}", "gpu")
-        self.say("server, two workers, six deployments")
+        self.say("server, two workers, all deployments")
         client = self.site.client
         deployment = client.read_deployment_by_name("distill/distill")
         soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5)
