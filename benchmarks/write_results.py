@@ -69,8 +69,8 @@ def conditions(kept: Sequence[Comparison]) -> str:
     lines = [
         "### When domain-guided sampling wins",
         "",
-        "`ddk_equal` − `ddk` of the same seed, so that above 0 DDK is ahead, with the 95% interval. Gaps at the start: the "
-        "largest ratio of student to teacher perplexity over the smallest, over the domains.",
+        "`ddk_equal` − `ddk` of the same seed, so that above 0 DDK is ahead, with the 95% interval. Gaps at the start: "
+        "the smallest and the largest ratio of student to teacher perplexity of a domain.",
         "",
         "| comparison | domains | gaps at the start | steps | learning rate | α | K | mean ratio: equal − ddk | | "
         "largest ratio: equal − ddk | |",
