@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import OUT
 
-from tasks.compare_data import ComparedVariant, Comparison, Measure, by_seed, ratios
+from tasks.compare_data import COMPARED, ComparedVariant, Comparison, Measure, by_seed, ratios
 from tasks.compare_page import in_words, render_markdown, signed
 from tasks.compare_report import read_comparison
 from tasks.compare_statistics import paired_difference
@@ -70,11 +70,12 @@ def conditions(kept: Sequence[Comparison]) -> str:
         "### When domain-guided sampling wins",
         "",
         "`ddk_equal` − `ddk` of the same seed, so that above 0 DDK is ahead, with the 95% interval. Gaps at the start: "
-        "the smallest and the largest ratio of student to teacher perplexity of a domain.",
+        "the smallest and the largest ratio of student to teacher perplexity of a domain. Mean ratio: arithmetic over "
+        "the domains; perplexity: the geometric mean over them.",
         "",
         "| comparison | domains | gaps at the start | steps | learning rate | α | K | mean ratio: equal − ddk | | "
-        "largest ratio: equal − ddk | |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
+        "largest ratio: equal − ddk | | perplexity: equal − ddk | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---|---:|---|",
     ]
     for comparison in kept:
         names = {variant.name for variant in comparison.variants}
@@ -94,7 +95,7 @@ def _condition(comparison: Comparison, variant: ComparedVariant) -> str:
         f"{min(before):.2f} to {max(before):.2f}",
         *(settings[name] for name in ("train.steps", "train.learning_rate", "mixture.alpha", "mixture.interval")),
     ]
-    for name in ("ratio", "worst_ratio"):
+    for name in COMPARED[1:] + COMPARED[:1]:
         measure = Measure(name=name)
         ahead = paired_difference(by_seed(comparison, "ddk_equal", measure), by_seed(comparison, variant.name, measure))
         if ahead is None or ahead.low is None or ahead.high is None:

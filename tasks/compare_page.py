@@ -78,9 +78,14 @@ def render_comparison(comparison: Comparison, light: Mapping[str, bytes], dark: 
 
 
 def in_words(comparison: Comparison) -> list[str]:
-    """What the intervals say of the mean ratio and of the largest, a sentence each; none without a pair."""
+    """What the intervals say of the ratios and of the perplexity, a sentence each; none without a pair.
+
+    The three need not agree: who trains on the domain that lags most lowers the largest ratio, and through it the mean
+    of the ratios, sooner than the geometric mean, in which every domain's percents weigh the same.
+    """
     sentences = []
-    for what, measure in (("mean ratio", MEAN), ("largest ratio", WORST)):
+    named = (("mean ratio", MEAN), ("largest ratio", WORST), ("perplexity (geometric mean)", PERPLEXITY))
+    for what, measure in named:
         found = {
             variant.name: difference.verdict
             for variant in comparison.variants

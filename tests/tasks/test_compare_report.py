@@ -98,6 +98,7 @@ def test_in_words_what_the_intervals_say(three):
     assert in_words(three) == [
         "By the mean ratio, against ddk: worse: kd; one seed, no interval: cpt.",
         "By the largest ratio, against ddk: worse: kd; one seed, no interval: cpt.",
+        "By the perplexity (geometric mean), against ddk: no difference shown: kd; one seed, no interval: cpt.",
     ]
 
 
