@@ -300,14 +300,15 @@ def render_markdown(comparison: Comparison) -> str:
     """The result as two tables, for a README or an artifact: overall, and the ratio by domain."""
     base = comparison.baseline
     lines = [
-        f"| variant | seeds | mean ratio | largest ratio | mean − {base} | | largest − {base} | |",
-        "|---|---:|---:|---:|---:|---|---:|---|",
+        f"| variant | seeds | perplexity | mean ratio | largest ratio | mean − {base} | | largest − {base} | |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---|",
     ]
     for variant in comparison.variants:
         row = _result(comparison, variant)
         found = [f"{one['text']} {one['interval']} | {one['verdict']}" for one in row["differences"]]
         lines.append(
-            f"| {variant.name} | {row['seeds']} | {row['ratio']} | {row['worst_ratio']} | {' | '.join(found)} |"
+            f"| {variant.name} | {row['seeds']} | {row['perplexity']} | {row['ratio']} | {row['worst_ratio']} | "
+            f"{' | '.join(found)} |"
         )
     lines += ["", f"| ratio | {' | '.join(comparison.domains)} |", "|---|" + "---:|" * len(comparison.domains)]
     for one in _domain_rows(comparison, "ratio")["rows"]:
