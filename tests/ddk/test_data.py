@@ -247,8 +247,18 @@ def one_a_step(count: int) -> list[list[Draw]]:
     return [[Draw(domain="web", index=index)] for index in range(count)]
 
 
+@pytest.fixture(autouse=True)
+def _other_tests_threads() -> None:
+    """One that hangs on a server, as a test of the storage wants it, is none of ours."""
+    OTHERS.clear()
+    OTHERS.update(threading.enumerate())
+
+
+OTHERS: set[threading.Thread] = set()
+
+
 def fetching_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "ddk-fetch"]
+    return [thread for thread in threading.enumerate() if thread.name == "ddk-fetch" and thread not in OTHERS]
 
 
 def wait_until_fetched(far: FarBlocks, index: int) -> None:
