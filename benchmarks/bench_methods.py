@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -221,9 +222,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _keep(path: str, text: str) -> None:
-    """Without the names of this machine's folders."""
+    """Without the names of this machine's folders; runs may have been begun from another checkout."""
     with open(path, "w", encoding="utf-8") as file:
-        file.write(text.replace(f"{CHECKOUT}/", "") + "\n")
+        file.write(re.sub(r"/[\w./-]*/flows/presets/", "flows/presets/", text) + "\n")
 
 
 def rows(kept: str) -> Iterator[Row]:
