@@ -15,9 +15,10 @@ quickstart: setup ## Distil a small student from a small teacher, five domains, 
 	@.venv/bin/ddk quickstart
 
 # Two at a time: much of the time goes by with one process waiting for another. Files stay whole, as their tests share
-# servers and runs; in their own order, as the longest come early in it. A test's training takes one core.
+# servers and runs; in their own order, as the longest come early in it. A test's training takes one core, and threads
+# that wait for each other let others have theirs.
 test: setup       ## Every test, the end-to-end run with the real engine among them
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 rehearsal: setup  ## A real server and two workers, killed in capture and in training; asserted from the stores
 	@.venv/bin/python tests/rehearsal.py

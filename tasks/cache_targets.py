@@ -60,7 +60,9 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, part
             written = capture(part, parts)
             claims.wait_for("finish")
             writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
-    return stored_targets(store, writer.manifest, "captured", written=written, done_before=done_before)
+    return stored_targets(
+        store, writer.manifest, stage="cache", verb="captured", written=written, done_before=done_before
+    )
 
 
 class _Capture:

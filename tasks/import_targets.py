@@ -53,7 +53,9 @@ def import_targets(plan: Plan, domain: str) -> dict[str, Any]:
             written = _import(store, writer)
     renormalised = writer.manifest.total("renormalised")
     note = f"; the entries of {renormalised} positions summed to more than 1 and were renormalised"
-    return stored_targets(store, writer.manifest, "written", written=written, done_before=done_before, note=note)
+    return stored_targets(
+        store, writer.manifest, stage="import", verb="written", written=written, done_before=done_before, note=note
+    )
 
 
 def _import(store: StorePlan, writer: TargetWriter) -> int:

@@ -12,12 +12,13 @@ from tasks.run_artifacts import publish_targets
 
 
 def stored_targets(
-    store: StorePlan, manifest: Manifest, verb: str, *, written: int, done_before: bool, note: str = ""
+    store: StorePlan, manifest: Manifest, *, stage: str, verb: str, written: int, done_before: bool, note: str = ""
 ) -> dict[str, Any]:
     """Log and show what the store holds.
 
     Args:
         manifest: of the complete store.
+        stage: 'cache' or 'import'.
         verb: what was done to its shards, e.g. 'captured'.
         written: shards that this call has made.
         note: for the end of the line.
@@ -33,7 +34,7 @@ def stored_targets(
     made = f"{written} of {sum(len(part.shards) for part in parts)} shards {verb}"
     logger.info(
         "%s %s: %s; teacher perplexity %.3f, %.2f%% of its probability in the %d stored tokens%s",
-        *("import" if store.corpus.imported else "cache", store.domain),
+        *(stage, store.domain),
         "complete already" if done_before else made,
         *(teacher_ppl, 100 * retained, store.targets_dims["k"], note),
     )

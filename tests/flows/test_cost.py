@@ -225,5 +225,5 @@ def test_figures_are_shown_with_the_digits_that_they_have(section: Any, unit: An
 
 def test_the_table_has_every_figure(config: str) -> None:
     found, page = cost(config), io.StringIO()
-    Console(width=200, file=page).print(table(found, "small"))
+    Console(width=400, file=page).print(table(found, "small"))  # no path of this machine is broken
     assert all(figure.what in page.getvalue() and figure.how in page.getvalue() for figure in found.figures)

@@ -327,7 +327,7 @@ def test_serve_runs_every_stage_from_one_process_and_leaves_none_behind(
         assert len(list(tmp_path.glob("root/blocks/*/*.zarr"))) == 3
 
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=90)
         assert process.returncode == 0, out + err
         assert not err, "no warnings, no tracebacks"
         left = psutil.wait_procs(started, timeout=10)[1]
