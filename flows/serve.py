@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,17 @@ NAME = "dev"
 class _Runner(Runner):
     """Ends at SIGTERM as it does at Ctrl-C: kills its runs' processes, and with each ends what it has started."""
 
+    async def serve(self) -> None:
+        self._serving = asyncio.current_task()
+        await self.start()
+
     def handle_sigterm(self, *_args: Any, **_kwargs: Any) -> None:
-        # Prefect's own handler leaves the process without closing anything.
-        signal.raise_signal(signal.SIGINT)
+        # Prefect's own handler leaves the process without closing anything. Not by SIGINT, which a shell that starts us
+        # in the background has us ignore.
+        if self._serving is not None:
+            self._serving.get_loop().call_soon_threadsafe(self._serving.cancel)
+
+    _serving: asyncio.Task[None] | None = None
 
 
 def serve(config: Config, say: Callable[[str], None]) -> None:
@@ -49,5 +56,5 @@ def serve(config: Config, say: Callable[[str], None]) -> None:
         runner.add_deployment(deployment)
     say("serving " + ", ".join(f"{name}/{NAME}" for name in DEPLOYABLE))
     say(f"start a run in Prefect's UI, or with `prefect deployment run distill/{NAME}`; Ctrl-C ends this process")
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(runner.start())
+    with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
+        asyncio.run(runner.serve())

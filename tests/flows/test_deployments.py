@@ -305,7 +305,12 @@ def test_serve_runs_every_stage_from_one_process_and_leaves_none_behind(
 ) -> None:
     monkeypatch.setenv("PREFECT_RUNNER_POLL_FREQUENCY", "1")
     config = write_config(tmp_path)
-    process = ddk.start("serve", config)
+    # As a script's background job, which ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = ddk.start("serve", config)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 60
         while len(served := [d for d in client.read_deployments(limit=200) if d.name == "dev"]) < len(POOLS):
