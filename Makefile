@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make quickstart` and `make test`. Each makes .venv first (once).
-.PHONY: setup quickstart test rehearsal lint format lock bench results reference recipes help
+.PHONY: setup quickstart test rehearsal faults lint format lock bench results reference recipes help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -22,6 +22,9 @@ test: setup       ## Every test, the end-to-end run with the real engine among t
 
 rehearsal: setup  ## A real server and two workers, killed in capture and in training; asserted from the stores
 	@.venv/bin/python tests/rehearsal.py
+
+faults: setup     ## Thousands of faults in a root (TRIALS=2000 SEED=0): what finds them; nothing may pass in silence
+	@.venv/bin/python tests/faults.py --trials $(or $(TRIALS),2000) --seed $(or $(SEED),0)
 
 lint: setup       ## ruff, mypy (strict), import-linter
 	.venv/bin/ruff check .

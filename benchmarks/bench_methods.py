@@ -35,7 +35,7 @@ from target_deviation import deviations
 
 from flows.config import load_config
 from tasks.compare_data import Comparison, Measure, by_seed
-from tasks.compare_report import comparison_url, read_comparison
+from tasks.compare_report import read_comparison
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRESETS = os.path.join(CHECKOUT, "flows", "presets")
@@ -195,7 +195,7 @@ def main() -> int:
     for name in asked.part:
         study = STUDIES[name].only(asked.only).smaller(asked.steps, asked.blocks)
         failed |= subprocess.run(study.command(asked.root, asked.seeds), check=False).returncode != 0
-        comparison = read_comparison(f"{comparison_url(asked.root, name)}/comparison.json")
+        comparison = read_comparison(asked.root, name)
         _keep(os.path.join(kept, f"{name}.json"), comparison.model_dump_json().replace(asked.root, "root"))
         if name == "targets":
             student = os.path.join(PRESETS, "quickstart", "student")
@@ -241,7 +241,10 @@ def rows(kept: str) -> Iterator[Row]:
 
 
 def _kept(path: str) -> Comparison | None:
-    return read_comparison(path) if os.path.exists(path) else None
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return Comparison.model_validate_json(file.read())
 
 
 def _method_rows(comparison: Comparison) -> Iterator[Row]:

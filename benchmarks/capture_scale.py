@@ -29,7 +29,8 @@ from ddk.student import StudentConfig, load_student
 from ddk.trainer import TrainConfig, Trainer
 from ddk.types import Mixture, SparseTargets
 from storage.codec import CodecConfig, TargetFormat
-from storage.manifest import Manifest, ObjectRecord, ShardRecord, SplitManifest
+from storage.manifest import write_manifest
+from storage.schema import Manifest, ObjectRecord, ShardRecord, SplitManifest
 from storage.targets import TargetWriter, open_targets
 from tasks.cache_targets import cache_targets
 from tasks.teacher import TeacherConfig
@@ -159,8 +160,7 @@ def rerun_rows(rounds: int) -> list[Row]:
             "validation": SplitManifest(blocks=6400, shards=(shard,) * 100),
         }
         whole: Manifest = writer.manifest.model_copy(update={"complete": True, "splits": splits})
-        with open(f"{store.targets_url}/manifest.json", "w", encoding="utf-8") as file:
-            file.write(whole.model_dump_json())
+        write_manifest(store.targets_url, whole)
         seconds, opened = [], []
         for _ in range(rounds):
             started = time.perf_counter()

@@ -12,7 +12,6 @@ from harness import OUT
 
 from tasks.compare_data import COMPARED, ComparedVariant, Comparison, Measure, by_seed, ratios
 from tasks.compare_page import in_words, render_markdown, signed
-from tasks.compare_report import read_comparison
 from tasks.compare_statistics import paired_difference
 
 SHOWN = ("train.steps", "train.batch_size", "packing.seq_len", "train.learning_rate", "mixture.interval", "loss.gamma")
@@ -60,7 +59,7 @@ def comparisons() -> list[str]:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if "variants" in content:  # else the deviations, which are rows above
-            kept.append(read_comparison(path))
+            kept.append(Comparison.model_validate(content))
     return [conditions(kept), *map(tables, kept)]
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_shares
 from torch.distributed.checkpoint.state_dict_saver import save as save_shares
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ddk.trainer import Trainer, TrainerState
 
@@ -65,35 +64,6 @@ def load(trainer: Trainer, state: TrainerState, folder: str) -> None:
         found = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
         _check_names({name: tuple(tensor.shape) for name, tensor in live.items()}, found)
         load_shares(dict(live), storage_reader=reader, no_dist=trainer.world.size == 1)
-    trainer.state = state
-
-
-def load_first_format(
-    trainer: Trainer, state: TrainerState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
-) -> None:
-    """Take up from whole tensors, as checkpoints of format 1 hold them.
-
-    Args:
-        model: weights by parameter.
-        optimizer: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; `step.<parameter>` is not looked at.
-
-    Raises:
-        ValueError: as `load`.
-    """
-    _check_domains(trainer, state)
-    given = {f"model.{name}": tensor for name, tensor in model.items()}
-    given |= {name: tensor for name, tensor in optimizer.items() if not name.startswith("step.")}
-    live = _live(trainer, state.step)
-    _check_names(
-        {name: tuple(tensor.shape) for name, tensor in live.items()},
-        {name: tuple(tensor.shape) for name, tensor in given.items()},
-    )
-    with torch.no_grad():
-        for name, tensor in live.items():
-            value = given[name].to(tensor.device)
-            if isinstance(tensor, DTensor):
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            tensor.copy_(value)
     trainer.state = state
 
 

@@ -23,8 +23,8 @@ from storage.corpus import DomainConfig
 from storage.distillkit import CompressionConfig, documented
 from storage.export import export_split
 from storage.foreign import COMPRESSION_FILE, read_compression
-from storage.manifest import Manifest
 from storage.paths import domain_of
+from storage.schema import Manifest
 from storage.targets import open_targets
 from tasks.progress import meter
 from tasks.teacher import TeacherConfig

@@ -7,10 +7,11 @@ from typing import Any
 
 from ddk.errors import UserError
 from ddk.types import SPLITS
-from storage.codec import FORMAT_1
-from storage.manifest import Manifest, StoreWriter, read_manifest
+from storage.codec import PLAIN
+from storage.manifest import StoreWriter, read_manifest
 from storage.mixtures import MixtureHistory
 from storage.runs import RunFolder
+from storage.schema import Manifest
 from storage.targets import distortion, teacher_perplexity
 
 
@@ -59,7 +60,7 @@ def _store(url: str, manifest: Manifest) -> Iterator[str]:
 
 
 def _targets(url: str, manifest: Manifest) -> Iterator[str]:
-    form = manifest.form or FORMAT_1
+    form = manifest.form or PLAIN
     yield f"codec {form.codec.name}" + (f", {form.codec.levels} levels" if form.codec.name == "compact" else "")
     for split in SPLITS:
         lost = distortion(manifest, split)

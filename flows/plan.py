@@ -21,11 +21,13 @@ from ddk.types import SPLITS
 from flows.config import Config
 from storage import uri
 from storage.checkpoints import CheckpointFolder
+from storage.errors import StoreError
 from storage.fingerprint import differences
 from storage.layout import Kind
-from storage.manifest import Manifest, read_manifest
+from storage.manifest import read_manifest
 from storage.paths import store_name
 from storage.runs import RunFolder
+from storage.schema import Manifest
 from tasks.plan import Plan, plan_stores
 from tasks.train_student import StudentSession
 
@@ -92,7 +94,10 @@ def _others(root: str, domain: str, kind: Kind) -> Iterator[Manifest]:
     """Stores of the same domain, for other inputs."""
     folder = uri.join(root, kind)
     for name in uri.list_names(folder):
-        manifest = read_manifest(uri.join(folder, name, store_name(domain)))
+        try:
+            manifest = read_manifest(uri.join(folder, name, store_name(domain)))
+        except StoreError:  # damaged, or of another version: not the one that is asked for
+            continue
         if manifest is not None:
             yield manifest
 

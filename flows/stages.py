@@ -11,7 +11,7 @@ Every stage plans its stores afresh and skips what is complete, so that any of t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from prefect import Flow, flow, runtime
@@ -162,10 +162,10 @@ def train_student(config: Config, force: Force = False) -> dict[str, Any]:
         config = config.model_copy(update={"run": name_to_make_again(config.root, config.run)})
         logger.info("train: the run made again is '%s'", config.run)
     with open_session(config) as session:
-        done_before = session.run.summary() is not None
-        if done_before:
-            logger.info("train %s: complete already", config.run)
-            student_url = session.run.student_url
+        done = session.run.summary()
+        done_before = done is not None
+        if done is not None:
+            student_url = _as_it_was_saved(session, done)
         else:
             student_url = _train_alone(session)
     urls = report_run(config.root, config.run)
@@ -251,6 +251,22 @@ def _train_alone(session: StudentSession) -> str:
         if session.run.summary() is not None:
             return session.run.student_url
         return save_final_student(session, _train_to_the_end(session))
+
+
+def _as_it_was_saved(session: StudentSession, summary: Mapping[str, Any]) -> str:
+    """The final student's URL of a complete run; the student is saved again where its files are not what they were."""
+    run = session.run
+    faults = run.student_faults()
+    if not faults:
+        logger.info("train %s: complete already", run.name)
+        return run.student_url
+    if session.step != summary["steps"]:
+        raise UserError(
+            f"{faults[0]}, and the checkpoint of step {summary['steps']} is not there, from which run '{run.name}' "
+            f"could save its student again; restore the file, or train anew with --force"
+        )
+    logger.warning("train %s: %s; the student is saved again from the last checkpoint", run.name, "; ".join(faults))
+    return save_final_student(session, summary["stopped_early"])
 
 
 def _train_to_the_end(session: StudentSession) -> str | None:

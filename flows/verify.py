@@ -1,16 +1,19 @@
-"""What `ddk verify` does: one store, or every store below a root; bytes, and with --replay what they mean."""
+"""What `ddk verify` does: one store, one run, or all that lies in a root; bytes, and with --replay what they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prefect import flow
 
 from ddk.errors import UserError
 from flows.config import Config
 from storage import uri
-from storage.manifest import Manifest, read_manifest, require_complete
+from storage.errors import StoreDamagedError, StoreError
+from storage.manifest import COPY, MANIFEST, read_manifest, require_complete, sound_copy
+from storage.schema import Manifest
 from storage.verify import Damage, total_bytes, uncommit, verify
+from storage.verify_runs import Finding, comparison_findings, memory_findings, run_findings
 from tasks.plan import plan_stores
 from tasks.progress import meter
 from tasks.replay import ReplayedBlock, replay
@@ -23,34 +26,94 @@ def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]
     """Verify what lies at `url`, and say what is found.
 
     Args:
-        url: of a store, or of a root.
+        url: of a store, of a run, or of a root with all that lies in it.
         full: every byte; else presence and sizes only.
-        repair: mark damaged shards to be made again.
+        repair: mark damaged shards to be made again, and put a manifest's copy in its place.
 
     Returns:
         Whether everything was as it should be.
 
     Raises:
-        UserError: there is no store.
+        UserError: there is nothing of ours.
     """
-    stores = list(_stores(url.rstrip("/")))
-    if not stores:
-        raise UserError(f"there is no store at {url}, nor below {url}/blocks or {url}/targets; correct the URL")
-    sound = True
-    for store, manifest in stores:
-        if not manifest.complete:
-            say(f"{store}: not finished; `{_stage(manifest)}` goes on with it")
-            continue
-        with meter(f"verify {store.rsplit('/', 1)[-1]}", total_bytes(manifest), "bytes") as progress:
-            damages = verify(store, manifest, full=full, on_object=progress.advance)
-        shards = sum(len(split.shards) for split in manifest.splits.values())
-        if not damages:
-            say(f"{store}: {shards} shards, {total_bytes(manifest):,} bytes, sound{'' if full else ' in size'}")
-            continue
-        sound = False
+    url = url.rstrip("/")
+    root, _, name = url.rpartition("/runs/")
+    if name and "/" not in name and (uri.list_names(url) or not _is_store(url)):
+        if not uri.list_names(url):
+            raise UserError(f"there is no run at {url}; correct the URL")
+        return _verify_run(root, name, full=full, say=say)
+    stores = [url] if _is_store(url) else list(_stores(url))
+    runs, comparisons = (_folders(uri.join(url, kind)) for kind in ("runs", "comparisons"))
+    if not (stores or runs or comparisons):
+        raise UserError(
+            f"there is no store at {url}, nor stores, runs or comparisons below {url}/blocks, /targets, /runs or "
+            f"/comparisons; correct the URL"
+        )
+    sound = [_verify_store(store, full=full, repair=repair, say=say) for store in stores]
+    sound += [_verify_run(url, run, full=full, say=say) for run in runs]
+    sound += [
+        _said(f"{url}/comparisons/{name}", comparison_findings(url, name, full=full), say) for name in comparisons
+    ]
+    if not _is_store(url):
+        sound += [not _tell(memory_findings(url), say), not _tell(list(_without_blocks(url, stores)), say)]
+    return all(sound)
+
+
+def _verify_store(store: str, *, full: bool, repair: bool, say: Callable[[str], None]) -> bool:
+    try:
+        manifest = read_manifest(store)
+        broken = None
+    except StoreDamagedError as error:
+        manifest, broken = sound_copy(store), error
+    except StoreError as error:
+        say(str(error))
+        return False
+    if manifest is None:
+        stage = "ddk pack CONFIG" if "/blocks/" in store else "ddk cache CONFIG"
+        say(str(broken) if broken else f"{store}: manifest.json is missing; `{stage}` makes the store again")
+        return False
+    with meter(f"verify {store.rsplit('/', 1)[-1]}", total_bytes(store, manifest), "bytes") as progress:
+        damages = verify(store, manifest, full=full, on_object=progress.advance)
+    if damages:
         for line in _told(store, manifest, damages, repair=repair):
             say(line)
-    return sound
+        return False
+    if not manifest.complete:
+        say(f"{store}: not finished, and sound so far; `{_stage(manifest)}` goes on with it")
+        return True
+    shards = sum(len(split.shards) for split in manifest.splits.values())
+    say(f"{store}: {shards} shards, {total_bytes(store, manifest):,} bytes, sound{'' if full else ' in size'}")
+    return True
+
+
+def _verify_run(root: str, name: str, *, full: bool, say: Callable[[str], None]) -> bool:
+    return _said(f"{root}/runs/{name}", run_findings(root, name, full=full), say)
+
+
+def _said(url: str, findings: Sequence[Finding], say: Callable[[str], None]) -> bool:
+    if not _tell(findings, say):
+        say(f"{url}: sound")
+    return not findings
+
+
+def _tell(findings: Sequence[Finding], say: Callable[[str], None]) -> bool:
+    for finding in findings:
+        say(str(finding))
+    return bool(findings)
+
+
+def _without_blocks(root: str, stores: Sequence[str]) -> Iterator[Finding]:
+    """Targets whose blocks are not there: nothing can be trained on them."""
+    for store in stores:
+        try:
+            manifest = read_manifest(store)
+        except StoreError:
+            continue  # said before
+        if manifest is None or manifest.kind != "targets":
+            continue
+        blocks = uri.join(root, "blocks", str(manifest.inputs.get("blocks")), manifest.name)
+        if not uri.list_names(blocks):
+            yield Finding(url=blocks, what="missing, and there are targets of it; `ddk pack CONFIG` makes it again")
 
 
 @flow(name="replay-targets", persist_result=False)
@@ -117,6 +180,9 @@ def _told(store: str, manifest: Manifest, damages: list[Damage], *, repair: bool
         yield f"{store}: `ddk verify {store} --repair` marks these to be made again"
         return
     redone = uncommit(store, manifest, damages)
+    if not redone and manifest.complete and read_manifest(store) == manifest:
+        yield f"{store}: the manifest is put right"
+        return
     numbers = "; ".join(f"{split} {', '.join(map(str, shards))}" for split, shards in redone.items())
     yield f"{store}: taken out: {numbers or 'no shard'}; `{_stage(manifest)}` makes them again, and no others"
 
@@ -125,15 +191,18 @@ def _stage(manifest: Manifest) -> str:
     return "ddk pack CONFIG" if manifest.kind == "blocks" else "ddk cache CONFIG"
 
 
-def _stores(url: str) -> Iterator[tuple[str, Manifest]]:
-    manifest = read_manifest(url)
-    if manifest is not None:
-        yield url, manifest
-        return
+def _is_store(url: str) -> bool:
+    return any(uri.size_of(uri.join(url, name)) is not None for name in (MANIFEST, COPY))
+
+
+def _stores(url: str) -> Iterator[str]:
+    """Every store below a root, also one whose manifest is lost."""
     for kind in ("blocks", "targets"):
         for fingerprint in uri.list_names(uri.join(url, kind)):
             for name in uri.list_names(uri.join(url, kind, fingerprint)):
-                store = uri.join(url, kind, fingerprint, name)
-                found = read_manifest(store)
-                if found is not None:
-                    yield store, found
+                if name.endswith(".zarr"):
+                    yield uri.join(url, kind, fingerprint, name)
+
+
+def _folders(url: str) -> list[str]:
+    return [name for name in uri.list_names(url) if uri.list_names(uri.join(url, name))]

@@ -6,8 +6,8 @@
                                                            small state (sampler position, mixture versions)
 
 A checkpoint that was being written at a kill has no `state.json` and is never looked at again; the next save of the
-same step writes it anew. Files are checked against their digests before they are handed out. In format 1, of one
-process only, the files are `model.safetensors` and `optimizer.safetensors`.
+same step writes it anew. `state.json` is sealed to its run and step (`storage.sealed`); files are checked against their
+digests before they are handed out, and lie in the checkpoint's folder whatever a name in `state.json` says.
 """
 
 from __future__ import annotations
@@ -21,12 +21,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage import uri
-from storage.errors import FormatVersionError, StoreDamagedError
+from storage.errors import StoreDamagedError
+from storage.listing import Difference, FileRecord
+from storage.names import plain_name
+from storage.runs import run_key
+from storage.schema import Whole, first_problem
+from storage.sealed import Sealed
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_STATE = Sealed(
+    what="state of a checkpoint",
+    version=FORMAT_VERSION,
+    remedy="remove the folder {folder} and run the same command again, which resumes from the checkpoint before it",
+)
 _COMMIT = "state.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -35,17 +45,12 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _FileRecord(_Frozen):
-    bytes: int
-    sha256: str
-
-
 class _Commit(_Frozen):
     """The content of `state.json`."""
 
     format_version: int
-    step: int
-    files: dict[str, _FileRecord]
+    step: Whole
+    files: dict[str, FileRecord] = Field(min_length=1)
     state: dict[str, Any]
 
 
@@ -53,6 +58,7 @@ class CheckpointFolder:
     """The checkpoints of one run."""
 
     def __init__(self, run_url: str) -> None:
+        self._run_url = run_url
         self._url = uri.join(run_url, "checkpoints")
 
     def steps(self) -> list[int]:
@@ -82,7 +88,7 @@ class CheckpointFolder:
         """Write one file, and return what `commit` is to know of it (plain JSON data)."""
         with uri.writing(uri.join(self.url(step), name)) as path:
             write(path)
-            return _FileRecord(bytes=os.path.getsize(path), sha256=_sha256(path)).model_dump()
+            return FileRecord(bytes=os.path.getsize(path), sha256=_sha256(path)).model_dump()
 
     def commit(self, step: int, records: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> None:
         """Declare the files whole; the checkpoint counts when this returns.
@@ -91,17 +97,30 @@ class CheckpointFolder:
             records: what `put` said, by the files' names.
             state: plain JSON data.
         """
-        files = {name: _FileRecord(**record) for name, record in records.items()}
+        files = {name: FileRecord(**record) for name, record in records.items()}
         commit = _Commit(format_version=FORMAT_VERSION, step=step, files=files, state=dict(state))
-        uri.write_json(uri.join(self.url(step), _COMMIT), commit.model_dump())
+        _STATE.write(uri.join(self.url(step), _COMMIT), commit.model_dump(), self._of(step))
 
-    def format_version(self, step: int) -> int:
-        """Of a checkpoint that counts.
+    def differences(self, step: int, *, full: bool = True) -> Iterator[Difference]:
+        """The files of a checkpoint that counts which are missing or changed.
 
         Raises:
-            FormatVersionError, StoreDamagedError: it cannot be read.
+            FormatVersionError, StoreDamagedError: its `state.json` is not what was written.
         """
-        return self._commit(step).format_version
+        for name, record in self._commit(step).files.items():
+            url = uri.join(self.url(step), name)
+            size = uri.size_of(url)
+            if size is None:
+                yield Difference(url=url, what="missing")
+            elif size != record.bytes:
+                yield Difference(url=url, what=f"{size:,} bytes instead of {record.bytes:,}")
+            elif full and not self._is_sound(url, record):
+                yield Difference(url=url, what="its bytes are not those that were written (sha256 differs)")
+
+    def unfinished(self) -> list[str]:
+        """URLs of the folders without a `state.json`: of checkpoints that were being written when something ended."""
+        counting = set(self.steps())
+        return [self.url(step) for step in self._folders() if step not in counting]
 
     @contextmanager
     def folder(self, step: int) -> Iterator[str]:
@@ -132,17 +151,7 @@ class CheckpointFolder:
         return self._commit(step).state
 
     @contextmanager
-    def file(self, step: int, name: str) -> Iterator[str]:
-        """A local path of one of its files, checked, for as long as the context lasts.
-
-        Raises:
-            StoreDamagedError: it is missing, or its bytes are not those that were written.
-        """
-        with self._checked(step, name, self._commit(step).files[name]) as path:
-            yield path
-
-    @contextmanager
-    def _checked(self, step: int, name: str, record: _FileRecord) -> Iterator[str]:
+    def _checked(self, step: int, name: str, record: FileRecord) -> Iterator[str]:
         place = uri.join(self.url(step), name)
         with uri.local_copy(place) as path:
             if path is None or os.path.getsize(path) != record.bytes or _sha256(path) != record.sha256:
@@ -167,27 +176,29 @@ class CheckpointFolder:
 
     def _commit(self, step: int) -> _Commit:
         place = uri.join(self.url(step), _COMMIT)
-        try:
-            content = uri.read_json(place)
-        except StoreDamagedError as error:
-            raise StoreDamagedError(f"{error}; {self._remedy(step)}") from None
+        content = _STATE.read(place, self._of(step))
         if content is None:
             raise StoreDamagedError(f"there is no checkpoint at {self.url(step)}")
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{place} has format version {version}, and this version of ddk reads up to {FORMAT_VERSION}; "
-                f"update ddk"
-            )
         try:
-            return _Commit.model_validate(content)
+            commit = _Commit.model_validate(content)
         except ValidationError as error:
-            raise StoreDamagedError(
-                f"{place} is not a checkpoint's state ({error.errors()[0]['msg']}); {self._remedy(step)}"
-            ) from None
+            raise _STATE.damaged(place, first_problem(error)) from None
+        if commit.step != step:
+            raise _STATE.damaged(place, f"it says that it is of step {commit.step}")
+        for name in commit.files:
+            plain_name(name, place)
+        return commit
+
+    def _of(self, step: int) -> str:
+        return f"the checkpoint of step {step} of run '{uri.name_of(self._run_url)}' ({run_key(self._run_url)})"
+
+    @staticmethod
+    def _is_sound(url: str, record: FileRecord) -> bool:
+        with uri.local_copy(url) as path:
+            return path is not None and _sha256(path) == record.sha256
 
     def _remedy(self, step: int) -> str:
-        return f"remove the folder {self.url(step)} and resume from the checkpoint before it"
+        return _STATE.remedy.replace("{folder}", self.url(step))
 
 
 def _sha256(path: str) -> str:

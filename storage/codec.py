@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from ddk.types import SampledTokens, SparseTargets
 from storage import compact
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+MOST_DRAWS = 65534
+"""So that a draw's count fits its array."""
+MOST_TEMPERATURES = 64
 
 
 class CodecConfig(BaseModel):
@@ -48,9 +51,9 @@ class TargetFormat(BaseModel):
 
     codec: CodecConfig
     entropy: bool
-    draws: int
+    draws: int = Field(ge=0, le=MOST_DRAWS)
     """Random draws a position; 0 for none."""
-    temperatures: tuple[float, ...]
+    temperatures: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = Field(max_length=MOST_TEMPERATURES)
     """Other than 1, at which the tail's mass is stored."""
 
     def check(self, k: int) -> None:
@@ -66,8 +69,8 @@ class TargetFormat(BaseModel):
             )
 
 
-FORMAT_1 = TargetFormat(codec=CodecConfig(name="exact"), entropy=False, draws=0, temperatures=())
-"""What stores of format version 1 hold."""
+PLAIN = TargetFormat(codec=CodecConfig(name="exact"), entropy=False, draws=0, temperatures=())
+"""The top k as they were captured, and nothing besides."""
 
 UNKNOWN_TRUE_LOGPROB = math.inf
 """In the exact codec's `true_logprobs`, where an imported cache does not say: no log-probability is positive, and NaN
@@ -158,11 +161,25 @@ def encode(targets: SparseTargets, form: TargetFormat, vocab_size: int) -> tuple
 
 
 def decode(arrays: Arrays, form: TargetFormat, k: int, vocab_size: int) -> SparseTargets:
-    """The targets [n, …] of arrays [n, …], one row a block."""
+    """The targets [n, …] of arrays [n, …], one row a block.
+
+    Raises:
+        ValueError: the arrays hold what no encoder writes: ids that are no tokens, codes beyond the grid.
+    """
     if form.codec.name == "exact":
+        if any(no_tokens(arrays[name], vocab_size) for name in ("ids", "drawn_ids") if name in arrays):
+            raise ValueError("it holds ids that are no tokens")
         return _decode_exact(arrays, form)
     grid = compact.Grid(levels=form.codec.levels, keep_mass=form.codec.keep_mass, vocab_size=vocab_size)
     return compact.decode(arrays, grid, k, form.temperatures, entropy=form.entropy)
+
+
+def no_tokens(ids: npt.NDArray[np.int32], vocab_size: int) -> list[int]:
+    """The rows of ids [n, …] that hold one that is no token's: an index beyond a table is read from somewhere else."""
+    unsigned = ids.view(np.uint32)  # where a negative number is a large one
+    if not ids.size or int(unsigned.max()) < vocab_size:
+        return []
+    return [int(row) for row in np.flatnonzero((unsigned >= vocab_size).reshape(len(ids), -1).any(-1))]
 
 
 def divergences(captured: SparseTargets, stored: SparseTargets, vocab_size: int) -> npt.NDArray[np.float64]:

@@ -182,9 +182,16 @@ def decode(arrays: Arrays, grid: Grid, k: int, temperatures: Sequence[float], *,
 
     Args:
         arrays: as in the module's docstring, with a first axis of blocks.
+
+    Raises:
+        ValueError: the arrays hold what no encoder writes.
     """
     scalars_BRL = arrays["scalars"]
     kept_BL = scalars_BRL[:, 0].astype(np.int64)
+    if kept_BL.max(initial=0) > k or arrays["codes"].max(initial=0) > grid.levels:
+        raise ValueError("it keeps more tokens than there are, or codes beyond the grid")
+    if scalars_BRL[:, 1].max(initial=0) > TAIL_LEVELS:
+        raise ValueError("it holds tails beyond the grid")
     tail_BL = _tail_mass(scalars_BRL[:, 1])
     ids_BLK, codes_BLK = _descending(arrays, kept_BL, k, grid)
     table = np.full(grid.levels + 1, -np.inf, dtype=np.float32)
@@ -231,6 +238,8 @@ def _descending(arrays: Arrays, kept_BL: Array, k: int, grid: Grid) -> tuple[Arr
     """Ids [B, L, K] int32 and codes [B, L, K] in descending order of code."""
     valid_BLK = np.arange(k) < kept_BL[..., None]
     ids_BLK = np.cumsum(_spread(arrays["id_deltas"], valid_BLK, kept_BL) + valid_BLK, axis=-1, dtype=np.int32) - 1
+    if int(np.where(valid_BLK, ids_BLK, 0).view(np.uint32).max(initial=0)) >= grid.vocab_size:
+        raise ValueError("it holds ids that are no tokens")
     codes_BLK = _spread(arrays["codes"], valid_BLK, kept_BL)
     id_bits = max(int(grid.vocab_size - 1).bit_length(), 1)
     dtype: type[Any] = np.uint32 if id_bits + grid.code_bits <= 32 else np.uint64
@@ -255,6 +264,8 @@ def _spread(flat_BF: Array, valid_BLK: Array, kept_BL: Array) -> Array:
 def _drawn(arrays: Arrays, distinct_BL: Array) -> SampledTokens:
     positions = distinct_BL.shape[1]
     draws = arrays["drawn_counts"].shape[1] // positions
+    if distinct_BL.max(initial=0) > draws:
+        raise ValueError("it holds more draws than were made")
     valid_BLD = np.arange(draws) < distinct_BL[..., None]
     deltas_BLD = _spread(arrays["drawn_id_deltas"], valid_BLD, distinct_BL)
     ids_BLD = np.cumsum((deltas_BLD >> 1) + valid_BLD, axis=-1, dtype=np.int32) - 1

@@ -6,12 +6,25 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from ddk.errors import UserError
 from storage import uri
+from storage.errors import StoreError
+from storage.sealed import Sealed
 
 _CHUNK = 1 << 20
+DIGESTS = Sealed(what="memory of digests", version=2, remedy="nothing need be done: the files are hashed again")
+DIGESTS_OF = "the digests of files"
+
+
+class _Remembered(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    files: dict[str, dict[str, Annotated[str, StringConstraints(max_length=300)]]]
 
 
 def digest(url: str) -> str:
@@ -36,11 +49,14 @@ class DigestCache:
 
     A remembered digest counts while the file's stamp is the same: size, modification and change time on a local disk,
     size and ETag elsewhere. A file without a stamp is hashed each time, and so is one that was modified less than two
-    seconds before: a second change within the clock's tick would not show. The JSON file may be lost, damaged or
-    written by two processes at once; that costs time only.
+    seconds before: a second change within the clock's tick would not show. The JSON file may be lost, damaged (its seal
+    tells) or written by two processes at once; that costs time only.
+
+    Args:
+        url: of the JSON file; None remembers nothing.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str | None, clock: Callable[[], float] = time.time) -> None:
         self._url, self._clock = url, clock
 
     def get(self, file_url: str) -> str:
@@ -58,8 +74,8 @@ class DigestCache:
             for file_url in file_urls:
                 stamp, settled = self._stamp(file_url)
                 entry = known.get(file_url)
-                if stamp is not None and isinstance(entry, dict) and entry.get("stamp") == stamp:
-                    digests[file_url] = str(entry["sha256"])
+                if stamp is not None and entry is not None and entry.get("stamp") == stamp and "sha256" in entry:
+                    digests[file_url] = entry["sha256"]
                     continue
                 digests[file_url] = digest(file_url)
                 if self._stamp(file_url)[0] != stamp:
@@ -67,16 +83,16 @@ class DigestCache:
                 if settled:
                     new[file_url] = {"stamp": stamp, "sha256": digests[file_url]}
         finally:
-            if new:
-                uri.write_json(self._url, self._load() | new)
+            if new and self._url is not None:
+                DIGESTS.write(self._url, {"files": self._load() | new}, DIGESTS_OF)
         return digests
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> dict[str, dict[str, str]]:
         try:
-            content = uri.read_json(self._url)
-        except ValueError:
+            content = DIGESTS.read(self._url, DIGESTS_OF) if self._url is not None else None
+            return _Remembered.model_validate(content).files if content is not None else {}
+        except (StoreError, ValidationError):
             return {}
-        return content if isinstance(content, dict) else {}
 
     def _stamp(self, url: str) -> tuple[str | None, bool]:
         """What tells one content from another, if anything does; and whether it can be relied on later."""

@@ -4,18 +4,18 @@ A store holds one domain: a Zarr v3 group with a group for each split, `train` a
 
     <root>/blocks/<fingerprint>/<domain>.zarr
         tokens               int32   [N, L + 1]   packed token ids
-      and in format 2, where the corpus marks prompts (the dimension `marked` is 1):
+      and where the corpus marks prompts (the dimension `marked` is 1):
         loss                 uint8   [N, L + 1]   1 where predicting the token carries loss, 0 for a prompt's tokens
-    <root>/targets/<fingerprint>/<domain>.zarr, exact (format 1, and format 2 with `codec: exact`)
+    <root>/targets/<fingerprint>/<domain>.zarr, with `codec: exact`
         ids                  int32   [N, L, K]    most probable tokens, in descending order
         logprobs             float32 [N, L, K]    their log-probabilities
         tail_mass            float32 [N, L]       probability outside the K
         true_logprobs        float32 [N, L]       log-probability of the token that comes next
-      and in format 2, where they are kept:
+      and where they are kept:
         entropy              float32 [N, L]       of the whole distribution, in nats
         tail_mass_at         float32 [N, L, M]    probability outside the K at M further temperatures
         drawn_ids, _counts   int32   [N, L, D]    random draws
-    the same, compact (format 2): `storage.compact` says what the numbers mean
+    the same, with `codec: compact`: `storage.compact` says what the numbers mean
         scalars              uint16  [N, R, L]
         id_deltas            uint32  [N, L·K]
         codes                uint8   [N, L·K]     (uint16 above 254 levels)
@@ -26,8 +26,8 @@ Each array is sharded: an inner chunk holds one block, a shard holds `shard_bloc
 compressed (Blosc, shuffled) and carry a crc32c. The fill value is one that no data has (-1, NaN, the largest
 unsigned number): what was never written, or has gone missing, cannot be taken for data.
 
-Beside the arrays: `manifest.json` (what the store is, and which shards count) and, while a store is being written,
-`commits/` (one record a shard). See `storage.manifest`.
+Beside the arrays: `manifest.json` (what the store is, and which shards count), a copy of it once the store is complete,
+and, while a store is being written, `commits/` (one record a shard). See `storage.manifest`.
 """
 
 from __future__ import annotations
@@ -46,18 +46,15 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from ddk.types import SPLITS, Split
-from storage.codec import FORMAT_1, TargetFormat
+from storage.codec import PLAIN, TargetFormat
 
-FORMAT_VERSION = 2
-"""The newest that is read. What the first can hold is still written as the first: token blocks without marks."""
+FORMAT_VERSION = 3
+"""Of stores; a store of another version is not read."""
 Kind = Literal["blocks", "targets"]
+INDEX_ENTRY = 16
+"""Bytes of an inner chunk's place in the index of its shard: offset and length."""
 BLOCKS_PER_SHARD = 1024
 """Of token blocks: small beside targets, so that a shard of them is a few megabytes at the usual lengths."""
-
-
-def format_version(form: TargetFormat | None, *, marked: bool = False) -> int:
-    """Of a store of blocks (None), with marks or without, or of targets of this form."""
-    return 2 if marked or form not in (None, FORMAT_1) else 1
 
 
 def is_marked(dims: Mapping[str, int]) -> bool:
@@ -84,6 +81,11 @@ class ArraySpec:
         kind = np.dtype(self.dtype).kind
         return {"i": -1, "f": math.nan, "u": np.iinfo(self.dtype).max if kind == "u" else 0}[kind]
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one block's part, decoded."""
+        return math.prod(self.block_shape) * np.dtype(self.dtype).itemsize
+
 
 def array_specs(kind: Kind, dims: Mapping[str, int], form: TargetFormat | None = None) -> tuple[ArraySpec, ...]:
     """The arrays of a store whose dimensions are `dims` (`seq_len`, for targets also `k`; see `Manifest.dims`)."""
@@ -92,7 +94,7 @@ def array_specs(kind: Kind, dims: Mapping[str, int], form: TargetFormat | None =
         tokens = ArraySpec(name="tokens", dtype="int32", block_shape=(seq_len + 1,), dimensions=("position",))
         loss = ArraySpec(name="loss", dtype="uint8", block_shape=(seq_len + 1,), dimensions=("position",))
         return (tokens, loss) if is_marked(dims) else (tokens,)
-    form = form or FORMAT_1
+    form = form or PLAIN
     return _exact(seq_len, dims["k"], form) if form.codec.name == "exact" else _compact(seq_len, dims["k"], form)
 
 

@@ -5,11 +5,17 @@ Written in this order, each file in one atomic step:
 1. `manifest.json` with `"complete": false`: what the store is (its inputs and dimensions).
 2. For each shard: its objects (one an array), then `commits/<split>-<shard>.json` with their sizes and digests.
    A shard counts when its commit record is there, so a kill leaves at most the shards in flight to redo.
-3. Zarr's own metadata, then `manifest.json` with `"complete": true` and all the records folded in; `commits/` goes.
+3. Zarr's own metadata, then `manifest.json` with `"complete": true` and all the records folded in, after a copy of it
+   (`copy/manifest.json`); `commits/` goes.
 
 So a complete store is opened with one read, however many shards it has, and an incomplete one is resumed with one
 listing. Writers of different shards do not meet: they write different files. Who writes which is agreed in
 `storage.claims`.
+
+Manifest and records are sealed (`storage.sealed`), and `storage.schema` bounds what they may say. A manifest's
+fingerprint is that of the inputs in it, and that of its folder. Where `manifest.json` is lost or damaged,
+`ddk verify --repair` puts its copy in its place: what the teacher's GPU hours were spent on does not hang on one small
+file.
 """
 
 from __future__ import annotations
@@ -19,117 +25,88 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ddk.types import SPLITS, Split
 from storage import uri
 from storage.claims import remove_claims
-from storage.codec import FORMAT_1, TargetFormat
-from storage.errors import FormatVersionError, StoreDamagedError, StoreMissingError
+from storage.codec import PLAIN, TargetFormat
+from storage.errors import StoreDamagedError, StoreMissingError
 from storage.fingerprint import differences, fingerprint
-from storage.layout import (
-    FORMAT_VERSION,
-    Kind,
-    array_specs,
-    encode_shard,
-    format_version,
-    group_metadata,
-    is_marked,
-    shard_key,
+from storage.layout import FORMAT_VERSION, Kind, array_specs, encode_shard, group_metadata, shard_key
+from storage.schema import (
+    Manifest,
+    ObjectRecord,
+    ShardRecord,
+    SplitManifest,
+    array_names,
+    belonging,
+    check_shard,
+    first_problem,
 )
+from storage.sealed import Sealed
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ObjectRecord(_Frozen):
-    """One written object: how large it is and what it must hash to."""
-
-    bytes: int
-    sha256: str
-
-
-class ShardRecord(_Frozen):
-    """One committed shard."""
-
-    blocks: int
-    objects: dict[str, ObjectRecord]
-    """By the array's name."""
-    facts: dict[str, Any] = {}
-    """What else its writer wants to find again, e.g. where in the corpus the next shard starts."""
-
-
-class SplitManifest(_Frozen):
-    blocks: int
-    shards: tuple[ShardRecord, ...]
-
-
-class Manifest(_Frozen):
-    """The content of `manifest.json`."""
-
-    format_version: int
-    kind: Kind
-    fingerprint: str
-    inputs: dict[str, Any]
-    """Everything that the fingerprint covers."""
-    dims: dict[str, int]
-    """`seq_len`, `vocab_size`, `shard_blocks`; for targets also `k`, for blocks with marked prompts also `marked`."""
-    targets: TargetFormat | None = None
-    """What is kept of a position, and how; None for token blocks, and for targets of format 1."""
-    complete: bool
-    splits: dict[Split, SplitManifest] = {}
-    facts: dict[str, Any] = {}
-    """Measured while writing, and no part of the fingerprint: documents read, tokens, seconds."""
-
-    @property
-    def form(self) -> TargetFormat | None:
-        """`targets`, with format 1 spelt out; None for token blocks."""
-        return (self.targets or FORMAT_1) if self.kind == "targets" else None
-
-    def as_json(self) -> dict[str, Any]:
-        """What is stored. Format 1 has no word of a form, and its readers would refuse one."""
-        return self.model_dump(exclude={"targets"} if self.targets is None else None)
-
-    def positions(self, split: Split) -> int:
-        """Of a complete store of blocks: how many positions of a split carry loss."""
-        if is_marked(self.dims):
-            return int(self.total("with_loss", split))
-        return self.splits[split].blocks * self.dims["seq_len"]
-
-    def total(self, fact: str, split: Split | None = None) -> float:
-        """Sum of a number that every shard has among its facts, over one split or all."""
-        chosen = self.splits.values() if split is None else [self.splits[split]]
-        return float(sum(shard.facts[fact] for part in chosen for shard in part.shards))
+MANIFEST, COPY = "manifest.json", "copy/manifest.json"
+_STAGE = {"blocks": "ddk pack", "targets": "ddk cache"}
+_MANIFEST = Sealed(
+    what="manifest",
+    version=FORMAT_VERSION,
+    remedy="`ddk verify {folder} --repair` puts it right where it can; else remove {folder} and run the stage again",
+)
+_COMMIT = Sealed(
+    what="commit record",
+    version=FORMAT_VERSION,
+    remedy="remove it and run the stage again: this shard alone is made anew",
+)
 
 
 def read_manifest(url: str) -> Manifest | None:
     """The manifest of the store at `url`, complete or not; None where there is none.
 
     Raises:
-        FormatVersionError: written by a newer version.
-        StoreDamagedError: there, but not readable.
+        FormatVersionError: written by another version.
+        StoreDamagedError: there, but not what was written, or of another store; or lost, where its copy is there.
     """
-    place = uri.join(url, "manifest.json")
-    try:
-        content = uri.read_json(place)
-    except StoreDamagedError as error:
-        raise StoreDamagedError(f"{error}; remove the folder {url} and run the stage again") from None
+    found = stored_manifest(url, MANIFEST)
+    if found is None and uri.size_of(uri.join(url, COPY)) is not None:
+        raise _MANIFEST.damaged(uri.join(url, MANIFEST), "it is missing, and its copy is there")
+    return found
+
+
+def stored_manifest(url: str, name: str) -> Manifest | None:
+    """What lies at one of the two places, `MANIFEST` or `COPY`; None where there is none.
+
+    Raises:
+        FormatVersionError, StoreDamagedError: as `read_manifest`.
+    """
+    place = uri.join(url, name)
+    content = _MANIFEST.read(place)
     if content is None:
         return None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{place} has format version {version}, and this version of ddk reads up to {FORMAT_VERSION}; update ddk"
-        )
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise StoreDamagedError(
-            f"{place} is not a manifest ({where}: {first['msg']}); remove the folder {url} and run the stage again"
-        ) from None
+        raise _MANIFEST.damaged(place, first_problem(error)) from None
+    if (why := belonging(manifest, url)) is not None:
+        raise _MANIFEST.damaged(place, why)
+    return manifest
+
+
+def sound_copy(url: str) -> Manifest | None:
+    """The manifest of a complete store from its copy alone; None where that is not to be had."""
+    try:
+        copy = stored_manifest(url, COPY)
+    except StoreDamagedError:
+        return None
+    return copy if copy is not None and copy.complete else None
+
+
+def write_manifest(url: str, manifest: Manifest) -> None:
+    """The copy first, where the store is complete; an unfinished one has none."""
+    content, of = manifest.model_dump(), f"{manifest.kind} {manifest.fingerprint}/{manifest.name}"
+    if manifest.complete:
+        _MANIFEST.write(uri.join(url, COPY), content, of)
+    _MANIFEST.write(uri.join(url, MANIFEST), content, of)
 
 
 def require_complete(url: str, kind: Kind) -> Manifest:
@@ -138,7 +115,7 @@ def require_complete(url: str, kind: Kind) -> Manifest:
     Raises:
         StoreMissingError: none there, not finished, or of the other kind.
     """
-    stage = {"blocks": "ddk pack", "targets": "ddk cache"}[kind]
+    stage = _STAGE[kind]
     manifest = read_manifest(url)
     if manifest is None:
         raise StoreMissingError(f"there is no store at {url}; run `{stage}` first, or correct the URL")
@@ -156,9 +133,48 @@ def store_attributes(manifest: Manifest) -> dict[str, Any]:
     return {"ddk": {"format_version": manifest.format_version, "kind": manifest.kind, "dims": dims}}
 
 
-def write_commit(url: str, split: Split, shard: int, record: ShardRecord) -> None:
+def write_commit(url: str, manifest: Manifest, split: Split, shard: int, record: ShardRecord) -> None:
     """From here on the shard counts."""
-    uri.write_json(_commit_url(url, split, shard), record.model_dump())
+    _COMMIT.write(_commit_url(url, split, shard), record.model_dump(), _commit_of(manifest, split, shard))
+
+
+def read_commits(url: str, manifest: Manifest, split: Split, shards: list[int]) -> dict[int, ShardRecord]:
+    """The commit records of the shards, where they are there.
+
+    Raises:
+        StoreDamagedError: one is not what was written, or of another shard or store.
+    """
+    places = [_commit_url(url, split, shard) for shard in shards]
+    contents = _COMMIT.read_many(places, [_commit_of(manifest, split, shard) for shard in shards])
+    names = array_names(manifest)
+    found: dict[int, ShardRecord] = {}
+    for shard, place, content in zip(shards, places, contents, strict=True):
+        if content is None:
+            continue
+        content.pop("format_version")
+        try:
+            record = ShardRecord.model_validate(content)
+            check_shard(record, manifest.dims, names)
+        except (ValidationError, ValueError) as error:
+            raise _COMMIT.damaged(place, first_problem(error)) from None
+        found[shard] = record
+    return found
+
+
+def committed_numbers(url: str, split: Split) -> list[int]:
+    """The shards whose commit records are there, by their files' names."""
+    names = uri.list_names(uri.join(url, "commits"))
+    numbers = (name.removeprefix(f"{split}-").removesuffix(".json") for name in names if name.startswith(f"{split}-"))
+    return [int(number) for number in numbers if number.isdecimal()]
+
+
+def remove_commit(url: str, split: Split, shard: int) -> None:
+    """From here on the shard does not count."""
+    uri.remove_file(_commit_url(url, split, shard))
+
+
+def _commit_of(manifest: Manifest, split: Split, shard: int) -> str:
+    return f"{split} shard {shard} of {manifest.kind} {manifest.fingerprint}/{manifest.name}"
 
 
 def _commit_url(url: str, split: Split, shard: int) -> str:
@@ -172,7 +188,7 @@ class StoreWriter:
         url: the store's folder.
         inputs: everything that determines the store's bytes; see `storage.fingerprint`.
         dims: see `Manifest.dims`.
-        form: of targets; None writes format 1.
+        form: of targets; None keeps the top k as they are (`storage.codec.PLAIN`).
     """
 
     def __init__(
@@ -188,19 +204,20 @@ class StoreWriter:
         self._own: dict[tuple[Split, int], ShardRecord] = {}
         self._shard_blocks = dims["shard_blocks"]
         header = Manifest(
-            format_version=format_version(form, marked=is_marked(dims)),
+            format_version=FORMAT_VERSION,
             kind=kind,
+            name=uri.name_of(url),
             fingerprint=fingerprint(inputs),
             inputs=dict(inputs),
             dims=dict(dims),
-            targets=None if form == FORMAT_1 else form,
+            targets=(form or PLAIN) if kind == "targets" else None,
             complete=False,
         )
         found = read_manifest(url)
         if found is None:
-            uri.write_json(uri.join(url, "manifest.json"), header.as_json())
+            write_manifest(url, header)
             found = header
-        # A store's folder is named by its fingerprint, so this is a foreign or an edited manifest.
+        # A store's folder is named by its fingerprint: the same inputs, and yet something else is to be made of them.
         what = {"kind", "fingerprint", "inputs", "dims", "targets"}
         # Both as JSON, where a tuple is a list.
         stored, wanted = (m.model_dump(mode="json", include=what) for m in (found, header))
@@ -212,29 +229,16 @@ class StoreWriter:
         """The shards that count, by number.
 
         Raises:
-            StoreDamagedError: a commit record cannot be read.
+            StoreDamagedError: a commit record is not what was written.
         """
         if self.manifest.complete:
             return dict(enumerate(self.manifest.splits[split].shards))
-        numbers = [
-            int(name.removeprefix(f"{split}-").removesuffix(".json"))
-            for name in uri.list_names(uri.join(self.url, "commits"))
-            if name.startswith(f"{split}-")
-        ]
+        numbers = committed_numbers(self.url, split)
         # What this writer has committed itself it need not read again: a large store has many records.
         foreign = [number for number in numbers if (split, number) not in self._own]
-        try:
-            contents = uri.read_jsons([_commit_url(self.url, split, number) for number in foreign])
-            # None where another writer has completed the store meanwhile, and removed them.
-            there = {n: c for n, c in zip(foreign, contents, strict=True) if c is not None}
-            read = {n: ShardRecord.model_validate(c) for n, c in there.items()}
-            return {n: read.get(n) or self._own[split, n] for n in numbers if n in read or (split, n) in self._own}
-        except (StoreDamagedError, ValidationError) as error:
-            why = str(error) if isinstance(error, StoreDamagedError) else error.errors()[0]["msg"]
-            raise StoreDamagedError(
-                f"{self.url}/commits holds what is no commit record ({why}); remove the folder {self.url} and run "
-                f"the stage again"
-            ) from None
+        # One is missing where another writer has completed the store meanwhile, and removed the records.
+        read = read_commits(self.url, self.manifest, split, foreign)
+        return {n: read.get(n) or self._own[split, n] for n in numbers if n in read or (split, n) in self._own}
 
     def is_missing(self, split: Split, shard: int) -> bool:
         """Whether nobody has committed the shard, nor completed the store, up to now."""
@@ -276,7 +280,7 @@ class StoreWriter:
             uri.write_bytes(uri.join(self.url, split, spec.name, shard_key(spec, shard)), content)
             objects[spec.name] = ObjectRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         record = ShardRecord(blocks=blocks.pop(), objects=objects, facts=dict(facts or {}))
-        write_commit(self.url, split, shard, record)
+        write_commit(self.url, self.manifest, split, shard, record)
         self._own[split, shard] = record
         return record
 
@@ -304,7 +308,7 @@ class StoreWriter:
         for key, content in metadata.items():
             uri.write_bytes(uri.join(self.url, key), content)
         uri.remove_temporaries(self.url)
-        uri.write_json(uri.join(self.url, "manifest.json"), manifest.as_json())
+        write_manifest(self.url, manifest)
         uri.remove_tree(uri.join(self.url, "commits"))
         remove_claims(self.url)
         self.manifest = manifest

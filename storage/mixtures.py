@@ -5,29 +5,36 @@
     …
 
 A record is written once, in one atomic step, and never changed. The loop between training and evaluation closes
-through these files alone: whoever trains reads the newest, whoever evaluates appends.
+through these files alone: whoever trains reads the newest, whoever evaluates appends. Each is sealed to its run and its
+version (`storage.sealed`), and what it says is checked before a mixture is made of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddk.types import DomainGap, Mixture
 from storage import uri
-from storage.errors import FormatVersionError, StoreDamagedError
+from storage.errors import StoreDamagedError
+from storage.runs import run_key
+from storage.schema import Whole, first_problem
+from storage.sealed import Sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _REMEDY = "restore it, or remove it and the versions after it: the gap is then measured again"
+_RECORD = Sealed(what="mixture record", version=FORMAT_VERSION, remedy=_REMEDY)
+
+_Perplexity = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class _Perplexities(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    student: float
-    teacher: float
+    student: _Perplexity
+    teacher: _Perplexity
 
 
 class MixtureRecord(BaseModel):
@@ -36,21 +43,31 @@ class MixtureRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    version: int
+    version: Whole
     """t, from 0."""
-    step: int
+    step: Whole
     """Optimizer steps that the measured student had done."""
-    tokens_seen: int
+    tokens_seen: Whole
     """Positions it had been trained on."""
     perplexities: dict[str, _Perplexities]
     """Of student and teacher, by domain."""
     probabilities: dict[str, float]
     """The mixture to train on from here."""
-    blocks_drawn: dict[str, int]
+    blocks_drawn: dict[str, Whole]
     """Blocks that the student had read, by domain."""
-    positions: dict[str, int] | None = None
+    positions: dict[str, Whole] | None = None
     """Validation positions that the perplexities are means over, by domain: what rolls them up along the domains'
     paths. None where there is nothing to roll up."""
+
+    @model_validator(mode="after")
+    def _one_set_of_domains(self) -> MixtureRecord:
+        domains = set(self.perplexities)
+        if set(self.probabilities) != domains:
+            raise ValueError("its perplexities and probabilities are of different domains")
+        if not {*self.blocks_drawn, *(self.positions or {})} <= domains:
+            raise ValueError("its blocks or positions are of other domains")
+        Mixture(probabilities=self.probabilities)  # that they are probabilities
+        return self
 
     @property
     def gaps(self) -> tuple[DomainGap, ...]:
@@ -93,6 +110,7 @@ class MixtureHistory:
     """The records of one run, read afresh at every call."""
 
     def __init__(self, run_url: str) -> None:
+        self._run_url = run_url
         self._url = uri.join(run_url, "mixtures")
 
     def records(self) -> list[MixtureRecord]:
@@ -103,14 +121,47 @@ class MixtureHistory:
             FormatVersionError: written by a newer version.
         """
         names = [name for name in uri.list_names(self._url) if name.endswith(".json")]
-        places = [uri.join(self._url, name) for name in names]
-        try:
-            contents = uri.read_jsons(places)
-        except StoreDamagedError as error:
-            raise StoreDamagedError(f"{error}; {_REMEDY}") from None
-        records = [_parse(place, content) for place, content in zip(places, contents, strict=True)]
-        if [record.version for record in records] != list(range(len(records))):
+        if not names:
+            return []
+        expected = [f"{version:05d}.json" for version in range(len(names))]
+        if names != expected:
             raise StoreDamagedError(f"{self._url} lacks a version: it holds {', '.join(names)}; {_REMEDY}")
+        key = run_key(self._run_url)
+        places = [uri.join(self._url, name) for name in names]
+        contents = _RECORD.read_many(places, [self._of(version, key) for version in range(len(names))])
+        return [
+            self._parsed(place, version, content)
+            for version, (place, content) in enumerate(zip(places, contents, strict=True))
+        ]
+
+    def _of(self, version: int, key: str) -> str:
+        return f"mixture {version} of run '{uri.name_of(self._run_url)}' ({key})"
+
+    @staticmethod
+    def _parsed(place: str, version: int, content: dict[str, Any] | None) -> MixtureRecord:
+        if content is None:
+            raise StoreDamagedError(f"{place} has gone while it was read; {_REMEDY}")
+        try:
+            record = MixtureRecord.model_validate(content)
+        except ValidationError as error:
+            raise _RECORD.damaged(place, first_problem(error)) from None
+        if record.version != version:
+            raise _RECORD.damaged(place, f"it says that it is version {record.version}")
+        return record
+
+    def whole(self, summary: Mapping[str, Any] | None) -> list[MixtureRecord]:
+        """All versions of a run, of which the last must be there where the run is complete.
+
+        Args:
+            summary: the run's (`RunFolder.summary`).
+
+        Raises:
+            StoreDamagedError: as `records`; or the last one is missing.
+        """
+        records = self.records()
+        if summary is not None and "steps" in summary and (not records or records[-1].step != summary["steps"]):
+            place = uri.join(self._url, f"{len(records):05d}.json")
+            raise StoreDamagedError(f"{place} is missing: it held the measurement of the final student; {_REMEDY}")
         return records
 
     def at_step(self, step: int) -> MixtureRecord | None:
@@ -126,19 +177,8 @@ class MixtureHistory:
         """
         expected = len(self.records())
         place = uri.join(self._url, f"{record.version:05d}.json")
-        if record.version == expected and not uri.create_json(place, record.model_dump(exclude_none=True)):
+        of = self._of(record.version, run_key(self._run_url))
+        if record.version == expected and not _RECORD.create(place, record.model_dump(exclude_none=True), of):
             expected += 1  # since then another was written
         if record.version != expected:
             raise ValueError(f"{self._url} expects version {expected}; this record is version {record.version}")
-
-
-def _parse(place: str, content: Any) -> MixtureRecord:
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{place} has format version {version}, and this version of ddk reads up to {FORMAT_VERSION}; update ddk"
-        )
-    try:
-        return MixtureRecord.model_validate(content)
-    except ValidationError as error:
-        raise StoreDamagedError(f"{place} is not a mixture record ({error.errors()[0]['msg']}); {_REMEDY}") from None

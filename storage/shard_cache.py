@@ -42,6 +42,7 @@ _LEAST_USE = 8
 """One of so many fetched bytes must be read."""
 _TRIES = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+OTHER_BYTES = "its bytes are not those that were written (sha256 differs)"
 _log = logging.getLogger("ddk")
 
 
@@ -70,8 +71,8 @@ class Held:
     """Whether it was fetched for this, rather than found."""
 
 
-class WrongSizeError(Exception):
-    """What lies at the URL is not as large as the manifest says."""
+class NotWhatWasWrittenError(Exception):
+    """What lies at the URL is not what the manifest says."""
 
 
 def shared() -> ShardCache | None:
@@ -139,7 +140,7 @@ class ShardCache:
 
         Raises:
             FileNotFoundError: there is no such object.
-            WrongSizeError: it has another size.
+            NotWhatWasWrittenError: it has another size, or other bytes.
             UnreachableError: the storage service refused, or did not answer.
             StoreError: the folder belongs to someone else.
         """
@@ -286,4 +287,7 @@ def _download(wanted: ShardObject, part: str, descriptor: int) -> None:
         raise VanishedError
     size = os.fstat(descriptor).st_size
     if size != wanted.size:
-        raise WrongSizeError(f"{size:,} bytes instead of {wanted.size:,}")
+        raise NotWhatWasWrittenError(f"{size:,} bytes instead of {wanted.size:,}")
+    with open(part, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != wanted.sha256:
+            raise NotWhatWasWrittenError(OTHER_BYTES)

@@ -13,18 +13,22 @@ Copies are not worth it where hardly three shards fit the cache, or where little
 has to make room (`ShardCache.is_worth_it`): blocks drawn at random from stores far larger than the cache, or shared out
 among more than eight machines.
 
-Each chunk is checked against its crc32c. What is missing or damaged is read once more from where it lies, since the
-copy may be bad or the shard repaired; then `ShardDamagedError` names it.
+Each chunk is checked against its crc32c, and each object as a whole against its sha256: a local one when this process
+first reads of it (and again where the file has changed since), a copy when it is fetched. So an intact shard in the
+place of another is found as well; by ranges it is not. What is missing or damaged is read once more from where it lies,
+since the copy may be bad or the shard repaired; then `ShardDamagedError` names it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from typing import Any, cast
 
 import google_crc32c
@@ -35,8 +39,8 @@ from numcodecs import blosc
 from ddk.types import Split
 from storage import shard_cache, uri
 from storage.layout import ArraySpec, shard_key
-from storage.manifest import ShardRecord
-from storage.shard_cache import ShardObject, WrongSizeError
+from storage.schema import ShardRecord
+from storage.shard_cache import OTHER_BYTES, NotWhatWasWrittenError, ShardObject
 
 Array = np.ndarray[Any, Any]
 _AT_ONCE = 16
@@ -92,6 +96,8 @@ class ShardReader:
         if self._cache is not None and self._cache.capacity < _LEAST_SHARDS * max(sizes, default=0):
             self._cache = None
         self._indices: OrderedDict[str, Array] = OrderedDict()
+        self._seen: dict[str, tuple[int, int, int]] = {}
+        """Of the local objects that are what was written, by URL: inode, size and time of the last change."""
         self._lock = threading.Lock()
 
     def read(self, names: Sequence[str], blocks: npt.NDArray[np.int64]) -> dict[str, Array]:
@@ -177,14 +183,22 @@ class ShardReader:
         for part in wanted:
             try:
                 with open(uri.open_fs(part.object.url)[1], "rb", buffering=0) as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size != part.object.size:
-                        found.append(f"{size:,} bytes instead of {part.object.size:,}")
-                        continue
-                    found.append(self._chunks(part, _reader_of_file(file.fileno())))
+                    wrong = self._wrong_as_a_whole(part.object, file)
+                    found.append(wrong or self._chunks(part, _reader_of_file(file.fileno())))
             except (FileNotFoundError, NotADirectoryError):
                 found.append("never written, or lost")
         return found
+
+    def _wrong_as_a_whole(self, wanted: ShardObject, file: FileIO) -> str | None:
+        state = os.fstat(file.fileno())
+        if state.st_size != wanted.size:
+            return f"{state.st_size:,} bytes instead of {wanted.size:,}"
+        stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
+        if self._seen.get(wanted.url) != stamp:
+            if hashlib.file_digest(file, "sha256").hexdigest() != wanted.sha256:
+                return OTHER_BYTES
+            self._seen[wanted.url] = stamp
+        return None
 
     def _chunks(self, part: _Wanted, read: Read) -> list[bytes] | str:
         index = self._index(read(*self._index_range(part)))
@@ -223,7 +237,7 @@ class ShardReader:
             held = None if self._cache is None else self._cache.obtain(part.object)
         except FileNotFoundError:
             return "never written, or lost"
-        except WrongSizeError as error:
+        except NotWhatWasWrittenError as error:
             return str(error)
         if held is None:
             return self._by_range(part)

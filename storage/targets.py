@@ -10,11 +10,14 @@ import numpy as np
 from ddk.types import SPLITS, SparseTargets, Split
 from storage.blocks import open_blocks
 from storage.codec import Distortion, TargetFormat, encode
-from storage.errors import StoreMissingError
-from storage.manifest import Manifest, ShardRecord, StoreWriter, require_complete
+from storage.errors import StoreDamagedError, StoreMissingError
+from storage.manifest import StoreWriter, require_complete
+from storage.schema import Manifest, ShardRecord
 from storage.views import BlockView, TargetView
 
 _BLOCKS_AT_ONCE = 256
+_MOST_NATS = 700.0
+"""Of a mean over positions: e to this power is the largest number there is."""
 
 
 def open_targets(url: str, split: Split = "train") -> TargetView:
@@ -49,6 +52,8 @@ def teacher_perplexity(url: str, blocks_url: str | None = None) -> float:
 def perplexity_of(manifest: Manifest, url: str, blocks_url: str | None = None) -> float:
     """`teacher_perplexity` of a complete store whose manifest is at hand."""
     shards = manifest.splits["validation"].shards
+    if not shards:
+        raise StoreMissingError(f"the targets at {url} are of no validation block, so there is no teacher's perplexity")
     blocks = None if blocks_url is None else open_blocks(blocks_url, "validation")
     if blocks is not None and blocks.marked:
         mean = _mean_with_loss(open_targets(url, "validation"), blocks)
@@ -62,6 +67,12 @@ def perplexity_of(manifest: Manifest, url: str, blocks_url: str | None = None) -
             f"the targets at {url} do not give the probability of every true token of the validation blocks, so the "
             f"teacher's perplexity is not known; validate on documents that the teacher reads, or on files that hold "
             f"`true_logprobs`"
+        )
+    if not -_MOST_NATS <= mean <= 1e-3:
+        raise StoreDamagedError(
+            f"the targets at {url} give the true tokens of the validation blocks a mean log-probability of {mean:.3g}, "
+            f"which is no perplexity; check the teacher's weights and `teacher.dtype`, and capture the domain again "
+            f"(`ddk cache CONFIG --force`)"
         )
     return float(np.exp(-mean))
 

@@ -77,6 +77,20 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
+def name_of(url: str) -> str:
+    """The last part of a URL: `'s3://bucket/root/math.zarr'` → `'math.zarr'`."""
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
+def lies_below(url: str, folder: str) -> bool:
+    """Whether a file lies below the folder, also where symbolic links on its way are followed; elsewhere than on a
+    local disk there are none."""
+    if not is_local(folder):
+        return True
+    path, base = (os.path.realpath(open_fs(one)[1]) for one in (os.path.dirname(url), folder))
+    return path == base or path.startswith(base.rstrip("/") + "/")
+
+
 def absolute(url: str, base: str) -> str:
     """`url` itself where it names a protocol or an absolute path; else the path below the folder `base`.
 
@@ -181,21 +195,28 @@ def read_json(url: str) -> Any | None:
     Raises:
         StoreDamagedError: the file is not JSON (it is named).
     """
-    return _parsed(url, read_bytes(url))
+    content = read_bytes(url)
+    return None if content is None else parsed(url, content)
 
 
 def read_jsons(urls: Sequence[str]) -> list[Any | None]:
     """`read_json` of many files of one place; from an object store many at a time."""
-    return [_parsed(url, content) for url, content in zip(urls, read_whole_many(urls), strict=True)]
+    contents = zip(urls, read_whole_many(urls), strict=True)
+    return [None if content is None else parsed(url, content) for url, content in contents]
 
 
-def _parsed(url: str, content: bytes | None) -> Any | None:
-    if content is None:
-        return None
+def parsed(url: str, content: bytes) -> Any:
+    """The JSON value in a file's content.
+
+    Raises:
+        StoreDamagedError: the content is not JSON (the file is named).
+    """
     try:
         return json.loads(content)
     except ValueError as error:
         raise StoreDamagedError(f"{url} is not valid JSON ({error})") from None
+    except RecursionError:
+        raise StoreDamagedError(f"{url} is not valid JSON (it is nested too deeply)") from None
 
 
 def write_bytes(url: str, content: bytes) -> None:
@@ -214,16 +235,20 @@ def write_bytes(url: str, content: bytes) -> None:
 
 def write_json(url: str, value: Any) -> None:
     """Canonical form: sorted keys, so that equal values are equal bytes."""
-    write_bytes(url, _canonical(value))
+    write_bytes(url, canonical(value))
 
 
 def create_json(url: str, value: Any) -> bool:
-    """`write_json` where there is no such file yet; of several who try at once, one succeeds.
+    """`create_bytes` of JSON in its canonical form."""
+    return create_bytes(url, canonical(value))
+
+
+def create_bytes(url: str, content: bytes) -> bool:
+    """`write_bytes` where there is no such file yet; of several who try at once, one succeeds.
 
     Returns:
-        Whether the file now holds the value. Not, where another has written another value first.
+        Whether the file now holds the content. Not, where another has written something else first.
     """
-    content = _canonical(value)
     fs, path = open_fs(url)
     try:
         if isinstance(fs, LocalFileSystem):
@@ -247,7 +272,8 @@ def create_json(url: str, value: Any) -> bool:
     return True
 
 
-def _canonical(value: Any) -> bytes:
+def canonical(value: Any) -> bytes:
+    """The bytes that `write_json` writes of a value."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

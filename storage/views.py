@@ -6,7 +6,6 @@ against its crc32c; what is missing or damaged is an error that names the store,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +14,11 @@ import numpy.typing as npt
 
 from ddk.types import BoolArray, Float32Array, Int32Array, SparseTargets, Split
 from storage import compact
-from storage.codec import FORMAT_1, UNKNOWN_TRUE_LOGPROB, TargetFormat, decode
+from storage.codec import PLAIN, UNKNOWN_TRUE_LOGPROB, TargetFormat, decode, no_tokens
 from storage.errors import StoreDamagedError
 from storage.layout import Kind, array_specs, is_marked
-from storage.manifest import Manifest, require_complete
+from storage.manifest import require_complete
+from storage.schema import Manifest
 from storage.shards import ShardDamagedError, ShardReader
 
 Indices = Sequence[int] | npt.NDArray[np.int64]
@@ -63,7 +63,7 @@ class _View:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block, decoded: a number of the format, whatever the content compresses to."""
-        return sum(math.prod(spec.block_shape) * np.dtype(spec.dtype).itemsize for spec in self._specs)
+        return sum(spec.block_bytes for spec in self._specs)
 
     def fetch(self, indices: Indices) -> bool:
         """Copy the shards of the given blocks to the local disk, for a later read; nothing is decoded.
@@ -107,9 +107,13 @@ class BlockView(_View):
         """Tokens [n, L + 1] int32 of the given blocks, in the given order.
 
         Raises:
-            StoreDamagedError: a checksum does not hold, or a block is missing.
+            StoreDamagedError: a checksum does not hold, a block is missing, or a token is none of the tokenizer's.
         """
-        return self._read(["tokens"], indices)["tokens"]
+        tokens = self._read(["tokens"], indices)["tokens"]
+        if strange := no_tokens(tokens, self.vocab_size):
+            wrong = sorted({int(np.asarray(indices)[row]) // self.shard_blocks for row in strange})
+            raise self._damaged("tokens", wrong, "it holds ids that are no tokens")
+        return tokens
 
     @property
     def marked(self) -> bool:
@@ -141,7 +145,7 @@ class TargetView(_View):
     @property
     def form(self) -> TargetFormat:
         """What is kept of a position, and how."""
-        return self.manifest.form or FORMAT_1
+        return self.manifest.form or PLAIN
 
     def read(self, indices: Indices) -> SparseTargets:
         """Targets of the given blocks, in the given order: ids [n, L, K] int32, logprobs [n, L, K] float32,
@@ -150,7 +154,12 @@ class TargetView(_View):
         Raises:
             StoreDamagedError: a checksum does not hold, or a block is missing.
         """
-        return decode(self._read(self._names, indices), self.form, self.k, self.vocab_size)
+        arrays = self._read(self._names, indices)
+        try:
+            return decode(arrays, self.form, self.k, self.vocab_size)
+        except ValueError as error:  # numbers that no encoder writes
+            shards = sorted({int(block) // self.shard_blocks for block in np.asarray(indices)})
+            raise self._damaged(self._names[0], shards, str(error)) from error
 
     def true_logprobs(self, indices: Indices | None = None) -> Float32Array:
         """Log-probabilities [n, L] float32 of the true tokens, NaN where unknown; of all blocks by default."""

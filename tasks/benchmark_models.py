@@ -135,6 +135,8 @@ def _final_student(root: str, run: str) -> Iterator[str]:
             f"run '{run}' has no final student yet ({folder.student_url}); finish it with `ddk train`, or take the "
             f"others alone (--models before,teacher)"
         )
+    if faults := folder.student_faults():
+        raise UserError(f"{faults[0]}; run the same `ddk train` again, which saves the student from its checkpoint")
     with uri.local_folder_copy(folder.student_url) as local:
         yield local
 

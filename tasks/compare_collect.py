@@ -13,10 +13,11 @@ from ddk.methods.registry import METHODS
 from ddk.shape import ModelShape, shape_of
 from ddk.types import SPLITS
 from storage import uri
-from storage.manifest import Manifest, read_manifest
+from storage.manifest import read_manifest
 from storage.mixtures import MixtureHistory
 from storage.paths import store_name
 from storage.runs import RunFolder
+from storage.schema import Manifest
 from tasks.compare_data import CapturedStore, ComparedRun, ComparedVariant, Comparison, Status
 from tasks.models import local_folder
 from tasks.progress import logger
@@ -65,7 +66,7 @@ class Collector:
             stopped_early=done.get("stopped_early"),
             training_seconds=done.get("training_seconds"),
             seq_len=seq_len,
-            records=tuple(MixtureHistory(folder.url).records()),
+            records=tuple(MixtureHistory(folder.url).whole(summary)),
             student_flops=None if student is None else student.forward_flops(seq_len),
             teacher_flops=teacher_flops,
             teacher=_teacher_of(config),

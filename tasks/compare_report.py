@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from ddk.errors import UserError
 from storage import uri
-from storage.errors import FormatVersionError, StoreDamagedError
+from storage.comparisons import ComparisonFolder
+from storage.schema import first_problem
 from tasks.artifacts import add_version, artifact_key
-from tasks.compare_data import FORMAT, Comparison, run_rows, summary_rows
+from tasks.compare_data import Comparison, run_rows, summary_rows
 from tasks.compare_page import render_comparison, render_markdown
 from tasks.compare_plots import plots
 from tasks.model_card import escape
@@ -24,8 +25,6 @@ from tasks.progress import logger
 from tasks.report_data import render_csv
 from tasks.report_page import data_uri
 from tasks.report_plots import DARK, LIGHT
-
-DATA = "comparison.json"
 
 
 def comparison_url(root: str, name: str) -> str:
@@ -60,39 +59,33 @@ def write_comparison(root: str, comparison: Comparison) -> dict[str, str]:
     """
     light, dark = (plots(comparison, theme=theme) for theme in (LIGHT, DARK))
     contents = {
-        DATA: comparison.model_dump_json(indent=1).encode(),
         "runs.csv": render_csv(list(run_rows(comparison))).encode(),
         "summary.csv": render_csv(list(summary_rows(comparison))).encode(),
         **light,
         "index.html": render_comparison(comparison, light, dark).encode(),
     }
-    folder = comparison_url(root, comparison.name)
-    for name, content in contents.items():
-        uri.write_bytes(uri.join(folder, name), content)
-    return {name: uri.join(folder, name) for name in contents}
+    return ComparisonFolder(root, comparison.name).write(comparison.model_dump(mode="json"), contents)
 
 
 def earlier_failures(root: str, name: str) -> dict[str, str]:
     """Why runs had failed when the comparison was last written, by the run's name; none where it never was."""
-    url = uri.join(comparison_url(root, name), DATA)
-    if not uri.exists(url):
+    if not uri.exists(ComparisonFolder(root, name).data_url):
         return {}
-    return {run.run: run.reason or "" for run in read_comparison(url).failed}
+    return {run.run: run.reason or "" for run in read_comparison(root, name).failed}
 
 
-def read_comparison(url: str) -> Comparison:
-    """The content of a `comparison.json`.
+def read_comparison(root: str, name: str) -> Comparison:
+    """A comparison as it was last written.
 
     Raises:
         UserError: there is none.
         StoreDamagedError, FormatVersionError: it cannot be read.
     """
-    content = uri.read_json(url)
+    folder = ComparisonFolder(root, name)
+    content = folder.data()
     if content is None:
-        raise UserError(f"there is no {url}; run `ddk compare` first")
-    if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
-        raise FormatVersionError(f"{url} has format {content['format']}, and this version reads {FORMAT}; update ddk")
+        raise UserError(f"there is no {folder.data_url}; run `ddk compare` first")
     try:
         return Comparison.model_validate(content)
     except ValidationError as error:
-        raise StoreDamagedError(f"{url} is no comparison ({error.errors()[0]['msg']}); write it again") from None
+        raise folder.damaged(first_problem(error)) from None

@@ -124,7 +124,8 @@ def _place(task: str) -> tuple[int, str]:
 
 def perplexities(root: str, run: str) -> dict[str, dict[str, float]]:
     """By domain: 'before', 'student' (as measured last) and 'teacher'; empty where nothing was measured."""
-    records = MixtureHistory(RunFolder(root, run).url).records()
+    folder = RunFolder(root, run)
+    records = MixtureHistory(folder.url).whole(folder.summary())
     if not records:
         return {}
     before = {gap.domain: gap.student_ppl for gap in records[0].gaps}

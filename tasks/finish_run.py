@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddk.student import load_tokenizer
+from storage.listing import records_of
 from storage.runs import RunFolder
 from storage.uri import put_folder
 from tasks.evaluation_report import evaluation_section
@@ -34,7 +35,7 @@ def report_run(root: str, run: str) -> dict[str, str]:
     folder = RunFolder(root, run)
     records = interval_records(folder)
     summary = summarise(folder, records)
-    urls = write_report(summary, records, folder.report_url, evaluation_section(root, run))
+    urls = write_report(summary, records, folder.report_url, evaluation_section(root, run), folder.report_listing)
     publish_report(folder, summary, records, urls)
     logger.info("report: %s", urls["index.html"])
     return urls
@@ -64,6 +65,7 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         with open(os.path.join(local, "README.md"), "w", encoding="utf-8") as file:
             file.write(card)
         put_folder(local, folder.student_url)
+        folder.student_listing.write(records_of(local))
     session.tracking.finish(session.step, summary)
     folder.finish(summary)
     logger.info("student: %s", folder.student_url)

@@ -21,9 +21,9 @@ from ddk.types import SPLITS, Int32Array, SparseTargets, Split
 from storage.blocks import open_blocks
 from storage.corpus import CorpusFile
 from storage.foreign import RowFormat, compression_url, iter_predictions, read_compression
-from storage.manifest import ShardRecord
 from storage.predictions import Predictions
 from storage.rows import place
+from storage.schema import ShardRecord
 from storage.targets import TargetWriter
 from tasks.pack_rows import RowCounts, RowPlace, in_split, token_blocks
 from tasks.plan import Plan, StorePlan

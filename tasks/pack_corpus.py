@@ -24,7 +24,8 @@ from ddk.paths import depth
 from ddk.student import load_tokenizer
 from ddk.types import SPLITS, Split
 from storage.layout import is_marked
-from storage.manifest import Manifest, ShardRecord, StoreWriter
+from storage.manifest import StoreWriter
+from storage.schema import Manifest, ShardRecord
 from tasks.plan import Plan, StorePlan
 from tasks.progress import Meter, logger, meter
 from tasks.retries import RETRIES

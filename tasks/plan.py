@@ -18,15 +18,14 @@ from ddk.paths import check_leaves
 from ddk.student import load_tokenizer
 from ddk.types import Split
 from storage import uri
-from storage.codec import FORMAT_1, TargetFormat
+from storage.codec import TargetFormat
 from storage.corpus import CorpusFile, DomainConfig
 from storage.digests import DigestCache
 from storage.fingerprint import fingerprint
 from storage.foreign import IMPORT_VERSION, compression_url
 from storage.generations import newest_complete, to_make_again
-from storage.layout import BLOCKS_PER_SHARD, Kind, format_version, is_marked
+from storage.layout import BLOCKS_PER_SHARD, FORMAT_VERSION, Kind, is_marked
 from storage.leaves import LeafIndex
-from storage.manifest import read_manifest
 from storage.paths import store_name
 from tasks.leaves import domain_leaves
 from tasks.models import local_folder, tokenizer_digests, weight_digests
@@ -117,7 +116,8 @@ def plan_stores(
         marked = corpus.prompt_field is not None
         blocks_inputs = {
             "kind": "blocks",
-            "format": format_version(None, marked=marked),
+            "format": FORMAT_VERSION,
+            **({"marked": True} if marked else {}),
             "domain": domain,
             "corpus": leaf.inputs,
             "tokenizer": tokenizer_inputs,
@@ -126,7 +126,7 @@ def plan_stores(
         form = target_format(teacher, imported=corpus.imported)
         targets_inputs = {
             "kind": "targets",
-            "format": format_version(form),
+            "format": FORMAT_VERSION,
             "keeps": form.model_dump(mode="json") | ({"seed": teacher.draws_seed} if form.draws else {}),
             "blocks": fingerprint(blocks_inputs),
             "teacher": _imported_inputs(domain, corpus, teacher, vocab_size, files, digests)
@@ -134,8 +134,6 @@ def plan_stores(
             else teacher_inputs,
             "shard_blocks": teacher.shard_blocks,
         }
-        if older := _older_store(root, domain, teacher, targets_inputs, imported=corpus.imported):
-            targets_inputs, form = older, FORMAT_1
         dims = {"seq_len": packing.seq_len, "vocab_size": vocab_size}
         inputs: dict[Kind, dict[str, Any]] = {"blocks": blocks_inputs, "targets": targets_inputs}
         urls = {kind: _store_url(root, domain, kind, of, make_again) for kind, of in inputs.items()}
@@ -168,20 +166,6 @@ def _check_names(leaves: Sequence[str]) -> None:
 def _store_url(root: str, domain: str, kind: Kind, inputs: Mapping[str, Any], make_again: Collection[Kind]) -> str:
     first = uri.join(root, kind, fingerprint(inputs), store_name(domain))
     return to_make_again(first) if kind in make_again else newest_complete(first)
-
-
-def _older_store(
-    root: str, domain: str, teacher: TeacherConfig, inputs: Mapping[str, Any], *, imported: bool
-) -> dict[str, Any] | None:
-    """The inputs of a complete store of format 1 that holds what is asked for; None where there is none.
-
-    It keeps the same tokens without loss, so nothing need be captured again because the format has changed.
-    """
-    if imported or teacher.source != "engine" or teacher.draws or teacher.tail_temperatures:
-        return None
-    older = {name: value for name, value in inputs.items() if name != "keeps"} | {"format": format_version(FORMAT_1)}
-    manifest = read_manifest(uri.join(root, "targets", fingerprint(older), store_name(domain)))
-    return older if manifest is not None and manifest.complete else None
 
 
 def _teacher_inputs(teacher: TeacherConfig, folder: str, digests: DigestCache, root: str) -> dict[str, Any]:

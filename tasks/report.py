@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from storage import uri
+from storage.listing import Listing, records_of_contents
 from tasks.report_data import IntervalRecord, RunSummary, gap_table, plain, render_csv, render_rows
 from tasks.report_page import render_page
 from tasks.report_plots import mixture_plot, ratio_plot
@@ -22,7 +23,11 @@ REPORT_FORMAT = 1
 
 
 def write_report(
-    summary: RunSummary, records: Sequence[IntervalRecord], folder_url: str, evaluation: Markup | None = None
+    summary: RunSummary,
+    records: Sequence[IntervalRecord],
+    folder_url: str,
+    evaluation: Markup | None = None,
+    listing: Listing | None = None,
 ) -> dict[str, str]:
     """Write `index.html`, `ratio.png`, `mixture.png`, `gap.csv` and `report.json` below `folder_url`.
 
@@ -33,6 +38,7 @@ def write_report(
 
     Args:
         evaluation: `evaluation_section` of the run, which the page shows too.
+        listing: where it is kept what was written.
 
     Raises:
         ValueError: as `report_data.domains_of`; nothing is written then.
@@ -49,17 +55,17 @@ def write_report(
         contents["rollup.csv"] = render_csv(above).encode()
     if few := weakest(records):
         contents["ratio-weakest.png"] = ratio_plot(records, domains=few)
-    urls = {name: uri.join(folder_url, name) for name in (*contents, "report.json")}
-    for name, content in contents.items():
-        uri.write_bytes(urls[name], content)
-    uri.write_json(
-        urls["report.json"],
+    contents["report.json"] = uri.canonical(
         {
             "format": REPORT_FORMAT,
             "summary": plain({field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}),
             "gap": plain(gap_table(records)),
             "rows": plain(rows),
             **({"rollup": plain(above)} if above else {}),
-        },
+        }
     )
-    return urls
+    for name, content in contents.items():
+        uri.write_bytes(uri.join(folder_url, name), content)
+    if listing is not None:
+        listing.write(records_of_contents(contents))
+    return {name: uri.join(folder_url, name) for name in contents}

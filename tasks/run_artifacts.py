@@ -13,9 +13,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storage.manifest import Manifest
 from storage.paths import store_name
 from storage.runs import RunFolder
+from storage.schema import Manifest
 from storage.uri import join
 from tasks.artifacts import Board, add_version, artifact_key, current_place, showing, table
 from tasks.formats import change, count, gap_cells, markdown_table, percent, ppl, ratio

@@ -18,7 +18,7 @@ def interval_records(folder: RunFolder) -> list[IntervalRecord]:
     Raises:
         UserError: nothing has been measured yet.
     """
-    records = MixtureHistory(folder.url).records()
+    records = MixtureHistory(folder.url).whole(folder.summary())
     if not records:
         raise UserError(f"run '{folder.name}' has measured nothing yet ({folder.url}); run `ddk train` first")
     return [_interval(record) for record in records]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from storage.manifest import Manifest
+from storage.schema import Manifest
 from storage.targets import perplexity_of
 from tasks.plan import StorePlan
 from tasks.progress import logger

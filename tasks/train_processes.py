@@ -126,7 +126,7 @@ class TrainingProcesses:
                     raise _ERRORS[message["kind"]](message["error"])
                 else:
                     self._at_work = False
-                    return message["done"], state_from_json(message["state"])
+                    return message["done"], state_from_json(message["state"], "what the training processes say")
         except ConnectionResetError:
             pass
         raise self._ended()

@@ -219,8 +219,9 @@ class StudentSession:
         if name is None:
             return None
         folder = RunFolder(self.settings.root, name)
-        records = MixtureHistory(folder.url).records()
-        if not records or folder.summary() is None:
+        summary = folder.summary()
+        records = MixtureHistory(folder.url).whole(summary)
+        if not records or summary is None:
             raise UserError(f"mixture.reference_run '{name}' is no complete run below {self.settings.root}; train it")
         found = {domain: both.student for domain, both in records[-1].perplexities.items()}
         if set(found) != set(self.plan.domains):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk import saving
 from ddk.data import TrainData
@@ -29,6 +29,7 @@ from ddk.types import BlockReader, Mixture
 from storage.blocks import open_blocks
 from storage.checkpoints import CheckpointFolder
 from storage.errors import StoreDamagedError
+from storage.schema import Whole, first_problem
 from storage.targets import open_targets
 
 OnStep = Callable[[StepReport], None]
@@ -165,17 +166,10 @@ class RankTraining:
             self._load(newer[-1])
 
     def _load_one(self, step: int) -> None:
-        state = state_from_json(self._checkpoints.state(step))
+        state = state_from_json(self._checkpoints.state(step), self._checkpoints.url(step))
         # On every rank: a machine's ranks read the same local files, but a file from afar is fetched by each.
         with self._checkpoints.folder(step) as folder:
-            if self._checkpoints.format_version(step) == 1:
-                model, optimizer = (
-                    safetensors.torch.load_file(os.path.join(folder, f"{name}.safetensors"))
-                    for name in ("model", "optimizer")
-                )
-                saving.load_first_format(self._trainer, state, model, optimizer)
-            else:
-                saving.load(self._trainer, state, folder)
+            saving.load(self._trainer, state, folder)
 
     def export(self, folder: str) -> None:
         weights = student_weights(self._trainer.model, self._world)
@@ -243,6 +237,27 @@ def state_as_json(state: TrainerState) -> dict[str, Any]:
     }
 
 
-def state_from_json(stored: Mapping[str, Any]) -> TrainerState:
-    sampler = SamplerState(step=stored["step"], drawn=stored["drawn"])
-    return TrainerState(sampler=sampler, mixture_versions=tuple(stored["mixture_versions"]))
+class _StoredState(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    step: Whole
+    drawn: dict[str, Whole]
+    mixture_versions: tuple[Whole, ...]
+
+
+def state_from_json(stored: Mapping[str, Any], place: str) -> TrainerState:
+    """The state of a training again.
+
+    Args:
+        place: where it was stored, for the error.
+
+    Raises:
+        StoreDamagedError: it is none.
+    """
+    try:
+        state = _StoredState.model_validate(stored)
+    except ValidationError as error:
+        raise StoreDamagedError(f"{place} is no state of a training ({first_problem(error)})") from None
+    return TrainerState(
+        sampler=SamplerState(step=state.step, drawn=state.drawn), mixture_versions=state.mixture_versions
+    )

@@ -119,12 +119,11 @@ def _show_comparison(root: str, name: str) -> bool:
     """The table, what failed, and where the report lies. Returns whether nothing failed."""
     from rich.console import Console
 
-    from storage import uri
     from tasks.compare_page import in_words, terminal_comparison
-    from tasks.compare_report import DATA, comparison_url, read_comparison
+    from tasks.compare_report import comparison_url, read_comparison
 
     folder = comparison_url(root, name)
-    comparison = read_comparison(uri.join(folder, DATA))
+    comparison = read_comparison(root, name)
     Console(width=None if sys.stdout.isatty() else 200).print(terminal_comparison(comparison))
     for sentence in in_words(comparison):
         say(sentence)

@@ -512,24 +512,6 @@ def test_a_save_before_the_first_step(saved) -> None:
     assert_same(weights(first), weights(resumed))
 
 
-def test_whole_tensors_of_the_first_format_are_taken_up() -> None:
-    """What version 0.1 wrote: weights and moments by parameter, with AdamW's step count beside them."""
-    whole, first, resumed = trainer(), trainer(), trainer(tiny_model(seed=5))
-    run(whole, 4)
-    run(first, 2)
-    tensors = everything(first)
-    optimizer = {name: t for name, t in tensors.items() if not name.startswith("model.")}
-    optimizer |= {f"step.{name}": torch.tensor(2.0) for name in first.parameters}
-    # 'model.' also begins the parameters' own names.
-    model = {name[len("model.") :]: t for name, t in tensors.items() if name.startswith("model.")}
-    saving.load_first_format(resumed, first.state, model, optimizer)
-    run(resumed, 2)
-    assert_same(everything(whole), everything(resumed))
-    del optimizer["exp_avg.lm_head.weight"]
-    with pytest.raises(ValueError, match=r"another model: 'exp_avg.lm_head.weight' is in only one of the two"):
-        saving.load_first_format(resumed, first.state, model, optimizer)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_appear_once(tied: bool, saved) -> None:
     one = trainer(tiny_model(tied=tied))

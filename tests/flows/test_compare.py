@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from small_run import ASSETS, DOMAINS, Ddk, Finished, SmallRun, files_below, wri
 from storage.mixtures import MixtureHistory
 from storage.runs import RunFolder
 from tasks.compare_data import Comparison
+from tasks.compare_report import read_comparison
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for five runs
 
@@ -37,7 +37,7 @@ class Compared:
 
     @property
     def comparison(self) -> Comparison:
-        return Comparison.model_validate_json((self.folder / "comparison.json").read_text(encoding="utf-8"))
+        return read_comparison(str(self.root), "small")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_it_goes_on_with_what_is_missing(compared: Compared, ddk: Ddk, tmp_path:
     assert "captured" not in output.err
     touched = {path.relative_to(root).parts[:2] for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert touched <= {("runs", "small-ddk-s1"), ("comparisons", "small")}
-    comparison = Comparison.model_validate_json((root / "comparisons" / "small" / "comparison.json").read_text())
+    comparison = read_comparison(str(root), "small")
     assert comparison.failed == []
     assert {run.run: run.records for run in comparison.runs} == {
         run.run: run.records for run in compared.comparison.runs if run.records
@@ -159,12 +159,12 @@ def test_it_goes_on_with_what_is_missing(compared: Compared, ddk: Ddk, tmp_path:
 
 def test_complete_runs_with_other_settings_are_not_taken_for_these(compared: Compared, ddk: Ddk) -> None:
     before = {name: files_below(compared.root / "runs" / name) for name in RUNS}
-    kept = json.loads((compared.folder / "comparison.json").read_text(encoding="utf-8"))
+    kept = (compared.folder / "comparison.json").read_bytes()
     output = ddk("compare", compared.config, "--methods", "kd", "--seeds", "0", "--set", "loss.gamma=0.5")
     assert output.code == 1
     assert "loss.gamma: 0.2 → 0.5" in output.out
     assert {name: files_below(compared.root / "runs" / name) for name in RUNS} == before
-    (compared.folder / "comparison.json").write_text(json.dumps(kept), encoding="utf-8")
+    (compared.folder / "comparison.json").write_bytes(kept)
 
 
 def test_a_mistake_in_the_call_starts_nothing(compared: Compared, ddk: Ddk) -> None:

@@ -24,12 +24,9 @@ from storage import uri
 from storage.blocks import open_blocks
 from storage.corpus import CorpusFile
 from storage.documents import iter_documents
-from storage.fingerprint import fingerprint
-from storage.manifest import StoreWriter
 from storage.mixtures import MixtureHistory, MixtureRecord
 from storage.runs import RunFolder
 from storage.targets import open_targets, teacher_perplexity
-from tasks.cache_targets import cache_targets
 from tasks.plan import plan_stores
 
 SEQ_LEN, K, VOCAB = 96, 16, 4090
@@ -230,30 +227,6 @@ def test_changing_one_domains_data_recomputes_that_domain_alone(small_run: Small
 def _sections(path: str) -> tuple:
     config = load_config(path)
     return config.root, config.domains, config.packing, config.teacher
-
-
-def test_a_complete_store_of_format_1_is_not_captured_again(small_run: SmallRun, tmp_path: Path) -> None:
-    """As version 0.1 left it: the same inputs, but no word of what is kept."""
-    root, domains, packing, teacher = _sections(write_config(tmp_path, root=str(tmp_path / "root")))
-    store = plan_stores(root, domains, packing, teacher)["math"]
-    older = {name: value for name, value in store.targets_inputs.items() if name != "keeps"} | {"format": 1}
-    url = f"{root}/targets/{fingerprint(older)}/math.zarr"
-    view = open_targets(plan_stores(*_sections(small_run.config))["math"].targets_url, "train")
-    writer = StoreWriter(url, "targets", older, store.targets_dims)
-    targets = view.read(range(8))
-    assert plan_stores(root, domains, packing, teacher)["math"].targets_url == store.targets_url, "not complete yet"
-    for split in ("train", "validation"):
-        arrays = {"ids": targets.ids, "logprobs": targets.logprobs}
-        more = {"tail_mass": targets.tail_mass, "true_logprobs": targets.true_logprobs}
-        writer.write_shard(split, 0, arrays | more, {"tail_mass_sum": float(targets.tail_mass.sum())})
-    writer.finish()
-    assert (tmp_path / "root").exists()
-    plan = plan_stores(root, domains, packing, teacher)
-    assert plan["math"].targets_url == url
-    assert plan["code"].targets_url != url
-    done = cache_targets.fn(plan, "math", None)
-    assert done["done_before"]
-    assert open_targets(url).manifest.format_version == 1
 
 
 def _filed_together(folder: Path, split: str) -> str:

@@ -17,8 +17,9 @@ from s3_proxy import S3Proxy
 
 from storage import settings
 from storage.layout import Kind
-from storage.manifest import Manifest, StoreWriter
+from storage.manifest import StoreWriter
 from storage.s3 import S3
+from storage.schema import Manifest
 
 REPOSITORY = Path(__file__).parents[2]
 Arrays = Mapping[str, np.ndarray]

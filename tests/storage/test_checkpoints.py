@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from resealing import resealed
 
 from storage import uri
 from storage.checkpoints import CheckpointFolder
@@ -26,8 +27,8 @@ def files(step: int, size: int = 1000) -> dict[str, Callable[[str], None]]:
 
 
 def read(folder: CheckpointFolder, step: int, name: str) -> bytes:
-    with folder.file(step, name) as path:
-        return Path(path).read_bytes()
+    with folder.folder(step) as path:
+        return (Path(path) / name).read_bytes()
 
 
 @pytest.fixture
@@ -134,9 +135,7 @@ def test_a_damaged_file_is_never_handed_out(folder: CheckpointFolder) -> None:
     folder.save(10, files(10), STATE)
     url = f"{folder.url(10)}/model.safetensors"
     whole = uri.read_bytes(url)
-    message = (
-        r"model\.safetensors is missing or damaged; remove the folder .*step-00000010 and resume from the checkpoint"
-    )
+    message = r"model\.safetensors is missing or damaged; remove the folder .*step-00000010 and run the same command"
     for position in (0, 1234, len(whole) - 1):
         damaged = bytearray(whole)
         damaged[position] ^= 4
@@ -150,16 +149,15 @@ def test_a_damaged_file_is_never_handed_out(folder: CheckpointFolder) -> None:
     uri.remove_file(url)
     with pytest.raises(StoreDamagedError, match=message):
         read(folder, 10, "model.safetensors")
-    assert read(folder, 10, "optimizer.safetensors")[:3] == b"o10"
 
 
-@pytest.mark.parametrize("damaged", [b"", b"{", b"\xff", b"[]", b"{}", b'{"format_version": 1, "step": 10}'])
+@pytest.mark.parametrize("damaged", [b"", b"{", b"\xff", b"[]", b"{}", b'{"format_version": 3, "step": 10}'])
 def test_a_damaged_state_is_named(folder: CheckpointFolder, damaged: bytes) -> None:
     folder.save(10, files(10), STATE)
     uri.write_bytes(f"{folder.url(10)}/state.json", damaged)
     for use in (folder.state, lambda step: read(folder, step, "model.safetensors")):
         with pytest.raises(
-            StoreDamagedError, match=r"state\.json is not .*; remove the folder .*step-00000010 and resume"
+            StoreDamagedError, match=r"state\.json is no.*; remove the folder .*step-00000010 and run the same command"
         ):
             use(10)
 
@@ -167,9 +165,33 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, damaged: bytes) -> N
 def test_a_newer_format_is_refused(folder: CheckpointFolder) -> None:
     folder.save(10, files(10), STATE)
     url = f"{folder.url(10)}/state.json"
-    uri.write_json(url, {**uri.read_json(url), "format_version": 3, "something_new": 1})
-    with pytest.raises(FormatVersionError, match=r"state\.json has format version 3, .* reads up to 2; update ddk"):
+    uri.write_json(url, {**uri.read_json(url), "format_version": 4, "something_new": 1})
+    with pytest.raises(FormatVersionError, match=r"state\.json has format version 4, .* reads version 3; update ddk"):
         folder.state(10)
+
+
+def test_a_changed_number_and_an_exchanged_state_are_refused(folder: CheckpointFolder) -> None:
+    for step in (10, 20):
+        folder.save(step, files(step), STATE)
+    first, second = (f"{folder.url(step)}/state.json" for step in (10, 20))
+    whole = uri.read_bytes(first)
+    uri.write_bytes(first, whole.replace(b'"math": 3', b'"math": 13'))
+    with pytest.raises(StoreDamagedError, match="its content is not what was written"):
+        folder.state(10)
+    uri.write_bytes(first, uri.read_bytes(second))
+    with pytest.raises(StoreDamagedError, match=r"is that of the checkpoint of step 20 .*exchanged or moved"):
+        folder.state(10)
+
+
+@pytest.mark.parametrize("name", ["/etc/cron.d/evil", "../../../evil", "a/b", "..", ""])
+def test_a_state_names_no_file_outside_its_folder(folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
+    """On S3 a file of that name was written to the local disk."""
+    folder.save(10, files(10), STATE)
+    record = {"bytes": 4, "sha256": "0" * 64}
+    resealed(f"{folder.url(10)}/state.json", files={name.replace("/etc/cron.d", str(tmp_path)): record})
+    with pytest.raises(StoreDamagedError, match=r"state\.json names the file .*, which would lead out of its folder"):
+        read(folder, 10, "model.safetensors")
+    assert not (tmp_path / "evil").exists()
 
 
 def test_pruning_keeps_the_newest(folder: CheckpointFolder, place: str) -> None:

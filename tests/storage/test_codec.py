@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ddk.errors import UserError
 from ddk.types import SampledTokens, SparseTargets
-from storage import compact, uri
-from storage.codec import FORMAT_1, CodecConfig, Distortion, TargetFormat, decode, divergences, encode
+from storage import compact
+from storage.codec import PLAIN, CodecConfig, Distortion, TargetFormat, decode, divergences, encode
 from storage.errors import StoreMissingError
 from storage.targets import TargetWriter, distortion, open_targets, teacher_perplexity
 
@@ -202,7 +202,7 @@ def test_a_dropped_tokens_mass_is_in_the_tail_at_every_temperature() -> None:
 
 def test_targets_of_another_form_are_refused() -> None:
     targets, _ = make_targets(50, 4)
-    for form in (form_of(entropy=False), form_of(draws=5), form_of(temperatures=(2.0,)), FORMAT_1):
+    for form in (form_of(entropy=False), form_of(draws=5), form_of(temperatures=(2.0,)), PLAIN):
         with pytest.raises(ValueError, match="targets with"):
             encode(targets, form, 50)
 
@@ -294,25 +294,6 @@ def test_a_teacher_whose_perplexity_is_unknown_is_not_guessed(tmp_path: Any) -> 
     writer.finish()
     with pytest.raises(StoreMissingError, match="do not give the probability of every true token"):
         teacher_perplexity(url)
-
-
-def test_a_store_of_format_1_is_read_for_ever(place: str) -> None:
-    """As version 0.1 wrote it: no word of a form, arrays of float32."""
-    content = write(place, FORMAT_1.model_copy(update={"entropy": True}))
-    manifest = uri.read_json(f"{place}/manifest.json")
-    manifest["targets"]["entropy"] = False
-    assert manifest.pop("targets") == FORMAT_1.model_dump(mode="json")
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            shard["objects"].pop("entropy")
-            shard["facts"] = {"tail_mass_sum": 1.0}
-    uri.write_json(f"{place}/manifest.json", manifest | {"format_version": 1})
-    read = open_targets(place).read(range(8))
-    np.testing.assert_array_equal(read.ids, content["train"].ids)
-    np.testing.assert_array_equal(read.logprobs, content["train"].logprobs)
-    assert read.entropy is None
-    exact = np.exp(-content["validation"].true_logprobs.astype(np.float64).mean())
-    assert teacher_perplexity(place) == pytest.approx(exact)
 
 
 def test_more_kept_tokens_than_can_be_counted_are_refused() -> None:

@@ -69,7 +69,16 @@ def test_a_damaged_cache_costs_time_only(tmp_path: Path, content: bytes) -> None
     file = put(tmp_path / "a.txt", b"")
     cache = put(tmp_path / "digests.json", content.replace(b"FILE", file.encode()))
     assert DigestCache(cache, later).get(file) == EMPTY
-    assert json.loads(Path(cache).read_bytes())[file]["sha256"] == EMPTY
+    assert json.loads(Path(cache).read_bytes())["files"][file]["sha256"] == EMPTY
+
+
+def test_a_digit_changed_in_the_cache_is_not_believed(tmp_path: Path, hashed: list[str]) -> None:
+    cache, file = f"{tmp_path}/digests.json", put(tmp_path / "a.txt", b"")
+    assert DigestCache(cache, later).get(file) == EMPTY
+    content = Path(cache).read_text()
+    Path(cache).write_text(content.replace(EMPTY, EMPTY[:-1] + ("0" if EMPTY[-1] != "0" else "1")))
+    assert DigestCache(cache, later).get(file) == EMPTY
+    assert hashed == [file, file]
 
 
 def test_what_was_hashed_before_an_error_is_kept(tmp_path: Path, hashed: list[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage import uri
+from storage.errors import StoreDamagedError
 from storage.evaluations import EvaluationFolder, record_name
 
 RECORD = {"task": "arc_easy", "metrics": {"acc,none": {"value": 0.25}}}
@@ -20,7 +21,9 @@ def test_a_record_and_its_answers_come_back(where: str, tmp_path: Path, request:
     assert folder.find("student", "arc_easy-0a") is None
     assert folder.samples("student", "arc_easy-0a") is None
     folder.write("student", "arc_easy-0a", RECORD, SAMPLES)
-    assert folder.find("student", "arc_easy-0a") == {**RECORD, "format": 1}
+    found = folder.find("student", "arc_easy-0a")
+    assert found is not None
+    assert found.items() >= RECORD.items()
     assert folder.samples("student", "arc_easy-0a") == SAMPLES
     assert folder.find("teacher", "arc_easy-0a") is None
     assert [record["task"] for record in folder.records()] == ["arc_easy"]
@@ -55,9 +58,25 @@ def test_answers_without_a_record_do_not_count(tmp_path: Path) -> None:
 
 def test_a_record_of_another_format_is_not_read(tmp_path: Path) -> None:
     folder = EvaluationFolder(str(tmp_path), "run")
-    uri.write_json(uri.join(folder.url, "student", "arc_easy-0a.json"), {**RECORD, "format": 99})
+    uri.write_json(uri.join(folder.url, "student", "arc_easy-0a.json"), {**RECORD, "format_version": 99})
     assert folder.find("student", "arc_easy-0a") is None
     assert folder.records() == []
+
+
+def test_what_was_changed_is_found(tmp_path: Path) -> None:
+    folder = EvaluationFolder(str(tmp_path), "run")
+    for name in ("arc_easy-0a", "mmlu/anatomy-0b"):
+        folder.write("student", name, RECORD, SAMPLES)
+    assert list(folder.findings()) == []
+    answers = tmp_path / "runs/run/evaluations/student/mmlu/anatomy-0b.samples.jsonl"
+    answers.write_bytes(answers.read_bytes().replace(b"one", b"two"))
+    with pytest.raises(StoreDamagedError, match=r"anatomy-0b\.samples\.jsonl does not hold the answers"):
+        folder.samples("student", "mmlu/anatomy-0b")
+    record = tmp_path / "runs/run/evaluations/student/arc_easy-0a.json"
+    record.write_bytes(record.read_bytes().replace(b"0.25", b"0.75"))
+    with pytest.raises(StoreDamagedError, match=r"arc_easy-0a\.json is no sound record .*run the same `ddk eval`"):
+        folder.records()
+    assert [url.rsplit("/", 1)[-1] for url, _ in folder.findings()] == ["arc_easy-0a.json", "anatomy-0b.json"]
 
 
 def test_names_are_names_of_files() -> None:

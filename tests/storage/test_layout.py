@@ -9,8 +9,8 @@ import zarr
 from zarr.storage import FsspecStore, MemoryStore
 
 from storage import uri
-from storage.codec import FORMAT_1, CodecConfig, TargetFormat
-from storage.layout import array_specs, create_array, encode_shard, format_version, shard_key
+from storage.codec import CodecConfig, TargetFormat
+from storage.layout import array_specs, create_array, encode_shard, shard_key
 
 DIMS = {
     "blocks": {"seq_len": 6, "vocab_size": 152_064, "shard_blocks": 4},
@@ -25,7 +25,7 @@ def test_any_zarr_reader_reads_a_store(place: str, maker, kind) -> None:
     maker.write(place, kind, dims, content)
     store = FsspecStore.from_url(place, read_only=True) if place.startswith("s3://") else place
     group = zarr.open_group(store, mode="r")
-    assert group.attrs.asdict() == {"ddk": {"format_version": 1, "kind": kind, "dims": dims}}
+    assert group.attrs.asdict() == {"ddk": {"format_version": 3, "kind": kind, "dims": dims}}
     assert "train" in group
     for split, arrays in content.items():
         assert sorted(group[split].array_keys()) == sorted(arrays)
@@ -64,7 +64,7 @@ def test_the_format_is_as_documented(tmp_path: Path, maker) -> None:
         folder = tmp_path / "a.zarr/train" / name / "c"
         objects = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         assert objects == [f"{shard}{'/0' * (len(shape) - 1)}" for shard in range(3)]
-    assert uri.list_names(f"{tmp_path}/a.zarr") == ["manifest.json", "train", "validation", "zarr.json"]
+    assert uri.list_names(f"{tmp_path}/a.zarr") == ["copy", "manifest.json", "train", "validation", "zarr.json"]
 
 
 def test_the_specs_of_each_kind() -> None:
@@ -74,7 +74,7 @@ def test_the_specs_of_each_kind() -> None:
     assert shapes == {"ids": (6, 3), "logprobs": (6, 3), "tail_mass": (6,), "true_logprobs": (6,)}
 
 
-def test_blocks_with_marks_are_of_format_2(tmp_path: Path, maker) -> None:
+def test_blocks_with_marks_have_an_array_of_them(tmp_path: Path, maker) -> None:
     dims = {**DIMS["blocks"], "marked": 1}
     tokens, loss = array_specs("blocks", dims)
     assert tokens == array_specs("blocks", DIMS["blocks"])[0]
@@ -82,17 +82,12 @@ def test_blocks_with_marks_are_of_format_2(tmp_path: Path, maker) -> None:
     marks = np.random.default_rng(0).integers(0, 2, (5, 7)).astype(np.uint8)
     arrays = {**maker.arrays("blocks", dims, 5), "loss": marks}
     done = maker.write(f"{tmp_path}/a.zarr", "blocks", dims, {"train": arrays, "validation": arrays})
-    assert done.format_version == 2
+    assert done.format_version == 3
     group = zarr.open_group(f"{tmp_path}/a.zarr", mode="r")
-    assert group.attrs.asdict() == {"ddk": {"format_version": 2, "kind": "blocks", "dims": dims}}
+    assert group.attrs.asdict() == {"ddk": {"format_version": 3, "kind": "blocks", "dims": dims}}
     np.testing.assert_array_equal(group["train"]["loss"][:], marks, strict=True)
     with pytest.raises(ValueError, match="shard of 'loss' holds the fill value"):
         encode_shard(loss, np.full((1, 7), 255, np.uint8), 4)
-
-
-def test_blocks_without_marks_stay_of_format_1() -> None:
-    assert format_version(None) == format_version(FORMAT_1) == 1
-    assert format_version(None, marked=True) == format_version(FORMAT_1.model_copy(update={"draws": 1})) == 2
 
 
 @pytest.mark.parametrize("kind", ["blocks", "targets"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from resealing import resealed
 
 from storage import manifest as storage_manifest
 from storage import uri
@@ -127,7 +128,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     code = f"""
 import numpy as np
 from storage.manifest import StoreWriter
-writer = StoreWriter(folder, {kind!r}, {INPUTS!r}, {dims!r})
+writer = StoreWriter(f"{{folder}}/a.zarr", {kind!r}, {INPUTS!r}, {dims!r})
 for split in ("train", "validation"):
     data = dict(np.load(f"{tmp_path}/{{split}}.npz"))
     for shard in range(-(-len(next(iter(data.values()))) // 4)):
@@ -136,15 +137,15 @@ for split in ("train", "validation"):
 writer.finish(facts={{"seconds": 1.5}})
 """
     deaths = killed_at_each_rename(code, f"{tmp_path}/out", every=1 if kind == "blocks" else 4)
-    reference = f"{tmp_path}/reference"
+    reference = f"{tmp_path}/reference/a.zarr"
     maker.write(reference, kind, dims, whole, **INPUTS)
     expected = files_below(reference)
     arrays = len(whole["train"])
     shards = sum(-(-blocks // 4) for blocks in splits.values())
-    renames = 1 + shards * (arrays + 1) + (3 + 2 * arrays) + 1  # header, shards, zarr.json files, manifest
+    renames = 1 + shards * (arrays + 1) + (3 + 2 * arrays) + 2  # header, shards, zarr.json files, copy, manifest
     assert deaths == list(range(1, renames + 1, 1 if kind == "blocks" else 4))
     for death in deaths:
-        url = f"{tmp_path}/out/{death}"
+        url = f"{tmp_path}/out/{death}/a.zarr"
         with pytest.raises(StoreMissingError):
             storage_manifest.require_complete(url, kind)
         committed = min(max(death - 2, 0) // (arrays + 1), shards)
@@ -216,14 +217,14 @@ def test_a_foreign_store_is_refused_with_the_fields_that_differ(place: str, make
 
 
 def edited(place: str, **changes) -> None:
-    content = uri.read_json(f"{place}/manifest.json")
-    uri.write_json(f"{place}/manifest.json", {**content, **changes})
+    """By somebody who makes the digest anew: what then is left are the schema and the place."""
+    resealed(f"{place}/manifest.json", **changes)
 
 
 def test_a_newer_format_is_refused(place: str, maker, content) -> None:
     maker.write(place, "blocks", DIMS, content, **INPUTS)
-    edited(place, format_version=3, something_new={"a": 1})
-    message = r"manifest.json has format version 3, and this version of ddk reads up to 2; update ddk"
+    edited(place, format_version=4, something_new={"a": 1})
+    message = r"manifest.json has format version 4, and this version of ddk reads version 3; update ddk"
     for opening in (read_manifest, open_blocks, lambda url: StoreWriter(url, "blocks", INPUTS, DIMS)):
         with pytest.raises(FormatVersionError, match=message):
             opening(place)
@@ -232,11 +233,11 @@ def test_a_newer_format_is_refused(place: str, maker, content) -> None:
 def test_an_unreadable_manifest_is_named(place: str, maker, content) -> None:
     maker.write(place, "blocks", DIMS, content, **INPUTS)
     whole = uri.read_bytes(f"{place}/manifest.json")
-    remedy = r"remove the folder .* and run the stage again"
+    remedy = r"`ddk verify .* --repair` puts it right where it can; else remove .* and run the stage again"
     for damaged in (whole[: len(whole) // 2], b"", b"\xff\xfe", b"[1]", b"{}", whole.replace(b'"dims"', b'"dimz"')):
         uri.write_bytes(f"{place}/manifest.json", damaged)
         for opening in (read_manifest, open_blocks, lambda url: StoreWriter(url, "blocks", INPUTS, DIMS)):
-            with pytest.raises(StoreDamagedError, match=rf"/manifest\.json is not .*{remedy}"):
+            with pytest.raises(StoreDamagedError, match=rf"/manifest\.json is no.*{remedy}"):
                 opening(place)
 
 
@@ -245,7 +246,7 @@ def test_an_unreadable_commit_record_is_named(place: str, content, damaged: byte
     StoreWriter(place, "blocks", INPUTS, DIMS).write_shard("validation", 0, content["validation"])
     writer = StoreWriter(place, "blocks", INPUTS, DIMS)
     uri.write_bytes(f"{place}/commits/validation-00000000.json", damaged)
-    with pytest.raises(StoreDamagedError, match=r"/commits holds what is no commit record .*run the stage again"):
+    with pytest.raises(StoreDamagedError, match=r"validation-00000000\.json is no.*run the stage again: this shard"):
         writer.committed("validation")
 
 
@@ -307,9 +308,9 @@ def test_a_manifest_of_ten_thousand_shards_is_read_quickly(tmp_path: Path, maker
     done = maker.write(f"{tmp_path}/a", "targets", {**TARGET_DIMS, "shard_blocks": 1}, {
         split: maker.arrays("targets", TARGET_DIMS, 1) for split in ("train", "validation")
     })  # fmt: skip
-    value = json.loads((tmp_path / "a/manifest.json").read_bytes())
-    value["splits"]["train"] = {"blocks": 10_000, "shards": value["splits"]["train"]["shards"] * 10_000}
-    uri.write_json(f"{tmp_path}/a/manifest.json", value)
+    splits = json.loads((tmp_path / "a/manifest.json").read_bytes())["splits"]
+    splits["train"] = {"blocks": 10_000, "shards": splits["train"]["shards"] * 10_000}
+    edited(f"{tmp_path}/a", splits=splits)
     started = time.monotonic()
     assert len(StoreWriter(f"{tmp_path}/a", "targets", {}, done.dims).committed("train")) == 10_000
     assert time.monotonic() - started < 3

@@ -3,8 +3,10 @@ from __future__ import annotations
 import math
 import random
 import threading
+from typing import Any
 
 import pytest
+from resealing import resealed
 
 from ddk.types import DomainGap, Mixture
 from storage import uri
@@ -45,7 +47,10 @@ def test_a_history_grows_version_by_version(history: MixtureHistory) -> None:
 
 def test_numbers_are_read_exactly_as_they_were_written(history: MixtureHistory) -> None:
     odd = record(0).model_copy(
-        update={"probabilities": {"a": 0.1 + 0.2, "b": 5e-324, "c": 1 - (0.1 + 0.2)}, "tokens_seen": 2**62 + 1}
+        update={
+            "probabilities": {"a.b/c": 0.1 + 0.2, "math": 5e-324, "数学": 1 - (0.1 + 0.2)},
+            "tokens_seen": 2**62 + 1,
+        }
     )
     history.append(odd)
     (found,) = history.records()
@@ -66,8 +71,10 @@ def test_positions_are_kept_where_there_are_some_and_not_a_word_where_there_are_
     history.append(plain)
     history.append(weighed)
     assert history.records() == [plain, weighed]
-    # As every version before wrote it, so that it can read it.
-    assert set(uri.read_json(f"{place}/runs/b/mixtures/00000.json")) == set(MixtureRecord.model_fields) - {"positions"}
+    assert set(uri.read_json(f"{place}/runs/b/mixtures/00000.json")) == {
+        *MixtureRecord.model_fields,
+        "seal",
+    } - {"positions"}
     assert uri.read_json(f"{place}/runs/b/mixtures/00001.json")["positions"] == {"a.b/c": 3, "math": 9}
 
 
@@ -112,15 +119,51 @@ def test_a_damaged_record_is_named(history: MixtureHistory, place: str, damaged:
     for version in range(2):
         history.append(record(version))
     uri.write_bytes(f"{place}/runs/a/mixtures/00001.json", damaged)
-    with pytest.raises(StoreDamagedError, match=r"mixtures/00001\.json is not .*; restore it, or remove it and the"):
+    with pytest.raises(StoreDamagedError, match=r"mixtures/00001\.json is no.*; restore it, or remove it and the"):
+        history.records()
+
+
+def test_an_intact_record_in_another_place_is_refused(history: MixtureHistory, place: str) -> None:
+    for version in range(3):
+        history.append(record(version))
+    first, second = (f"{place}/runs/a/mixtures/0000{version}.json" for version in (1, 2))
+    one, two = uri.read_bytes(first), uri.read_bytes(second)
+    uri.write_bytes(first, two)
+    uri.write_bytes(second, one)
+    with pytest.raises(StoreDamagedError, match=r"00001\.json .*is that of mixture 2 of run 'a' .*exchanged or moved"):
+        history.records()
+    other = MixtureHistory(f"{place}/runs/b")
+    other.append(record(0))
+    uri.write_bytes(f"{place}/runs/b/mixtures/00000.json", uri.read_bytes(f"{place}/runs/a/mixtures/00000.json"))
+    with pytest.raises(StoreDamagedError, match="is that of mixture 0 of run 'a'"):
+        other.records()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"probabilities": {"a.b/c": 0.5, "math": 0.5, "数学": 0.5}}, "must sum to 1"),
+        ({"probabilities": {"math": 1.0}}, "are of different domains"),
+        ({"step": -1}, "step: Input should be greater than or equal to 0"),
+        ({"tokens_seen": 1.5}, "tokens_seen: Input should be a valid integer"),
+        ({"blocks_drawn": {"other": 1}}, "of other domains"),
+        ({"version": 7}, "it says that it is version 7"),
+    ],
+)
+def test_what_cannot_be_is_refused_whoever_sealed_it(
+    history: MixtureHistory, place: str, changes: dict[str, Any], why: str
+) -> None:
+    history.append(record(0))
+    resealed(f"{place}/runs/a/mixtures/00000.json", **changes)
+    with pytest.raises(StoreDamagedError, match=rf"mixtures/00000\.json is no sound mixture record \(.*{why}"):
         history.records()
 
 
 def test_a_newer_record_is_refused(history: MixtureHistory, place: str) -> None:
     history.append(record(0))
     url = f"{place}/runs/a/mixtures/00000.json"
-    uri.write_json(url, {**uri.read_json(url), "format_version": 2, "something_new": 1})
-    with pytest.raises(FormatVersionError, match=r"00000\.json has format version 2, .* reads up to 1; update ddk"):
+    uri.write_json(url, {**uri.read_json(url), "format_version": 3, "something_new": 1})
+    with pytest.raises(FormatVersionError, match=r"00000\.json has format version 3, .* reads version 2; update ddk"):
         history.records()
 
 

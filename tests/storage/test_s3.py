@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 import zarr
+from resealing import resealed
 from s3_proxy import DROP, HANG, RESET, TEAR, S3Proxy
 from zarr.storage import FsspecStore
 
@@ -309,10 +311,14 @@ def test_a_store_of_a_hundred_thousand_shards_is_opened_and_read_by_what_is_need
     writer = StoreWriter(url, "blocks", {}, dims)
     record = writer.write_shard("train", 0, {"tokens": tokens})
     writer.write_shard("validation", 0, {"tokens": tokens})
-    manifest = writer.finish().as_json()
-    manifest["splits"]["train"] = {"blocks": 4 * shards, "shards": [record.model_dump()] * shards}
-    uri.write_json(f"{url}/manifest.json", manifest)
-    uri.write_bytes(f"{url}/train/tokens/c/77777/0", encode_shard(array_specs("blocks", dims)[0], tokens[::-1], 4))
+    writer.finish()
+    content = encode_shard(array_specs("blocks", dims)[0], tokens[::-1], 4)
+    other = {"tokens": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    records = [record.model_dump()] * shards
+    records[77_777] = {**record.model_dump(), "objects": other}
+    splits = uri.read_json(f"{url}/manifest.json")["splits"]
+    resealed(f"{url}/manifest.json", splits=splits | {"train": {"blocks": 4 * shards, "shards": records}})
+    uri.write_bytes(f"{url}/train/tokens/c/77777/0", content)
     s3_proxy.forget()
     view = open_blocks(url)
     assert len(view) == 4 * shards

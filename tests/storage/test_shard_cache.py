@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -34,7 +35,7 @@ from storage import shard_cache, uri
 from storage.blocks import open_blocks
 from storage.errors import StoreDamagedError, StoreError, UnreachableError
 from storage.layout import array_specs, encode_shard
-from storage.shard_cache import ShardCache, ShardObject, WrongSizeError, shared
+from storage.shard_cache import NotWhatWasWrittenError, ShardCache, ShardObject, shared
 from storage.targets import open_targets
 from storage.verify import total_bytes
 
@@ -83,9 +84,10 @@ def cache_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
     return make
 
 
-def put(url: str, size: int = 10_000, sha256: str = "") -> ShardObject:
-    uri.write_bytes(url, bytes([len(url) % 256]) * size)
-    return ShardObject(url, size, sha256)
+def put(url: str, size: int = 10_000) -> ShardObject:
+    content = bytes([len(url) % 256]) * size
+    uri.write_bytes(url, content)
+    return ShardObject(url, size, hashlib.sha256(content).hexdigest())
 
 
 def content_of(cache: ShardCache, wanted: ShardObject, **how: bool) -> bytes | None:
@@ -221,13 +223,14 @@ def test_the_folder_never_holds_more_than_its_capacity(place: str, folder: Path)
 
 
 FILLER = """
-import fcntl, os, sys
+import fcntl, hashlib, os, sys
 import numpy as np
 from storage.shard_cache import ShardCache, ShardObject
 folder, place, seed = sys.argv[1:]
 cache, rng, most = ShardCache(folder, 75_000), np.random.default_rng(int(seed)), 0
 for n in rng.integers(0, 12, 40):
-    held = cache.obtain(ShardObject(f"{place}/{n}", 10_000, ""))
+    sha256 = hashlib.sha256(bytes([n]) * 10_000).hexdigest()
+    held = cache.obtain(ShardObject(f"{place}/{n}", 10_000, sha256))
     assert held is None or os.read(held.descriptor, 20_000) == bytes([n]) * 10_000
     with open(f"{folder}/usage", "rb") as usage:  # nothing is removed or renamed meanwhile
         fcntl.flock(usage, fcntl.LOCK_EX)
@@ -306,7 +309,7 @@ KILLED = """
 import sys
 from storage.shard_cache import ShardCache, ShardObject
 print("begins", flush=True)
-ShardCache(sys.argv[1], 45_000).obtain(ShardObject(sys.argv[2], 10_000, ""))
+ShardCache(sys.argv[1], 45_000).obtain(ShardObject(sys.argv[2], 10_000, sys.argv[3]))
 """
 
 
@@ -316,7 +319,7 @@ def test_a_kill_while_fetching_leaves_nothing_wrong(place: str, folder: Path, s3
     s3_proxy.fail(TEAR, "GET", times=1)
     s3_proxy.fail(HANG, "GET")
     killed = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder), wanted.url],
+        [sys.executable, "-c", KILLED, str(folder), wanted.url, wanted.sha256],
         cwd=ROOT,
         env={**os.environ, "AWS_ENDPOINT_URL": s3_proxy.url},
     )
@@ -361,8 +364,10 @@ def test_a_download_that_fails_leaves_nothing(place: str, folder: Path, s3_proxy
     s3_proxy.forget()
     with pytest.raises(FileNotFoundError):
         cache.obtain(ShardObject(f"{place}/none", 10, ""))
-    with pytest.raises(WrongSizeError, match="10,000 bytes instead of 10,001"):
-        cache.obtain(ShardObject(wanted.url, 10_001, ""))
+    with pytest.raises(NotWhatWasWrittenError, match="10,000 bytes instead of 10,001"):
+        cache.obtain(ShardObject(wanted.url, 10_001, wanted.sha256))
+    with pytest.raises(NotWhatWasWrittenError, match="its bytes are not those that were written"):
+        cache.obtain(ShardObject(wanted.url, 10_000, "0" * 64))
     assert files_in(folder) == {}
     assert int((folder / "usage").read_bytes()) == 0
     assert len(content_of(cache, wanted)) == 10_000

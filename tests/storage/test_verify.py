@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from storage import uri
-from storage.manifest import Manifest, StoreWriter, read_manifest
+from storage.manifest import StoreWriter, read_manifest
+from storage.schema import Manifest
 from storage.targets import open_targets
 from storage.verify import uncommit, verify
 

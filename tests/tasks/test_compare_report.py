@@ -14,6 +14,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from ddk.errors import UserError
 from storage import uri
 from storage.errors import FormatVersionError, StoreDamagedError
+from storage.verify_runs import comparison_findings
 from tasks.compare_data import ComparedVariant
 from tasks.compare_page import flops, in_words, render_comparison, render_markdown, signed
 from tasks.compare_paper import paper, tables_beside
@@ -220,8 +221,13 @@ def test_the_line_at_one_is_shown_where_the_curves_come_near_it(three):
 def check_files(comparison, root):
     urls = write_comparison(root, comparison)
     folder = comparison_url(root, comparison.name)
-    assert sorted(urls) == FILES == uri.list_names(folder)
-    assert read_comparison(urls["comparison.json"]) == comparison
+    assert sorted(urls) == FILES == [name for name in uri.list_names(folder) if name != "files.json"]
+    assert read_comparison(root, comparison.name) == comparison
+    assert list(comparison_findings(root, comparison.name, full=True)) == []
+    uri.write_bytes(f"{folder}/runs.csv", (uri.read_bytes(f"{folder}/runs.csv") or b"").replace(b"kd", b"KD"))
+    (finding,) = comparison_findings(root, comparison.name, full=True)
+    assert "runs.csv: its bytes are not those that were written" in str(finding)
+    urls = write_comparison(root, comparison)
     assert uri.read_bytes(urls["ratio.png"]) == plots(comparison)["ratio.png"]
     rows = list(csv.DictReader(io.StringIO(uri.read_bytes(urls["summary.csv"]).decode())))
     kd = next(row for row in rows if (row["variant"], row["measure"], row["domain"]) == ("kd", "ratio", ""))
@@ -248,16 +254,22 @@ def test_a_comparison_of_which_nothing_has_finished_has_a_page(make_comparison, 
     assert "1 of 1 runs are not finished" in uri.read_bytes(urls["index.html"]).decode()
 
 
-def test_what_is_no_comparison_is_refused(tmp_path):
-    place = str(tmp_path / "comparison.json")
+def test_what_is_no_comparison_is_refused(three, tmp_path):
+    root = str(tmp_path)
     with pytest.raises(UserError, match="run `ddk compare` first"):
-        read_comparison(place)
-    uri.write_json(place, {"format": 2})
-    with pytest.raises(FormatVersionError, match="has format 2"):
-        read_comparison(place)
-    uri.write_json(place, {"format": 1})
-    with pytest.raises(StoreDamagedError, match="is no comparison"):
-        read_comparison(place)
+        read_comparison(root, "a")
+    place = f"{root}/comparisons/a/comparison.json"
+    uri.write_json(place, {"format_version": 9})
+    with pytest.raises(FormatVersionError, match="has format version 9"):
+        read_comparison(root, "a")
+    urls = write_comparison(root, three)
+    whole = uri.read_bytes(urls["comparison.json"])
+    uri.write_bytes(urls["comparison.json"], whole.replace(b"0.", b"1.", 1))
+    with pytest.raises(StoreDamagedError, match="its content is not what was written"):
+        read_comparison(root, three.name)
+    uri.write_bytes(place, whole)
+    with pytest.raises(StoreDamagedError, match=r"is that of the data of comparison '.*exchanged or moved"):
+        read_comparison(root, "a")
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -13,9 +13,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from ddk.types import DomainGap, Mixture
-from storage.manifest import Manifest, ObjectRecord, ShardRecord, SplitManifest
 from storage.mixtures import MixtureHistory, make_record
 from storage.runs import RunFolder
+from storage.schema import Manifest, ObjectRecord, ShardRecord, SplitManifest
 from tasks.run_artifacts import (
     link,
     measurement_line,
@@ -188,21 +188,14 @@ def test_outside_of_a_run_nothing_is_read(tmp_path, make_summary):
 
 
 def manifest(blocks, size):
-    shards = [ShardRecord(blocks=count, objects={"ids": _object(size), "tail": _object(6)}) for count in blocks]
-    part = SplitManifest(blocks=sum(blocks), shards=tuple(shards))
-    return Manifest(
-        format_version=2,
-        kind="targets",
-        fingerprint="f",
-        inputs={},
-        dims={"seq_len": 10, "k": 16},
-        complete=True,
-        splits={"train": part, "validation": part},
-    )
+    # What is shown is of sizes alone: no store need be possible with these.
+    def of(size):
+        return ObjectRecord.model_construct(bytes=size, sha256="")
 
-
-def _object(size):
-    return ObjectRecord(bytes=size, sha256="")
+    shards = [ShardRecord.model_construct(blocks=n, objects={"ids": of(size), "tail": of(6)}, facts={}) for n in blocks]
+    part = SplitManifest.model_construct(blocks=sum(blocks), shards=tuple(shards))
+    splits = {"train": part, "validation": part}
+    return Manifest.model_construct(kind="targets", dims={"seq_len": 10, "k": 16}, splits=splits, targets=None)
 
 
 def test_a_row_for_each_domain_s_targets(prefect_server, tmp_path):
