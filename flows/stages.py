@@ -164,10 +164,7 @@ def train_student(config: Config, force: Force = False) -> dict[str, Any]:
     with open_session(config) as session:
         done = session.run.summary()
         done_before = done is not None
-        if done is not None:
-            student_url = _as_it_was_saved(session, done)
-        else:
-            student_url = _train_alone(session)
+        student_url = _as_it_was_saved(session, done) if done is not None else _train_alone(session)
     urls = report_run(config.root, config.run)
     return {"run": config.run, "student": student_url, "report": urls["index.html"], "done_before": done_before}
 
