@@ -17,12 +17,13 @@ import lm_eval
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from storage import uri
 from storage.evaluations import EvaluationFolder, record_name
 from storage.fingerprint import fingerprint
 from tasks.benchmark_models import BACKENDS, Backend, EvaluatedModel, require_harness, running
 from tasks.benchmark_tasks import CODE_TASKS, Measure, Part
 from tasks.benchmarks import EvaluationConfig
-from tasks.code_execution import executed, program_of
+from tasks.code_execution import executed, program_of, read_back, stored
 from tasks.progress import logger, meter
 
 _BOOTSTRAP = 100
@@ -181,7 +182,7 @@ def _samples(part: Part, logged: Sequence[Mapping[str, Any]]) -> list[dict[str, 
             **{name: sample[name] for name in sample["metrics"] if name != "bypass"},
         }
         if part.name in CODE_TASKS:
-            kept["program"] = program_of(part.name, sample["doc"], str(sample["filtered_resps"][0]))
+            kept["program"] = stored(program_of(part.name, sample["doc"], str(sample["filtered_resps"][0])))
         samples.append(kept)
     return samples
 
@@ -196,7 +197,9 @@ def _execute(evaluation: Evaluation, measure: Measure, part: Part, model: Evalua
     if record is None or samples is None or record["metrics"]:
         return
     logger.info("evaluate %s: executing %d programs of %s (%s)", model.role, len(samples), part.name, allowed)
-    metric, outcomes = executed([sample["program"] for sample in samples], isolated=allowed == "isolated")
+    place = f"{uri.join(evaluation.folder.url, model.role, name)}.samples.jsonl"
+    programs = [read_back(sample.get("program"), place) for sample in samples]
+    metric, outcomes = executed(programs, isolated=allowed == "isolated")
     samples = [{**sample, "outcome": outcome} for sample, outcome in zip(samples, outcomes, strict=True)]
     record = {**record, "metrics": {"pass@1": metric}, "executed": allowed}
     evaluation.folder.write(model.role, name, record, samples)

@@ -5,17 +5,24 @@
 - no network: the process has a network of its own in which no interface is up;
 - no files: its root folder holds Python's standard library and shared libraries, read-only, and an empty writable
   folder in memory that is gone afterwards. The user's files, the system's settings, /proc and /sys are not there;
-- no environment, no other processes to see or to signal, no privileges and no way to get them;
-- limits (`Limits`) of processor time, wall time, memory, file sizes and number of processes;
+- no environment, no other processes to see or to signal, no other programs to start, no privileges and no way to get
+  them, and no system calls but those on a list (`tasks.sandbox_filter`);
+- limits (`Limits`) of processor time, wall time, memory (in sum), file sizes and number of processes;
+- no say in the verdict: the tests of a `Program` run in a sandbox of their own, and the program's process holds
+  neither their text nor what they wait for (`tasks.sandbox_talk`);
 - when its time is over, or whoever started it has died, everything that it started is killed by the kernel.
 
-What does not: the kernel is shared, so a program that exploits a fault of it is not held; memory is limited by process
-(times `Limits.processes`), not in sum; Python's library and the shared libraries can be read.
+What does not: the kernel is shared, so a program that exploits a fault of it is not held; Python's library and the
+shared libraries can be read; memory is looked at every 10 ms, so that for so long there may be more. A program that is
+a mere text has no tests: 'passed' says that it came to its end, and that is its own word.
 
 Where the kernel does not give namespaces (some containers, Ubuntu's AppArmor), `check_isolation` says so and nothing
-is run, unless the caller asks for `isolated=False`: then only the empty environment, the folder, the limits and the
-killing of the process group remain, and a program can read, write and send what the user can. See
-`tasks.sandbox_child` for how it is done.
+is run, unless the caller asks for `isolated=False`: then only the empty environment, the folder, the limits by process,
+the list of system calls where the kernel has it, the tests' own process and the killing of the process group remain,
+and a program can read, write and send what the user can. See `tasks.sandbox_child` for how it is done.
+
+bubblewrap does the same with namespaces and mounts, by the same means of the kernel: where it refuses them to one, it
+does to the other. It leaves limits, list of system calls and verdict to its caller, and is not on every machine.
 """
 
 from __future__ import annotations
@@ -23,16 +30,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ddk.errors import UserError
+from tasks.sandbox_filter import compiled
 
 _CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
 
@@ -46,7 +58,7 @@ class Limits:
     wall_seconds: float = 30.0
     """From start to end, whatever the program does; then everything is killed."""
     memory_bytes: int = 1 << 30
-    """Address space of a process."""
+    """Of all its processes and files together, and the address space of each."""
     file_bytes: int = 16 << 20
     """Of one file."""
     folder_bytes: int = 64 << 20
@@ -55,18 +67,33 @@ class Limits:
     """Threads count among them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A program that nobody has read, and the tests that say whether it is right."""
+
+    code: str
+    tests: str
+    """Run in a sandbox of their own; what they name and do not have themselves is the program's."""
+    setup: str = ""
+    """Run before the tests, where they run."""
+    entries: tuple[str, ...] = ()
+    """Names that are the program's in the tests, even where Python or its library has such a name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a program ended."""
 
     passed: bool
-    """It came to its end without an exception."""
+    """Its tests came to their end without an exception; where it has none, it did."""
     reason: str
-    """'passed', the name of the exception, 'killed' (a limit, or it ended itself), 'out of time'; or 'refused: …'
-    where the isolation could not be had, and the program was not run."""
+    """'passed', the name of the exception, 'killed' (a limit, or it ended itself), 'out of memory', 'out of time'; or
+    'refused: …' where the isolation could not be had, and the program was not run."""
 
 
-def run_programs(programs: Sequence[str], limits: Limits | None = None, *, isolated: bool = True) -> list[Outcome]:
+def run_programs(
+    programs: Sequence[Program | str], limits: Limits | None = None, *, isolated: bool = True
+) -> list[Outcome]:
     """Run the programs, as many at a time as there are processors, and say of each how it ended.
 
     Raises:
@@ -95,64 +122,133 @@ def check_isolation() -> None:
         )
 
 
-def run_program(program: str, limits: Limits, *, isolated: bool = True) -> Outcome:
-    """Run one program to its end, or to the end of its time."""
+def run_program(program: Program | str, limits: Limits, *, isolated: bool = True) -> Outcome:
+    """Run one program to its end, or to the end of its time.
+
+    Args:
+        program: a text has no tests; see the module.
+    """
     if sys.platform != "linux":
         return Outcome(False, f"refused: programs are run on Linux only, and this is {sys.platform}")
-    word = secrets.token_hex(16)
-    reading, writing = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="ddk-sandbox-", ignore_cleanup_errors=True) as folder:
-        job = {**asdict(limits), "program": program, "word": word, "out": writing, "isolated": isolated, "root": folder}
-        process = subprocess.Popen(  # noqa: S603
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ddk-sandbox-", ignore_cleanup_errors=True))
+        job = {**asdict(limits), "isolated": isolated, "filter": compiled(), "tests": None}
+        end = time.monotonic() + limits.wall_seconds
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        if isinstance(program, str):
+            word = secrets.token_hex(16)
+            ours.sendall(word.encode())
+            alone = stack.enter_context(
+                _Sandbox(folder, "program", {**job, "program": program, "talks": False}, theirs)
+            )
+            late = not alone.wait(end)
+            return _outcome(_said(ours), word, [alone], late=late)
+        job |= {"talks": True}
+        verdict, writing = map(stack.enter_context, socket.socketpair())
+        about_tests = {"tests": program.tests, "setup": program.setup, "entries": program.entries}
+        code = stack.enter_context(_Sandbox(folder, "program", {**job, "program": program.code}, theirs))
+        tests = stack.enter_context(_Sandbox(folder, "tests", {**job, **about_tests}, ours, verdict=writing))
+        late = not tests.wait(end)
+        return _outcome(_said(verdict), True, [tests, code], late=late)
+
+
+class _Sandbox:
+    """One process, everything that it starts, and what is known of it. All of it is killed when the context ends.
+
+    Args:
+        job: what `tasks.sandbox_child` is to do.
+        out: the descriptor that is left to what runs inside; closed here.
+        verdict: another one, likewise.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        job: Mapping[str, Any],
+        out: socket.socket,
+        verdict: socket.socket | None = None,
+    ) -> None:
+        root = os.path.join(folder, name)
+        os.mkdir(root)
+        self._ours, status = socket.socketpair()
+        given = {"out": out, "status": status, **({"verdict": verdict} if verdict is not None else {})}
+        numbers = {key: one.fileno() for key, one in given.items()}
+        self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-I", "-S", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            cwd=folder,
+            cwd=root,
             env={},
-            pass_fds=(writing,),
+            pass_fds=tuple(numbers.values()),
             start_new_session=True,
         )
-        os.close(writing)
+        for one in given.values():
+            one.close()
+        user = 2_000_000_000 + secrets.randbelow(1_000_000)  # that nobody has; limits of processes are by user
+        content = json.dumps({**job, **numbers, "root": root, "user": user}).encode()
+        if (stdin := self._process.stdin) is not None:
+            with contextlib.suppress(BrokenPipeError), stdin:
+                stdin.write(content)
+
+    def __enter__(self) -> _Sandbox:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.kill()
+        self._ours.close()
+
+    def wait(self, end: float) -> bool:
+        """Whether it has ended before this time (monotonic)."""
         try:
-            process.communicate(json.dumps(job).encode(), timeout=limits.wall_seconds)
-            late = False
+            self._process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            _kill_group(process)
-        said = _said(reading)
-    return _outcome(said, word, late=late)
+            return False
+        return True
+
+    def kill(self) -> None:
+        # Also where it has ended: without isolation, what it started may go on.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def status(self) -> dict[str, Any]:
+        """What those of its processes say that the program has no hold of: refused, or out of memory."""
+        self.kill()
+        return _said(self._ours)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    # Also where it has ended: without isolation, what it started may go on.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _said(reading: int) -> dict[str, str]:
-    """The first line in the pipe. Without waiting: what escaped its group may hold the other end open."""
-    os.set_blocking(reading, False)
+def _said(channel: socket.socket) -> dict[str, Any]:
+    """The first line there. Without waiting: what escaped its group may hold the other end open."""
+    channel.setblocking(False)
     try:
-        content = os.read(reading, 1 << 16)
-    except BlockingIOError:
+        content = channel.recv(1 << 16)
+    except OSError:
         content = b""
-    finally:
-        os.close(reading)
     try:
         said = json.loads(content.partition(b"\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}
 
 
-def _outcome(said: dict[str, str], word: str, *, late: bool) -> Outcome:
-    if "refused" in said:
-        return Outcome(False, f"refused: {said['refused']}")
-    if said.get("passed") == word:
+def _outcome(said: Mapping[str, Any], passed: str | bool, sandboxes: Sequence[_Sandbox], *, late: bool) -> Outcome:
+    """What the verdict comes to.
+
+    Args:
+        said: by the program, or by its tests.
+        passed: what says that it passed.
+    """
+    for status in [sandbox.status() for sandbox in sandboxes]:
+        if "refused" in status:
+            return Outcome(False, f"refused: {status['refused']}")
+        if "failed" in status:
+            return Outcome(False, str(status["failed"]))
+    if said.get("passed") == passed:
         return Outcome(True, "passed")
     if late:
         return Outcome(False, "out of time")
-    return Outcome(False, str(said.get("failed", "killed")))
+    # A name that a program gave its exception, or wrote there: it comes into tables and pages.
+    reason = str(said.get("failed", "killed"))
+    return Outcome(False, reason if re.fullmatch(r"[A-Za-z_]\w{0,63}", reason, re.ASCII) else "Exception")

@@ -6,6 +6,7 @@ Whether a program passes is its own verdict: it asserts what it finds, from the 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -20,8 +21,8 @@ import psutil
 import pytest
 
 from ddk.errors import UserError
-from tasks.code_execution import executed, program_of
-from tasks.sandbox import Limits, Outcome, check_isolation, run_program, run_programs
+from tasks.code_execution import executed, program_of, read_back, stored
+from tasks.sandbox import Limits, Outcome, Program, check_isolation, run_program, run_programs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of Linux's namespaces")
 
@@ -333,3 +334,96 @@ def test_an_mbpp_program_is_the_answer_and_its_tests() -> None:
     program = program_of("mbpp", question, "def double(x):\r\n    return 2 * x")
     assert run_program(program, SOON).passed
     assert not run_program(program_of("mbpp", question, "def double(x): return x"), SOON).passed
+
+
+BISECT = 'def middle(a, b):\n    return (a + b) / 2\n\n\ndef root(f, low, high):\n    """where f is zero"""\n'
+TOLD_APART = {
+    # The prompt's helpers are the tests', whatever the answer makes of them.
+    "a helper": (
+        program_of(
+            "humaneval",
+            {
+                "prompt": BISECT,
+                "entry_point": "root",
+                "test": "def check(candidate):\n    assert middle(candidate([1, 2], 0, 4), 0) == 1.0",
+            },
+            "    return float(sum(f) - 1)\n\ndef middle(a, b): return 1.0",
+        ),
+        "passed",
+    ),
+    # A name that is Python's, and the answer's all the same.
+    "sum": (
+        program_of(
+            "mbpp",
+            {"code": "def sum(a, b): return a", "test_list": ["assert sum(10, 15) == 6"]},
+            "def sum(a, b): return 6",
+        ),
+        "passed",
+    ),
+    "classes": (
+        program_of(
+            "mbpp",
+            {
+                "code": "class Pair: pass\ndef f(a): pass",
+                "test_list": ["assert f([Pair(1, 2), Pair(b=4, a=3)], 2) == 6"],
+            },
+            "class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
+            "def f(pairs, n): return pairs[0].a + pairs[1].a + n",
+        ),
+        "passed",
+    ),
+    "a library": (
+        program_of(
+            "mbpp", {"test_list": ["assert math.isclose(f(2), 1.41421, rel_tol=1e-4)"]}, "import math\nf = math.sqrt"
+        ),
+        "passed",
+    ),
+    "the answer's own library": (
+        program_of(
+            "mbpp",
+            {"test_list": ["assert math.isclose(f(2), 1.41421, rel_tol=1e-4)"]},
+            "import types\nmath = types.SimpleNamespace(isclose=lambda *a, **k: True)\nf = float",
+        ),
+        "AssertionError",
+    ),
+    "all kinds of values": (
+        Program(
+            code="import collections, fractions, decimal, enum\nclass One(enum.IntEnum):\n    ONE = 1\n"
+            "def same(x): return x\ndef up(n):\n    yield from range(n)\n"
+            "def counted(x): return collections.Counter(x)\ndef first(x):\n    x.append(3)\n    return x[0]\n"
+            "def one(): return One.ONE\ndef fails(): raise ValueError('no')\ndef keys(x): return x.keys()\n"
+            "def third(): return fractions.Fraction(1, 3)\ndef pick(f): return sorted([3, 1], key=f)",
+            tests="values = [None, True, 10**40, -1, 1.5, 'a\\ud800', b'x', (1, [2, {3}]), 2j]\n"
+            "values.append({(1, 2): [frozenset({1})]})\n"
+            "for value in values: assert same(value) == value and type(same(value)) is type(value)\n"
+            "assert same(range(3)) == range(3) and same(float('inf')) == float('inf')\n"
+            "assert list(same(iter('ab'))) == ['a', 'b']\n"
+            "assert tuple(up(3)) == (0, 1, 2) and list(up(3)) != up(3) and next(up(1)) == 0\n"
+            "assert counted('aab') == {'a': 2, 'b': 1} and keys({1: 2}) == {1} and one() == 1 and third() * 3 == 1\n"
+            "given = [1, 2]\nassert first(given) == 1 and given == [1, 2, 3]\n"
+            "try:\n    fails()\nexcept ValueError:\n    pass\nelse:\n    raise AssertionError",
+        ),
+        "passed",
+    ),
+    "a function of the tests": (Program(code="def f(g): return g(1)", tests="assert f(lambda x: x)"), "TypeError"),
+    "a name that nobody has": (Program(code="def f(): return 1", tests="assert g() == 1"), "NameError"),
+    "an exception of its own": (
+        Program(code="class Own(Exception): pass\ndef f(): raise Own", tests="assert f() == 1"),
+        "Own",
+    ),
+}
+
+
+def test_tests_see_what_a_program_gives_them() -> None:
+    outcomes = run_programs([program for program, _ in TOLD_APART.values()], SOON)
+    assert [outcome.reason for outcome in outcomes] == [wanted for _, wanted in TOLD_APART.values()]
+
+
+def test_what_is_kept_of_a_program_is_run_again_later() -> None:
+    question = {"test_list": ["assert double(2) == 4"], "code": "def double(x): return 2 * x"}
+    program = program_of("mbpp", question, "def double(x): return x")
+    assert read_back(json.loads(json.dumps(stored(program))), "x.jsonl") == program
+    assert read_back("pass", "x.jsonl") == "pass"
+    for damaged in (None, {}, {**stored(program), "tests": 3}, {**stored(program), "entries": 1}, [1]):
+        with pytest.raises(UserError, match=r"x\.jsonl holds an answer without its program"):
+            read_back(damaged, "x.jsonl")
