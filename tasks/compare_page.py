@@ -25,7 +25,7 @@ from tasks.compare_data import (
 )
 from tasks.compare_paper import PaperTable, RowBeside, paper, tables_beside
 from tasks.compare_statistics import Difference, Spread, spread
-from tasks.formats import UNKNOWN, duration, ppl, ratio
+from tasks.formats import UNKNOWN, duration, escape, ppl, ratio
 from tasks.report_page import data_uri, environment
 
 MEAN, WORST, PERPLEXITY = Measure(name="ratio"), Measure(name="worst_ratio"), Measure(name="perplexity")
@@ -298,7 +298,7 @@ def flops(value: float | None) -> str:
 
 def render_markdown(comparison: Comparison) -> str:
     """The result as two tables, for a README or an artifact: overall, and the ratio by domain."""
-    base = comparison.baseline
+    base = escape(comparison.baseline)
     lines = [
         f"| variant | seeds | perplexity | mean ratio | largest ratio | mean − {base} | | largest − {base} | |",
         "|---|---:|---:|---:|---:|---:|---|---:|---|",
@@ -307,21 +307,23 @@ def render_markdown(comparison: Comparison) -> str:
         row = _result(comparison, variant)
         found = [f"{one['text']} {one['interval']} | {one['verdict']}" for one in row["differences"]]
         lines.append(
-            f"| {variant.name} | {row['seeds']} | {row['perplexity']} | {row['ratio']} | {row['worst_ratio']} | "
-            f"{' | '.join(found)} |"
+            f"| {escape(variant.name)} | {row['seeds']} | {row['perplexity']} | {row['ratio']} | "
+            f"{row['worst_ratio']} | {' | '.join(found)} |"
         )
-    lines += ["", f"| ratio | {' | '.join(comparison.domains)} |", "|---|" + "---:|" * len(comparison.domains)]
+    domains = [escape(domain) for domain in comparison.domains]
+    lines += ["", f"| ratio | {' | '.join(domains)} |", "|---|" + "---:|" * len(domains)]
     for one in _domain_rows(comparison, "ratio")["rows"]:
-        lines.append(f"| {one['name']} | {' | '.join(one['cells'][: len(comparison.domains)])} |")
+        lines.append(f"| {escape(one['name'])} | {' | '.join(one['cells'][: len(domains)])} |")
     return "\n".join(lines)
 
 
 def terminal_comparison(comparison: Comparison) -> Table:
     """The result, a row for each variant; the baseline is bold."""
-    table = Table(title=f"{comparison.name}: student / teacher perplexity at the end", title_justify="left")
+    title = Text(f"{comparison.name}: student / teacher perplexity at the end")
+    table = Table(title=title, title_justify="left")
     table.add_column("variant", no_wrap=True)
     for heading in ("seeds", "mean ratio", "largest", f"mean − {comparison.baseline}", "largest − its"):
-        table.add_column(heading, justify="right")
+        table.add_column(Text(heading), justify="right")
     for variant in comparison.variants:
         row = _result(comparison, variant)
         differences = [" ".join(filter(None, one.values())) for one in row["differences"]]

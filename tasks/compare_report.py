@@ -20,7 +20,7 @@ from tasks.artifacts import add_version, artifact_key
 from tasks.compare_data import Comparison, run_rows, summary_rows
 from tasks.compare_page import render_comparison, render_markdown
 from tasks.compare_plots import plots
-from tasks.model_card import escape
+from tasks.formats import escape
 from tasks.progress import logger
 from tasks.report_data import render_csv
 from tasks.report_page import data_uri

@@ -24,7 +24,7 @@ from storage.runs import RunFolder
 from tasks.artifacts import add_version, artifact_key
 from tasks.artifacts import table as as_artifact
 from tasks.benchmarks import COMPLETION, PRESETS, ROLES, headline
-from tasks.formats import UNKNOWN, ppl
+from tasks.formats import UNKNOWN, escape, ppl
 from tasks.local_benchmarks import FORMATS
 from tasks.report_data import Row, render_csv
 from tasks.report_page import environment as plain_environment
@@ -241,10 +241,10 @@ def _publish(run: str, rows: Sequence[Row]) -> None:
             as_artifact(
                 [
                     {
-                        "task": row["task"],
+                        "task": escape(row["task"]),
                         "shots": str(row["shots"]),
                         "questions": questions(row),
-                        "metric": metric_name(row),
+                        "metric": escape(metric_name(row)),
                         **{role: score(row[role]) for role in ROLES},
                         "gap closed": score(row["closed"], 0),
                     }

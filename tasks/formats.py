@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +58,37 @@ def gap_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Of a row of `report_data.gap_table`: the teacher's perplexity, the student's before and after, both ratios."""
     perplexities = (ppl(row[name]) for name in ("teacher_ppl", "student_ppl_before", "student_ppl_after"))
     return (*perplexities, ratio(row["ratio_before"]), ratio(row["ratio_after"]))
+
+
+def escape(text: str) -> str:
+    """`text` as Markdown and HTML show it, on one line: '<b>|' → '&lt;b&gt;\\|'.
+
+    An underscore inside a word (zh_books) is no markup and stays. What cannot be seen, such as the marks that turn
+    the direction of writing round, becomes '�'.
+    """
+    text = _visible(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def link(url: str, text: str | None = None) -> str:
+    """Markdown of a link where a browser can follow it; of a path or an s3:// address the text alone, to copy."""
+    shown = " ".join((text or url).split())
+    if url.startswith(("http://", "https://")):
+        return f"[{escape(shown)}](<{urllib.parse.quote(url, safe=_OF_URLS)}>)"
+    # Between backticks nothing can be escaped.
+    return escape(shown) if re.search(r"[`|<>&]", shown) or not shown.isprintable() else f"`{shown}`"
+
+
+_OF_URLS = "/:?#@!$&'()*+,;=%~ "
+
+
+def _visible(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def csv_cell(value: Any) -> Any:
+    """What a table calculator shows as it is: a text that it would take for a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

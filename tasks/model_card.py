@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tasks.formats import count, gap_cells, markdown_table, percent
+from tasks.formats import count, escape, gap_cells, markdown_table, percent
 from tasks.report_data import IntervalRecord, RunSummary, domains_of, flat_settings
 from tasks.report_tree import tree_table
 
@@ -112,15 +112,6 @@ def front_matter(summary: RunSummary) -> dict[str, Any]:
 def is_hub_id(name: str) -> bool:
     """Whether `name` reads as `owner/model` and is no path on this machine."""
     return HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
-
-
-def escape(text: str) -> str:
-    """`text` as Markdown and HTML show it, on one line: '<b>|' → '&lt;b&gt;\\|'.
-
-    An underscore inside a word (zh_books) is no markup and stays.
-    """
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def distils(method: str) -> bool:

@@ -115,10 +115,10 @@ def _on_terminal(work: Work) -> Iterator[_Bar | _Lines]:
         yield _Lines(work)
         return
     columns = (
-        rich.progress.TextColumn("{task.description:<22}"),
+        rich.progress.TextColumn("{task.description:<22}", markup=False),  # a domain may be called '[red]'
         rich.progress.BarColumn(bar_width=30),
         rich.progress.TaskProgressColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
+        rich.progress.TextColumn("{task.fields[note]}", markup=False),
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as progress:

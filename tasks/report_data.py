@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ddk.types import DomainGap, Mixture
+from tasks.formats import csv_cell
 
 Row = dict[str, Any]
 """A flat row: a name of a column → text, number or None (not known)."""
@@ -158,11 +159,11 @@ def worst_first(ratio: float) -> float:
 
 
 def render_csv(rows: Sequence[Row]) -> str:
-    """Comma-separated, with a header line and `\\n` line ends; numbers in full precision."""
+    """Comma-separated, with a header line and `\\n` line ends; numbers in full precision, and no text a formula."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return out.getvalue()
 
 

@@ -18,8 +18,7 @@ from storage.runs import RunFolder
 from storage.schema import Manifest
 from storage.uri import join
 from tasks.artifacts import Board, add_version, artifact_key, current_place, showing, table
-from tasks.formats import change, count, gap_cells, markdown_table, percent, ppl, ratio
-from tasks.model_card import escape
+from tasks.formats import change, count, escape, gap_cells, link, markdown_table, percent, ppl, ratio
 from tasks.report_data import IntervalRecord, RunSummary, gap_table, worst_domain, worst_first
 from tasks.report_page import data_uri
 from tasks.report_plots import mixture_plot, ratio_plot
@@ -140,7 +139,7 @@ def report_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls
             "## Mixture against tokens seen",
             f"![Sampling probability by domain against tokens seen]({data_uri(mixture_plot(drawn))})",
             "## Where it lies",
-            markdown_table(("", ""), [(name, link(url)) for name, url in urls.items()], left=2),
+            markdown_table(("", ""), [(escape(name), link(url)) for name, url in urls.items()], left=2),
         ]
     )
 
@@ -154,8 +153,3 @@ def places(folder: RunFolder) -> dict[str, str]:
         for kind in ("targets", "blocks")
         for domain, fingerprints in sorted(stores.items())
     }
-
-
-def link(url: str, text: str | None = None) -> str:
-    """A link where a browser can follow it; of a path or an s3:// address the text alone, to copy."""
-    return f"[{text or url}](<{url}>)" if url.startswith(("http://", "https://")) else f"`{text or url}`"

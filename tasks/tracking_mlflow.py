@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class MlflowTracker:
             step = max([self._step, *(point.step for point in batch if point.version is None)])
             version = max([self._version, *(point.version for point in batch if point.version is not None)])
             metrics = [
-                Metric(name, value, int(1000 * point.time), point.step)
+                Metric(metric_name(name), value, int(1000 * point.time), point.step)
                 for point in batch
                 for name, value in point.values.items()
             ]
@@ -122,6 +123,12 @@ def _batches(points: Sequence[Point]) -> Iterator[list[Point]]:
         batch.append(point)
     if batch:
         yield batch
+
+
+def metric_name(name: str) -> str:
+    """As MLflow takes it: 'mixture/C++' → 'mixture/C_2B_2B'. A leaf may be called whatever can be printed."""
+    parts = [part.replace(".", "_2E") if part in (".", "..") else part or "_" for part in name.split("/")]
+    return re.sub(r"[^\w.\- /]", lambda found: "".join(f"_{byte:02X}" for byte in found[0].encode()), "/".join(parts))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

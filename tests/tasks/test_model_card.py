@@ -5,7 +5,8 @@ import re
 import pytest
 import yaml
 
-from tasks.model_card import escape, is_hub_id, render_model_card
+from tasks.formats import escape
+from tasks.model_card import is_hub_id, render_model_card
 
 
 def front_matter(card):

@@ -16,8 +16,8 @@ from ddk.types import DomainGap, Mixture
 from storage.mixtures import MixtureHistory, make_record
 from storage.runs import RunFolder
 from storage.schema import Manifest, ObjectRecord, ShardRecord, SplitManifest
+from tasks.formats import link
 from tasks.run_artifacts import (
-    link,
     measurement_line,
     measurement_rows,
     places,
