@@ -4,9 +4,14 @@ The `ddk` command prints such an error without a traceback and exits with 2. Any
 defect of ours (or of the machine) and keeps its traceback.
 """
 
+from ddk.redaction import redacted
+
 
 class UserError(ValueError):
     """Something that the person who runs the project can put right.
 
-    The message names the cause, the place (file and line, field, URL) and the remedy.
+    The message names the cause, the place (file and line, field, URL) and the remedy; no secret is left in it.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))

@@ -52,13 +52,14 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
         typer.secho("ddk: interrupted; the same command goes on where it stopped", err=True)
         return 1
     except Exception as error:
+        from ddk.redaction import redacted
         from storage.errors import explained
 
         if debug:
             raise
         if (known := explained(error)) is not None:
             return _refusal(known)
-        typer.secho(f"ddk: {type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(f"ddk: {type(error).__name__}: {redacted(str(error))}", fg=typer.colors.RED, err=True)
         typer.secho(
             "ddk: this is no mistake of yours; --debug shows the traceback. What was complete is kept, and the same "
             "command goes on from there.",

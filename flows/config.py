@@ -22,7 +22,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import yaml
@@ -34,11 +34,12 @@ from ddk.methods.registry import METHODS, MethodName, check_method, effective_lo
 from ddk.mixture import MixtureConfig
 from ddk.packing import PackingConfig
 from ddk.paths import check_leaves, depth
+from ddk.redaction import holds_credentials
 from ddk.student import StudentConfig
 from ddk.ted import TedConfig
 from ddk.trainer import TrainConfig
 from storage.corpus import DomainConfig
-from storage.uri import absolute
+from storage.uri import NO_CREDENTIALS, absolute
 from tasks.teacher import TeacherConfig
 from tasks.tracking import TrackingConfig
 from tasks.train_student import RunSettings
@@ -55,7 +56,7 @@ DomainName = Annotated[
 class Config(BaseModel):
     """A whole run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
     run: Name
     """Name of the run. Another run in the same root reuses blocks and targets."""
@@ -86,6 +87,15 @@ class Config(BaseModel):
     """Of method ted alone."""
     tracking: TrackingConfig = TrackingConfig()
     """Where the metrics go besides the run's own files."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_address_holds_credentials(cls, data: Any) -> Any:
+        # Before anything else is said of it: the configuration is stored with the run, and shown.
+        for place, text in _texts(data):
+            if place not in _CHECKED_THEMSELVES and holds_credentials(text):
+                raise ValueError(f"{place}: {NO_CREDENTIALS}")
+        return data
 
     @model_validator(mode="after")
     def _names_differ_in_more_than_case(self) -> Config:
@@ -155,6 +165,19 @@ class Config(BaseModel):
             tracking=self.tracking,
             trust_teacher_code=self.teacher.trust_remote_code,
         )
+
+
+_CHECKED_THEMSELVES = {"teacher.server_url", "tracking.mlflow_uri"}
+"""They name another place for the key."""
+
+
+def _texts(data: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of nested data, with its place: `domains.math.train.0`."""
+    if isinstance(data, str):
+        yield place, data
+    elif isinstance(data, Mapping | list):
+        for name, item in data.items() if isinstance(data, Mapping) else enumerate(data):
+            yield from _texts(item, f"{place}.{name}" if place else str(name))
 
 
 def load_config(path: str, overrides: Sequence[str] = (), root: str | None = None, run: str | None = None) -> Config:

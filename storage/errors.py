@@ -7,6 +7,7 @@ import errno
 import botocore.exceptions
 
 from ddk.errors import UserError
+from ddk.redaction import redacted
 
 
 class StoreError(UserError):
@@ -34,6 +35,9 @@ class UnreachableError(OSError):
 
     No `StoreError`, so that nobody takes it for damage: what is stored may be sound. `explained` makes it one.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class PassingError(UnreachableError):

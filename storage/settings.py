@@ -18,11 +18,13 @@ from typing import Any
 import fsspec
 import fsspec.config
 
+from ddk.redaction import hide
 from storage.errors import StoreError
 
 _environment: dict[str, dict[str, Any]] = {}
 """What the environment says of each protocol for which there are other options."""
 _lock = threading.Lock()
+_SECRET = {"key", "secret", "token", "username", "password", "account_key", "sas_token", "connection_string"}
 
 
 @functools.cache
@@ -47,6 +49,7 @@ def use_options(protocol: str, options: Mapping[str, Any]) -> None:
     """
     if protocol in ("s3", "s3a"):
         _check_s3(options)
+    hide(*(value for name, value in options.items() if name in _SECRET))
     conf: dict[str, dict[str, Any]] = fsspec.config.conf
     with _lock:
         environment = _environment.setdefault(protocol, dict(conf.get(protocol, {})))

@@ -23,19 +23,30 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from ddk.redaction import holds_credentials
 from storage import settings
-from storage.errors import StoreDamagedError, UnreachableError, explained, is_beyond_the_end
+from storage.errors import StoreDamagedError, StoreError, UnreachableError, explained, is_beyond_the_end
 from storage.ranges import Range, cut, runs_of
 
 if TYPE_CHECKING:
     from storage.s3 import S3
 
+NO_CREDENTIALS = (
+    "the address holds a password, key or signature, and would be stored and shown with it; take it out, and set "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or name a Prefect block (storage_block: …)"
+)
 _AT_ONCE = 32
 """Requests in flight for one call; as many as `storage.s3` holds connections."""
 
 
 def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system behind `url` and the path in it. Credentials and endpoint come from `storage.settings`."""
+    """The file system behind `url` and the path in it. Credentials and endpoint come from `storage.settings`.
+
+    Raises:
+        StoreError: there are credentials in the URL: it would be stored and shown with them.
+    """
+    if ("@" in url or "?" in url or "%" in url) and holds_credentials(url):
+        raise StoreError(f"{url}: {NO_CREDENTIALS}")
     if "s3://" in url or "s3a://" in url:
         settings.prepare_s3()
     fs, path = fsspec.core.url_to_fs(url)

@@ -8,6 +8,8 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ddk.redaction import visible
+
 UNKNOWN = "–"
 
 
@@ -66,7 +68,7 @@ def escape(text: str) -> str:
     An underscore inside a word (zh_books) is no markup and stays. What cannot be seen, such as the marks that turn
     the direction of writing round, becomes '�'.
     """
-    text = _visible(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = visible(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
@@ -76,14 +78,10 @@ def link(url: str, text: str | None = None) -> str:
     if url.startswith(("http://", "https://")):
         return f"[{escape(shown)}](<{urllib.parse.quote(url, safe=_OF_URLS)}>)"
     # Between backticks nothing can be escaped.
-    return escape(shown) if re.search(r"[`|<>&]", shown) or not shown.isprintable() else f"`{shown}`"
+    return escape(shown) if re.search(r"[`|<>&]", shown) or visible(shown) != shown else f"`{shown}`"
 
 
 _OF_URLS = "/:?#@!$&'()*+,;=%~ "
-
-
-def _visible(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def csv_cell(value: Any) -> Any:

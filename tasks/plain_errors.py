@@ -1,7 +1,7 @@
 """In the log of a run, a mistake of the user's is one line: Prefect would show a traceback for each task and flow that
 it passes through.
 
-What failed for another reason keeps its traceback.
+What failed for another reason keeps its traceback. No secret is left in either.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 
 from ddk.errors import UserError
+from ddk.redaction import redacted
 from storage.errors import explained
 
-_LOGGERS = ("prefect.task_runs", "prefect.flow_runs", "prefect.engine")
+_LOGGERS = ("prefect.task_runs", "prefect.flow_runs", "prefect.engine", "ddk")
 
 
 class PlainErrors(logging.Filter):
@@ -23,6 +24,9 @@ class PlainErrors(logging.Filter):
             record.exc_info = None
         elif isinstance(error, Exception) and (known := explained(error)) is not None:
             record.msg, record.args, record.exc_info = f"{record.getMessage()}: {known}", (), None
+        record.msg, record.args = redacted(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
         return True
 
 

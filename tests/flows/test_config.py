@@ -74,3 +74,43 @@ def test_weights_of_leaves_that_only_the_records_know(
     else:
         with pytest.raises(ValidationError, match=message):
             config(domains, **settings)
+
+
+WITH_KEYS = "s3://SECRETID:s3cr3t@bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"root": WITH_KEYS}, "root"),
+        ({"teacher": {"model": WITH_KEYS}}, "teacher.model"),
+        ({"student": {"model": "https://s3cr3t@host/m"}}, "student.model"),
+        ({"domains": {"m": {**PLAIN, "train": ["a.jsonl", WITH_KEYS]}}}, "domains.m.train.1"),
+        (
+            {"domains": {"m": {**PLAIN, "validation": "https://h/v.jsonl?X-Amz-Signature=s3cr3t"}}},
+            "domains.m.validation.0",
+        ),
+        ({"domains": {"m": {**PLAIN, "compression_config": WITH_KEYS}}}, "domains.m.compression_config"),
+        ({"teacher": {"source": "server", "server_url": "http://u:s3cr3t@h/v1"}}, "teacher: server_url"),
+        ({"tracking": {"mlflow_uri": "https://u:s3cr3t@h", "mlflow_experiment": "e"}}, "tracking: mlflow_uri"),
+    ],
+)
+def test_an_address_with_credentials_is_refused_and_not_repeated(
+    tmp_path: Path, changes: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(UserError, match=r"hold") as error:
+        load_config(write_config(tmp_path, **changes))
+    assert place in str(error.value)
+    assert "s3cr3t" not in str(error.value)
+    # As Prefect checks the parameters of a deployment.
+    with pytest.raises(ValidationError) as refused:
+        Config.model_validate({**small_config(), **changes})
+    assert "SECRETID" not in str(refused.value)
+
+
+def test_nor_is_one_of_the_command_line(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    for given in ({"root": WITH_KEYS}, {"overrides": [f"root={WITH_KEYS}"]}):
+        with pytest.raises(UserError, match=r"root: the address holds a password, key or signature") as error:
+            load_config(path, **given)  # type: ignore[arg-type]
+        assert "SECRETID" not in str(error.value)

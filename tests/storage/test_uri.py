@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from storage import uri
-from storage.errors import StoreDamagedError
+from storage.errors import StoreDamagedError, StoreError, explained
 
 # Names
 
@@ -301,3 +302,20 @@ def test_canonical_json_is_readable_by_others(tmp_path: Path) -> None:
     assert list(json.loads(text)) == ["a", "b"]
     assert "三" in text
     assert text.endswith("}\n")
+
+
+def test_a_url_with_credentials_is_never_opened_and_never_shown() -> None:
+    for url in ("s3://SECRETID:s3cr3t@bucket/a.zarr", "simplecache::s3://SECRETID@bucket/a", "https://h/a?sig=s3cr3t"):
+        for call in (uri.exists, uri.read_bytes, uri.list_names, uri.remove_tree, uri.size_of):
+            with pytest.raises(StoreError, match="holds a password, key or signature") as error:
+                call(url)
+            assert "SECRETID" not in str(error.value)
+            assert "s3cr3t" not in str(error.value)
+
+
+def test_what_s3_repeats_of_a_key_is_not_told_on() -> None:
+    said = "The Access Key Id 'SECRETID' does not exist; <AWSAccessKeyId>SECRETID</AWSAccessKeyId>, AKIASECRETID0000"
+    refusal = ClientError({"Error": {"Code": "InvalidAccessKeyId", "Message": said}}, "GetObject")
+    message = str(explained(refusal, "s3://bucket/a"))
+    assert message.startswith("s3://bucket/a: the S3 server refused the request (InvalidAccessKeyId: The Access Key Id")
+    assert "SECRETID" not in message
