@@ -1,7 +1,8 @@
 """What a user got wrong, said in one line: the cause, the place and the remedy.
 
-The `ddk` command prints such an error without a traceback and exits with 2. Anything else that is raised is a
-defect of ours (or of the machine) and keeps its traceback.
+The `ddk` command prints such an error without a traceback and exits with 2. So it does with the loss of a part (a
+process that was killed, a server that is gone), which is nobody's mistake, and exits with 1. Anything else that is
+raised is a defect of ours (or of the machine) and keeps its traceback.
 """
 
 from ddk.redaction import redacted
@@ -15,3 +16,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
+
+
+class LostPartError(RuntimeError):
+    """A process, or a server, that the work rests on is gone.
+
+    The message names it, what has probably happened, and the remedy. What was complete is kept.
+    """

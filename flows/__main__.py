@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _exit_code(call: Callable[[], Any], debug: bool) -> int:
-    from ddk.errors import UserError
+    from ddk.errors import LostPartError, UserError
 
     try:
         call()
@@ -48,6 +48,11 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
         if debug:
             raise
         return _refusal(error)
+    except LostPartError as error:
+        if debug:
+            raise
+        typer.secho(f"ddk: {error}", fg=typer.colors.RED, err=True)
+        return 1
     except FlowInterruptedError:
         typer.secho("ddk: interrupted; the same command goes on where it stopped", err=True)
         return 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from ddk.errors import UserError
+from ddk.errors import LostPartError, UserError
 from ddk.redaction import redacted
 from storage.errors import explained
 
@@ -20,7 +20,7 @@ class PlainErrors(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | LostPartError):
             record.exc_info = None
         elif isinstance(error, Exception) and (known := explained(error)) is not None:
             record.msg, record.args, record.exc_info = f"{record.getMessage()}: {known}", (), None

@@ -1,15 +1,39 @@
-"""A vLLM engine of our own, and the processes that it consists of: what all that start one share."""
+"""A vLLM engine of our own, and the processes that it consists of: what all that start one share.
+
+Its processes may be killed at any time, by the kernel for want of memory above all. Every call goes through `run`,
+which notices that.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+from ddk.errors import LostPartError
+from tasks.leftovers import EngineFolder
 from tasks.orphans import Descendants, changed_environment
 from tasks.teacher import TeacherConfig, on_gpu, resolved_dtype
+from tasks.watched_calls import ChildDiedError, WatchedCalls, ending
+
+_T = TypeVar("_T")
+_AGAIN = "Run the same command again then; it goes on where it stopped"
+_LIKELY = {
+    signal.SIGKILL: "probably the machine was out of memory (`dmesg` says so): lower teacher.max_batch_tokens or "
+    "teacher.cpu_kv_cache_gib, or let less run beside it",
+    signal.SIGBUS: "probably /dev/shm is full: give the container more shared memory (--shm-size), or lower "
+    "teacher.shard_blocks",
+    signal.SIGILL: "this processor lacks an instruction that vLLM was built with: install a build for it",
+    signal.SIGTERM: "somebody ended it",
+}
+_UNKNOWN = "its last lines above say more, and so may `dmesg`"
+_GAVE_UP = f"its lines above say why, and where there are none, {_LIKELY[signal.SIGKILL]}"
+_FAILED_AT_START = re.compile(r"Failed core proc\(s\): \{[^}]*?: (-\d+)")
+"""vLLM's words, with the exit code of the engine's process."""
 
 
 class Engine:
@@ -25,11 +49,15 @@ class Engine:
     def __init__(self, config: TeacherConfig, **settings: Any) -> None:
         self.llm: Any = None
         self._processes = Descendants()
+        self.folder = EngineFolder()
+        self._calls = WatchedCalls()
+        self._calls.on_look = self.folder.list_shared_memory
         try:
-            with engine_environment(config), self._processes.marked():
+            with engine_environment(config, self.folder.path), self._processes.marked():
                 from vllm import LLM
 
-                self.llm = LLM(
+                self.llm = self._watched(
+                    LLM,
                     model=config.model,
                     revision=config.revision,
                     dtype=resolved_dtype(config),
@@ -45,6 +73,8 @@ class Engine:
                     disable_log_stats=True,
                     **settings,
                 )
+            self.folder.list_shared_memory(self._calls.children)
+            self._calls.on_look = lambda children: None  # all that there will be is there
         except BaseException:
             self.close()
             raise
@@ -66,14 +96,48 @@ class Engine:
             **settings,
         )
 
+    @property
+    def children(self) -> list[int]:
+        """Process ids of its processes that we have started and that live."""
+        return self._calls.children
+
+    def run(self, call: Callable[[Any], _T]) -> _T:
+        """What a call of vLLM's `LLM` gives.
+
+        Raises:
+            LostPartError: a process of the engine has ended, and nothing more will come from it.
+        """
+        return self._watched(call, self.llm)
+
+    def _watched(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        try:
+            return self._calls(function, *args, **kwargs)
+        except ChildDiedError as error:
+            raise engine_died(error.exit_code) from error
+        except Exception as error:
+            if found := _FAILED_AT_START.search(str(error)):
+                raise engine_died(int(found[1])) from error
+            if type(error).__name__ == "EngineDeadError":  # a worker of it has ended, or raised
+                raise LostPartError(f"the engine has given up; {_GAVE_UP}. {_AGAIN}") from error
+            raise
+
     def close(self) -> None:
         """Harmless when called twice, and where vLLM does not manage to end them itself."""
         llm, self.llm = self.llm, None
         try:
-            if llm is not None:
-                llm.llm_engine.engine_core.shutdown()
+            if llm is not None and not self._calls.stuck:
+                with contextlib.suppress(ChildDiedError):  # then there is little left to end
+                    self._calls(llm.llm_engine.engine_core.shutdown)
         finally:
             self._processes.close()
+            self._calls.close()
+            self.folder.remove()
+
+
+def engine_died(exit_code: int) -> LostPartError:
+    """What to say of an engine whose process has ended by itself."""
+    likely = _LIKELY.get(signal.Signals(-exit_code), _UNKNOWN) if exit_code < 0 else _UNKNOWN
+    return LostPartError(f"the engine's process {ending(exit_code)}; {likely}. {_AGAIN}")
 
 
 def cores() -> list[int]:
@@ -86,9 +150,17 @@ def cores() -> list[int]:
 
 
 @contextlib.contextmanager
-def engine_environment(config: TeacherConfig) -> Iterator[None]:
-    """What the engine's processes read from the environment when they start; put back afterwards."""
+def engine_environment(config: TeacherConfig, folder: str) -> Iterator[None]:
+    """What the engine's processes read from the environment when they start; put back afterwards.
+
+    Args:
+        folder: for its sockets and temporary files.
+    """
     wanted = {
+        "VLLM_RPC_BASE_PATH": folder,
+        "TMPDIR": folder,
+        # What is compiled is for the next engine too.
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}"),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # Spawned, whatever the front end has started before: a forked child of a process with threads may hang.
@@ -106,6 +178,6 @@ def engine_environment(config: TeacherConfig) -> Iterator[None]:
         shares = [ours[len(ours) * i // ranks : len(ours) * (i + 1) // ranks] or ours[-1:] for i in range(ranks)]
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
     # What the user has set stays, but for what capture cannot do without.
-    forced = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"}
+    forced = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_RPC_BASE_PATH", "TMPDIR"}
     with changed_environment({name: v for name, v in wanted.items() if name in forced or name not in os.environ}):
         yield

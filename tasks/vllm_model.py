@@ -9,6 +9,7 @@ Imports the harness; import this module within functions only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from tasks.harness_model import HarnessModel, Prompt, Scored
@@ -70,8 +71,13 @@ class VllmModel(HarnessModel):
     def _run(self, prompts: Sequence[tuple[int, ...]], parameters: Sequence[Any]) -> Iterator[Any]:
         for first in range(0, len(prompts), AT_ONCE):
             batch = [{"prompt_token_ids": list(tokens)} for tokens in prompts[first : first + AT_ONCE]]
-            yield from self._engine.llm.generate(batch, list(parameters[first : first + AT_ONCE]), use_tqdm=False)
+            sampling = list(parameters[first : first + AT_ONCE])
+            yield from self._engine.run(partial(_generate, prompts=batch, parameters=sampling))
             self.on_progress(len(batch))
+
+
+def _generate(llm: Any, prompts: list[dict[str, list[int]]], parameters: list[Any]) -> list[Any]:
+    return list(llm.generate(prompts, parameters, use_tqdm=False))
 
 
 def _judged(flat: Any, one: Scored) -> tuple[float, bool]:

@@ -82,6 +82,7 @@ class PortableTeacher:
             tokens_BL1: [B, L + 1] int32, at most `shard_blocks` blocks.
 
         Raises:
+            LostPartError: a process of the engine was killed.
             RuntimeError: the engine's answer lacks a position (nothing is returned then).
         """
         if self._engine is None:
@@ -92,7 +93,7 @@ class PortableTeacher:
         with _no_garbage_collection():
             self._enqueue(groups[0])
             for i in range(len(groups)):
-                outputs = self._llm.wait_for_completion(use_tqdm=False)
+                outputs = self._running.run(lambda llm: llm.wait_for_completion(use_tqdm=False))
                 if i + 1 < len(groups):
                     self._enqueue(groups[i + 1])
                 rows += [self._rows_of(output, tokens) for output, tokens in zip(outputs, groups[i], strict=True)]
@@ -110,8 +111,10 @@ class PortableTeacher:
         )
 
     @property
-    def _llm(self) -> Any:
-        return self._engine.llm if self._engine is not None else None
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("the engine is not running")
+        return self._engine
 
     def _enqueue(self, tokens_GL1: Int32Array) -> None:
         from vllm import SamplingParams
@@ -130,7 +133,7 @@ class PortableTeacher:
             for label in tokens_GL1[:, -1].tolist()
         ]
         prompts = [{"prompt_token_ids": row} for row in tokens_GL1[:, :-1].tolist()]
-        self._llm.enqueue(prompts, parameters, use_tqdm=False)
+        self._running.run(lambda llm: llm.enqueue(prompts, parameters, use_tqdm=False))
 
     def _rows_of(self, output: Any, tokens_L1: Int32Array) -> Rows:
         # Nothing predicts the prompt's first token: its place is there, and empty.

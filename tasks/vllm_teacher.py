@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ddk.errors import UserError
+from ddk.errors import LostPartError, UserError
 from ddk.types import Int32Array, SampledTokens, SparseTargets
+from tasks.leftovers import SHARED_MEMORY
 from tasks.progress import logger
 from tasks.reduction import OUTPUTS
 from tasks.teacher import TeacherConfig, check_fits, on_gpu
@@ -62,25 +63,25 @@ class VllmTeacher:
             max_num_batched_tokens=self.batch_tokens,
             worker_extension_cls=WORKER_EXTENSION,
         )
+        wanted = {
+            "vocab_size": self.vocab_size,
+            "k": self.config.k,
+            "chunk_bytes": GPU_CHUNK_BYTES if on_gpu() else CPU_CHUNK_BYTES,
+            "temperatures": self.config.tail_temperatures,
+            "draws": self.config.draws,
+            "cores": cores(),
+        }
         try:
-            self._llm.collective_rpc(
-                "ddk_install",
-                kwargs={
-                    "vocab_size": self.vocab_size,
-                    "k": self.config.k,
-                    "chunk_bytes": GPU_CHUNK_BYTES if on_gpu() else CPU_CHUNK_BYTES,
-                    "temperatures": self.config.tail_temperatures,
-                    "draws": self.config.draws,
-                    "cores": cores(),
-                },
-            )
+            self._engine.run(lambda llm: llm.collective_rpc("ddk_install", kwargs=wanted))
         except BaseException:
             self.close()
             raise
 
     @property
-    def _llm(self) -> Any:
-        return self._engine.llm if self._engine is not None else None
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("the engine is not running")
+        return self._engine
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -103,6 +104,7 @@ class VllmTeacher:
 
         Raises:
             UserError: out of memory however small the batch.
+            LostPartError: a process of the engine was killed.
             RuntimeError: the engine did not run a position (nothing is returned then).
         """
         while True:
@@ -163,8 +165,10 @@ class VllmTeacher:
         return np.sort(np.concatenate(drawn), axis=-1)
 
     def _ran_out_of_memory(self, error: Exception) -> bool:
-        noted = self._buffer is not None and bool(self._buffer.arrays["out_of_memory"][0])
-        return noted or "out of memory" in str(error).lower()
+        if self._buffer is not None and self._buffer.arrays["out_of_memory"][0]:
+            return True
+        # A process that was killed: the machine's memory, not the GPU's, and another start might meet the same end.
+        return "out of memory" in str(error).lower() and not isinstance(error, LostPartError)
 
     def _shrink(self, error: Exception) -> None:
         if self.batch_tokens <= MIN_BATCH_TOKENS:
@@ -177,21 +181,26 @@ class VllmTeacher:
         logger.warning("the teacher ran out of memory; starting it again with %d tokens a pass", self.batch_tokens)
 
     def _generate(self, prompts: list[dict[str, list[int]]], parameters: list[Any]) -> None:
-        core = self._llm.llm_engine.engine_core
-        # Paused, the engine queues what it is given; so the first step sees the whole shard, not what was in time.
-        core.call_utility("pause_scheduler", "keep", False)
-        self._llm.enqueue(prompts, parameters, use_tqdm=False)
-        core.call_utility("resume_scheduler")
-        self._llm.wait_for_completion(use_tqdm=False)
+        def run(llm: Any) -> None:
+            core = llm.llm_engine.engine_core
+            # Paused, the engine queues what it is given; so the first step sees the whole shard, not what was in time.
+            core.call_utility("pause_scheduler", "keep", False)
+            llm.enqueue(prompts, parameters, use_tqdm=False)
+            core.call_utility("resume_scheduler")
+            llm.wait_for_completion(use_tqdm=False)
+
+        self._running.run(run)
 
     def _result_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         if self._buffer is None:
-            folder = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 (shared memory is what is meant)
+            engine = self._running
+            folder = SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else engine.folder.path
             shape = (self.config.shard_blocks, self.seq_len)
             sizes = (self.config.k, len(self.config.tail_temperatures), self.config.draws)
             with tempfile.NamedTemporaryFile(prefix="ddk-capture-", dir=folder) as file:
+                engine.folder.list_file(file.name)
                 self._buffer = ResultBuffer(file.name, *shape, sizes, create=True)
-                self._llm.collective_rpc("ddk_map", args=(file.name, *shape))
+                engine.run(lambda llm: llm.collective_rpc("ddk_map", args=(file.name, *shape)))
             # Both sides have mapped it, and the name is gone: however this ends, the memory is given back.
         return self._buffer.arrays
 

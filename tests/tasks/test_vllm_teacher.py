@@ -8,6 +8,7 @@ import glob
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from ddk.errors import UserError
+from ddk.errors import LostPartError, UserError
 from ddk.types import SparseTargets
 from tasks import teacher
 from tasks.cache_targets import check_distribution
@@ -101,7 +102,9 @@ def test_a_missed_position_is_an_error_not_a_zero(
         engine.capture(tokens)
 
 
-def test_the_engines_processes_and_memory_end_with_the_context(config: TeacherConfig, tokens: np.ndarray) -> None:
+def test_all_of_an_engine_ends_with_the_context_and_its_death_is_noticed(
+    config: TeacherConfig, tokens: np.ndarray
+) -> None:
     def engines() -> set[int]:
         return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != "zombie"}
 
@@ -114,6 +117,15 @@ def test_the_engines_processes_and_memory_end_with_the_context(config: TeacherCo
         assert engines() == before, "an engine that is not needed must not start"
         teacher.capture(tokens[:1])
         assert engines() - before
+        folder = teacher._running.folder.path
+        (engine,) = (child for child in psutil.Process().children() if child.pid in set(teacher._running.children))
+        # As the kernel does where memory is short; while the front end waits for its answer.
+        threading.Timer(0.5, engine.kill).start()
+        killed = time.monotonic() + 0.5
+        with pytest.raises(LostPartError, match="killed by signal 9; probably the machine was out of memory"):
+            _ = [teacher.capture(tokens) for _ in range(1000)]
+        assert time.monotonic() - killed < 10
+    assert not os.path.exists(folder), "its sockets"
     psutil.wait_procs([psutil.Process(pid) for pid in engines() - before], timeout=20)
     assert engines() <= before
     for _ in range(100):  # tests beside this one have theirs for a moment
