@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk.ahead import FetchAhead, FetchesAhead
+from ddk.errors import LostPartError
 from ddk.sampler import Window
 from ddk.types import BlockReader, BoolArray, Draw, Float32Array, Int32Array, SampledTokens, SparseTargets, TargetReader
 
@@ -186,7 +187,8 @@ def prefetch(
 ) -> Iterator[Batch]:
     """The batches of `plans` in order, `ahead` of them read in advance by one thread.
 
-    An error of the reading thread is raised here, at the batch that it concerns. Closing the iterator early stops
+    An error of the reading thread is raised here, at the batch that it concerns; and its death, should it end without
+    a word. Closing the iterator early stops
     the threads; a request that is in flight then is waited for a second at most.
 
     Args:
@@ -217,7 +219,7 @@ def prefetch(
     thread = threading.Thread(target=read, name="ddk-prefetch", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while (item := _next_of(ready, thread)) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -225,3 +227,22 @@ def prefetch(
         stopped.set()
         fetching.close()
         thread.join(timeout=_PATIENCE_S)
+
+
+def _next_of(
+    ready: queue.Queue[Batch | BaseException | None], thread: threading.Thread
+) -> Batch | BaseException | None:
+    """What the reading thread puts there next.
+
+    Raises:
+        LostPartError: it has ended and put nothing: there is nobody to wait for.
+    """
+    while True:
+        alive = thread.is_alive()  # asked for first: what it puts and then ends is found
+        with contextlib.suppress(queue.Empty):
+            return ready.get(timeout=_PATIENCE_S) if alive else ready.get_nowait()
+        if not alive:
+            raise LostPartError(
+                "the thread that reads the training data has ended without a word; run the same command again, it goes "
+                "on at the newest checkpoint"
+            )

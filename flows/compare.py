@@ -12,7 +12,7 @@ from functools import partial
 
 from prefect import flow
 
-from ddk.errors import UserError
+from ddk.errors import LostPartError, UserError
 from flows.config import Config
 from flows.stages import cache_teacher, flow_parameters, pack_corpus, train_student
 from flows.variants import PlannedRun, Request, planned_runs
@@ -95,7 +95,7 @@ def _attempt(runs: Sequence[str], failures: dict[str, str], work: Callable[[], o
     try:
         work()
     except Exception as error:
-        known = error if isinstance(error, UserError) else explained(error)
+        known = error if isinstance(error, UserError | LostPartError) else explained(error)
         reason = str(known) if known is not None else f"{type(error).__name__}: {error}"
         logger.warning("compare: %s failed: %s", ", ".join(runs), reason)
         failures.update(dict.fromkeys(runs, reason))

@@ -22,6 +22,7 @@ from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
 from flows.config import Config
 from flows.parts import capture_run_name, other_parts
+from storage.claims import remove_claims
 from storage.corpus import DomainConfig
 from storage.mixtures import MixtureRecord
 from storage.runs import name_to_make_again
@@ -165,6 +166,7 @@ def train_student(config: Config, force: Force = False) -> dict[str, Any]:
         done = session.run.summary()
         done_before = done is not None
         student_url = _as_it_was_saved(session, done) if done is not None else _train_alone(session)
+        remove_claims(session.run.url)  # there is nothing to work on any more
     urls = report_run(config.root, config.run)
     return {"run": config.run, "student": student_url, "report": urls["index.html"], "done_before": done_before}
 

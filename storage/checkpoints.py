@@ -83,6 +83,7 @@ class CheckpointFolder:
     def begin(self, step: int) -> None:
         """From here on the checkpoint of this step does not count: its files may change."""
         uri.remove_file(uri.join(self.url(step), _COMMIT))
+        uri.remove_temporaries(self.url(step))  # of one who was killed in the middle of it
 
     def put(self, step: int, name: str, write: Callable[[str], None]) -> dict[str, Any]:
         """Write one file, and return what `commit` is to know of it (plain JSON data)."""

@@ -6,8 +6,9 @@ reading), the first and the last without a bound on time that a person would wai
 
 - **A request** is made up to 8 times by botocore, which waits a random share of 1, 2, 4, … 64 s in between: for 429,
   every 5xx, connections that are refused, dropped or reset, and read timeouts. Other 4xx are final at once. When the
-  server answers at once, that is about a minute; when it is silent, about four.
+  server answers at once, that is about a minute; when it is silent, three to four.
 - **A body** that breaks off is read again up to 5 times by s3fs, which begins with a request anew.
+- **A deadline** covers all of that, in whatever phase a server falls silent (`storage.deadlines`).
 
 botocore's mode is `legacy`: its newer `standard` mode shares a quota of 100 retries among all requests of a client, so
 that of 300 concurrent reads which the server turns away twice each, most are given up. AWS_MAX_ATTEMPTS and
@@ -24,6 +25,8 @@ import botocore.parsers
 import s3fs
 from fsspec.asyn import sync_wrapper
 from s3fs.errors import translate_boto_error
+
+from storage import deadlines
 
 ATTEMPTS = 8
 """Of one request, by botocore."""
@@ -65,6 +68,7 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
             retries["total_max_attempts"] = ATTEMPTS
         return {
             "max_pool_connections": AT_ONCE,
+            "http_session_cls": deadlines.Session,
             **super()._prepare_config_kwargs(),
             "retries": {**retries, **self.config_kwargs.get("retries", {})},
         }
@@ -72,8 +76,13 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
     async def _call_s3(self, method: str, *parts: Any, **arguments: Any) -> Any:
         await self.set_session()
         call = getattr(await self.get_s3(arguments.get("Bucket")), method)
+        given = self._get_s3_method_kwargs(call, *parts, **arguments)
         try:
-            return await call(**self._get_s3_method_kwargs(call, *parts, **arguments))
+            async with deadlines.answered(f"{method} of {given.get('Bucket')}", deadlines.size_of(given.get("Body"))):
+                answer = await call(**given)
+            if method == "get_object":
+                deadlines.close_in_time(answer["Body"], answer.get("ContentLength") or 0)
+            return answer
         except botocore.exceptions.ClientError as error:
             if error.response["Error"].get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
                 # Of a PUT that is to create: there is such an object, or another is just being put there.
@@ -90,7 +99,8 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
 
     async def _cat_file(self, path: str, **kwargs: Any) -> bytes:
         # One request; s3fs would ask for the size first, to read a large object by several.
-        return bytes(await super()._cat_file(path, **{"max_concurrency": 1, **kwargs}))
+        with deadlines.one_request():
+            return bytes(await super()._cat_file(path, **{"max_concurrency": 1, **kwargs}))
 
     async def _pipe_file(self, path: str, data: bytes, **kwargs: Any) -> Any:
         return await super()._pipe_file(path, data, **_parts(len(data)), **kwargs)
@@ -100,7 +110,8 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
 
     async def _get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
         # One request, which goes on where it broke off; several at once would each fail for good.
-        await super()._get_file(rpath, lpath, **{"max_concurrency": 1, **kwargs})
+        with deadlines.one_request():
+            await super()._get_file(rpath, lpath, **{"max_concurrency": 1, **kwargs})
 
     async def _names_below(self, path: str) -> list[str]:
         """Paths directly below a folder, one request for each 1,000. Unlike `ls` it never lists the parent as well."""

@@ -35,6 +35,8 @@ NO_CREDENTIALS = (
     "the address holds a password, key or signature, and would be stored and shown with it; take it out, and set "
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or name a Prefect block (storage_block: …)"
 )
+PARTS = ".parts"
+"""Ends the name of a folder beside a temporary file, where that one is put together."""
 _AT_ONCE = 32
 """Requests in flight for one call; as many as `storage.s3` holds connections."""
 
@@ -344,10 +346,13 @@ def remove_temporaries(url: str) -> None:
     """Remove what interrupted writes left below a local folder; nothing may be writing there. Others hold none."""
     fs, path = open_fs(url)
     if isinstance(fs, LocalFileSystem):
-        for folder, _, names in os.walk(path):
+        for folder, below, names in os.walk(path):
             for name in names:
                 if name.endswith(".tmp"):
                     os.unlink(os.path.join(folder, name))
+            for name in [name for name in below if name.endswith(f".tmp{PARTS}")]:
+                below.remove(name)
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
 def remove_file(url: str) -> None:

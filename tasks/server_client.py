@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from ddk.errors import UserError
+from tasks.progress import logger
 
 KEY_VARIABLE = "DDK_TEACHER_API_KEY"
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -111,6 +112,7 @@ class ServerClient:
                 said = f"answered {response.status_code}: {message}"
                 after = _seconds(response.headers.get("Retry-After"))
             if wait is not None:
+                logger.info("%s %s; it is asked again", url, said)
                 time.sleep(min(max(wait, after), _LONGEST_WAIT))
         tries = len(self._waits) + 1
         raise ServerUnreachableError(f"{url} {said} ({tries} attempts); see that the server runs, then run again")

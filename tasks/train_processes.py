@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import IO, Any
 
-from ddk.errors import UserError
+from ddk.errors import LostPartError, UserError
 from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
 from ddk.types import Mixture
 from storage.errors import PassingError
@@ -38,7 +40,8 @@ class TrainingProcesses:
     """`tasks.training.Training` by `processes` workers on this machine, and those of the other nodes.
 
     Raises:
-        UserError: the workers could not start, or report that something is to be put right.
+        UserError: the workers report that something is to be put right.
+        LostPartError: they could not start, or have ended without a word.
     """
 
     def __init__(self, job: TrainingJob, processes: int) -> None:
@@ -82,7 +85,7 @@ class TrainingProcesses:
         when called twice."""
         seconds = 0.0 if self._at_work else _SECONDS_TO_END
         if not self._at_work:
-            with contextlib.suppress(OSError, UserError):
+            with contextlib.suppress(OSError, LostPartError):
                 self._send(do="stop")
         self._end(seconds)
         self._folder.cleanup()
@@ -110,13 +113,15 @@ class TrainingProcesses:
         try:
             self._lines.write(json.dumps(command) + "\n")
             self._lines.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionError):
             raise self._ended() from None
 
     def _result(self, on_step: OnStep = lambda report: None) -> tuple[Any, TrainerState]:
         """Of the command that was sent last: what it gave, and where the training stands after it."""
         try:
             for line in self._lines:
+                if not line.endswith("\n"):  # killed in the middle of it
+                    break
                 message = json.loads(line)
                 if "log" in message:
                     logger.info(message["log"])
@@ -131,14 +136,9 @@ class TrainingProcesses:
             pass
         raise self._ended()
 
-    def _ended(self) -> UserError:
+    def _ended(self) -> LostPartError:
         """What to say where the workers are gone without a word."""
-        code = self._end(_SECONDS_TO_END)
-        last = "\n".join(self._last_lines)
-        return UserError(
-            f"the training processes ended (exit code {code}); what they have saved is whole, so run the same command "
-            f"again once the cause is removed. Their last lines:\n{last}"
-        )
+        return _lost(self._end(_SECONDS_TO_END), self._last_lines)
 
     def _read_log(self) -> None:
         if self._process.stdout is None:
@@ -187,7 +187,8 @@ def join_training(job: TrainingJob, node_rank: int) -> None:
         node_rank: 1 to `train.nodes` − 1; the leading machine is 0.
 
     Raises:
-        UserError: there is no such place, or the workers ended with an error.
+        UserError: there is no such place.
+        LostPartError: the workers ended with an error.
     """
     if not 1 <= node_rank < job.train.nodes:
         raise UserError(f"--node-rank is {node_rank} and train.nodes {job.train.nodes}; it must be 1 to nodes - 1")
@@ -203,7 +204,26 @@ def join_training(job: TrainingJob, node_rank: int) -> None:
         finally:
             descendants.close()
     if code:
-        raise UserError(f"the training processes ended (exit code {code}). Their last lines:\n" + "\n".join(last))
+        raise _lost(code, last)
+
+
+def _lost(code: int, lines: Sequence[str]) -> LostPartError:
+    """What to say of workers that ended without a word: the signal, where torchrun or the kernel names one, and else
+    their last lines."""
+    again = "What they have saved is whole: run the same command again then"
+    said = "\n".join(lines)
+    # torchrun ends the others when one is killed, and names the first to end last.
+    killed = re.search(r"Signal (\d+) \(\w+\) received by PID", said.rpartition("Root Cause")[2])
+    number = int(killed[1]) if killed else -code
+    if number > 0:
+        why = "its log (--debug) and `dmesg` say more"
+        if number == signal.SIGKILL:
+            why = (
+                "probably the machine was out of memory (`dmesg` says so): lower train.micro_batch_size or "
+                "train.processes"
+            )
+        return LostPartError(f"a training process was killed by signal {number}; {why}. {again}")
+    return LostPartError(f"the training processes ended (exit code {code}). {again}. Their last lines:\n{said}")
 
 
 def _rendezvous(train: TrainConfig, node_rank: int) -> Sequence[str]:

@@ -26,6 +26,7 @@ from ddk.ted import TedConfig, TedStudent
 from ddk.ted_filters import train_filters
 from ddk.trainer import StepReport, TrainConfig, Trainer, TrainerState, resolve_precision
 from ddk.types import BlockReader, Mixture
+from storage import uri
 from storage.blocks import open_blocks
 from storage.checkpoints import CheckpointFolder
 from storage.errors import StoreDamagedError
@@ -146,14 +147,16 @@ class RankTraining:
 
     def _write_part(self, path: str) -> None:
         # torch names the files of a folder itself; a rank's is one, or none where others hold all that it has.
-        folder = f"{path}.parts"
-        saving.save(self._trainer, folder)
-        written = os.listdir(folder)
-        if written:
-            os.replace(os.path.join(folder, written[0]), path)
-        else:
-            safetensors.torch.save_file({}, path)
-        shutil.rmtree(folder)
+        folder = f"{path}{uri.PARTS}"
+        try:
+            saving.save(self._trainer, folder)
+            written = os.listdir(folder)
+            if written:
+                os.replace(os.path.join(folder, written[0]), path)
+            else:
+                safetensors.torch.save_file({}, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self, step: int) -> None:
         """Load a checkpoint, or the newest, where this one has made room for newer ones meanwhile."""

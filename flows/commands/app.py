@@ -65,8 +65,11 @@ def run_flow(name: str, config: Any, module: str = "flows.stages", **options: An
 
 
 def interruptible(call: Callable[[], Any]) -> Any:
+    """Run a flow, which goes on where it stopped when it is called again."""
+    from tasks.prefect_server import going_on_without_its_server
+
     try:
-        return call()
+        return going_on_without_its_server(call)
     except KeyboardInterrupt:
         raise FlowInterruptedError from None  # typer would end the process at once, without a word
 
@@ -90,8 +93,12 @@ def set_up(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "ddk")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")  # a quarter of a minute: see tasks.prefect_server
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not debug:
+        logging.raiseExceptions = False  # what cannot be logged to a server is no news on the terminal
+        os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ddk.ahead import FetchesAhead
 from ddk.data import Batch, TrainData, prefetch
+from ddk.errors import LostPartError
 from ddk.sampler import Window
 from ddk.types import Draw, SparseTargets
 
@@ -149,6 +150,12 @@ def test_an_error_of_the_plans_is_raised_too() -> None:
     with pytest.raises(RuntimeError, match="no plan"):
         next(batches)
     assert reading_threads() == []
+
+
+def test_a_reading_thread_that_has_died_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddk.data.threading.Thread.run", lambda thread: None)
+    with pytest.raises(LostPartError, match="the thread that reads the training data has ended without a word"):
+        next(prefetch(iter(plans(3)), train_data()))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4])

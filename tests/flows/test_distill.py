@@ -37,6 +37,7 @@ def test_the_output_says_what_came_out(small_run: SmallRun) -> None:
     assert "Traceback" not in small_run.output.err
     for words in (*DOMAINS, "report", "student", "next", str(small_run.run)):
         assert words in small_run.output.out
+    assert list(small_run.root.rglob("claims")) == [], "nobody is at work any more"
 
 
 def test_stores_hold_every_block_and_its_targets(small_run: SmallRun, teacher_folder: str) -> None:

@@ -14,7 +14,19 @@ import torch
 from safetensors.torch import load_file
 from small_run import Ddk, SmallRun
 
+from ddk.errors import LostPartError
+from tasks import train_processes
+
 TOLERANCE = 1e-4
+KILLED = """Failures:
+[1]:
+  exitcode  : -15 (pid: 17235)  (SIGTERM)
+  traceback : Signal 15 (SIGTERM) received by PID 17235
+Root Cause (first observed failure):
+[0]:
+  traceback : Signal 9 (SIGKILL) received by PID 17236
+"""
+"""As torchrun writes it."""
 
 
 def mixtures(run: Path) -> list[dict[str, Any]]:
@@ -80,6 +92,10 @@ def test_what_does_not_fit_is_said(ddk: Ddk, small_run: SmallRun) -> None:
     refused = ddk("train", small_run.config, "--run", "three", "--set", "train.processes=3")
     assert refused.code == 2
     assert "batch_size 8 cannot be shared equally by 3 processes" in refused.err
+    with pytest.raises(LostPartError, match=r"^a training process was killed by signal 9; probably .* out of memory"):
+        raise train_processes._lost(1, KILLED.splitlines())
+    with pytest.raises(LostPartError, match=r"^the training processes ended \(exit code 1\).*\n.*Signal 15"):
+        raise train_processes._lost(1, KILLED.replace("Signal 9 (SIGKILL) received by PID 17236", "").splitlines())
     nowhere = ddk("join", small_run.config, "--node-rank", "1")
     assert nowhere.code == 2
     assert "--node-rank is 1 and train.nodes 1" in nowhere.err

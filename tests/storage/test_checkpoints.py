@@ -54,6 +54,16 @@ def test_one_that_is_saved_again_is_replaced(folder: CheckpointFolder) -> None:
     assert (folder.state(5), read(folder, 5, "model.safetensors")[:2]) == ({"a": 2}, b"m2")
 
 
+def test_what_a_kill_left_of_one_goes_when_it_is_saved_again(tmp_path: Path) -> None:
+    folder = CheckpointFolder(str(tmp_path))
+    place = Path(folder.url(4))
+    (place / "rank-00000.safetensors.ab.tmp.parts").mkdir(parents=True)
+    (place / "rank-00000.safetensors.ab.tmp.parts" / "shard").write_bytes(b"half of it")
+    (place / "rank-00000.safetensors.ab.tmp").write_bytes(b"a third")
+    folder.save(4, files(4), {})
+    assert {path.name for path in place.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
 def test_one_that_fails_while_it_is_saved_again_no_longer_counts(folder: CheckpointFolder) -> None:
     def fail(path: str) -> None:
         raise OSError("disk full")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import zarr
 from resealing import resealed
 from s3_proxy import DROP, HANG, RESET, TEAR, S3Proxy
+from silent_server import SilentServer
 from zarr.storage import FsspecStore
 
 from storage import s3, settings, uri
@@ -261,6 +263,30 @@ def test_a_silent_server_is_asked_again(folder: str, s3_proxy: S3Proxy) -> None:
     assert s3_proxy.counts() == {"GET": 8}
 
 
+@pytest.mark.usefixtures("s3_server", "short_waits")
+@pytest.mark.parametrize("phase", ["answer", "continue", "body", "trickle"])
+def test_a_request_has_one_deadline_in_whatever_phase_a_server_falls_silent(
+    monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    monkeypatch.setattr("storage.deadlines.DEADLINE_S", 3.0)
+    monkeypatch.setattr("storage.deadlines.SLOWEST", 16 * MIB)
+    content = bytes(8 * MIB if phase == "body" else 100)
+    call = partial(uri.read_bytes, "s3://ddk-tests/a")
+    if phase != "trickle":
+        call = partial(uri.write_bytes, "s3://ddk-tests/a", content)
+    with SilentServer(phase) as server:
+        silence = {"read_timeout": 0.3, "connect_timeout": 0.3}
+        settings.use_options("s3", {"endpoint_url": server.url, "config_kwargs": silence})
+        try:
+            began = time.monotonic()
+            with pytest.raises(UnreachableError, match="broke again and again"):
+                call()
+            assert time.monotonic() - began < 20
+            assert server.connections > (0 if phase == "trickle" else 1), "it was tried again"
+        finally:
+            settings.use_options("s3", {})
+
+
 def test_the_waits_grow_and_are_random(folder: str, s3_proxy: S3Proxy) -> None:
     s3_proxy.fail("503 SlowDown", times=2)
     uri.read_whole_many([f"{folder}/{n}" for n in range(12)])
@@ -334,6 +360,7 @@ def test_a_store_of_a_hundred_thousand_shards_is_opened_and_read_by_what_is_need
 MANY_THREADS = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from storage import uri
 
 def work(n):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import numpy as np
 import psutil
@@ -111,6 +112,7 @@ def test_all_of_an_engine_ends_with_the_context_and_its_death_is_noticed(
     def files() -> set[str]:
         return set(glob.glob("/dev/shm/ddk-capture-*"))
 
+    resource_tracker.ensure_running()  # which stays
     before, others = engines(), files()
     environment = dict(os.environ)
     with VllmTeacher(config, seq_len=SEQ_LEN, vocab_size=VOCAB) as teacher:
