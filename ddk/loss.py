@@ -41,9 +41,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from ddk.section import Section
 from ddk.types import SparseTargets
 
 Tail = Literal["bucket", "renormalise", "residual", "sampled"]
@@ -55,14 +56,12 @@ _NEVER = -1e30
 """Log-probability of what is no outcome: exp gives 0, and unlike −inf its differences are numbers."""
 
 
-class LossConfig(BaseModel):
+class LossConfig(Section):
     """CE + γ·divergence and its settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    gamma: float = Field(default=0.2, ge=0.0)
+    gamma: float = Field(default=0.2, ge=0.0, le=1e6)
     """Weight γ of the divergence; 0 trains on cross-entropy alone and reads no targets."""
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
     """Temperature T of both distributions in the divergence. Other than 1, `teacher.tail_temperatures` must name it,
     or `tail` must be 'renormalise'."""
     divergence: Divergence = "forward_kl"

@@ -10,20 +10,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from ddk.section import MOST_STEPS, Section
 from ddk.types import DomainGap, Mixture
 
 NamedWeights = Literal["equal", "proportional"]
 """A fixed mixture that needs no numbers: every domain equally often, or each by its number of blocks."""
 
 
-class MixtureConfig(BaseModel):
+class MixtureConfig(Section):
     """From which domains the student learns, and how that follows the gap."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    interval: int = Field(default=1000, ge=1)
+    interval: int = Field(default=1000, ge=1, le=MOST_STEPS)
     """Optimizer steps under one mixture (the paper's K)."""
     evaluation: Literal["inline", "scheduled"] = "inline"
     """Who measures the gap: 'inline', the training itself after each interval; or 'scheduled', the flow `rebalance`, on
@@ -35,7 +34,7 @@ class MixtureConfig(BaseModel):
     """Mixture of the first interval, for methods that follow the gap: 'gap' is the method's own (Eq. 1; uniform with
     cpt_doremi); 'proportional' draws uniformly over all blocks, as Algorithm 1 of the paper does before its first
     update."""
-    level: int | None = Field(default=None, ge=1)
+    level: int | None = Field(default=None, ge=1, le=100)
     """How many parts of the domains' paths the mixture is kept at: with 1, `math/algebra` and `math/geometry` are one
     domain `math` to Eq. 1 and Eq. 2, whose blocks are drawn in proportion to their numbers. Empty: every leaf by
     itself. Gaps are measured and reported at the leaves all the same."""
@@ -46,11 +45,11 @@ class MixtureConfig(BaseModel):
     stop_ratio: float | None = Field(default=None, ge=0.0)
     """Stop early once the largest ℓ_S/ℓ_T of all domains (leaves, whatever `level` is) is at or below this ratio, e.g.
     1.05. Never by default."""
-    doremi_step: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    doremi_step: float = Field(default=1.0, ge=0.0, le=1e6)
     """With cpt_doremi: step size η of the domain weights, per nat of excess loss."""
     doremi_smoothing: float = Field(default=1e-3, ge=0.0, le=1.0)
     """With cpt_doremi: c, so that every domain keeps at least c/N."""
-    reference_run: str | None = None
+    reference_run: str | None = Field(default=None, min_length=1)
     """With cpt_doremi: a finished run in the same root, on the same domains, whose student is the reference. Default:
     the teacher is."""
 

@@ -24,19 +24,18 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from ddk.section import Section
 from ddk.types import BoolArray, Int32Array
 
 Key = TypeVar("Key")
 
 
-class PackingConfig(BaseModel):
+class PackingConfig(Section):
     """How token streams are cut into blocks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    seq_len: int = Field(default=1024, ge=1)
+    seq_len: int = Field(default=1024, ge=1, le=2**24)
     """Predictions in a block, which holds one token more. Teacher and student must both take sequences this long."""
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -17,16 +18,15 @@ from ddk.errors import UserError
 from ddk.fused import dense_loss, fused_loss
 from ddk.loss import LossConfig, Teacher
 from ddk.parallel import World, on_first
+from ddk.section import Section
 
 
-class StudentConfig(BaseModel):
+class StudentConfig(Section):
     """Which model is trained."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    model: str
+    model: str = Field(min_length=1)
     """Folder of a Hugging Face model with safetensors weights, or its name on the hub."""
-    revision: str | None = None
+    revision: str | None = Field(default=None, min_length=1)
     """Commit, branch or tag, for a name on the hub."""
     trust_remote_code: bool = False
     """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
@@ -53,8 +53,9 @@ def load_student(
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # transformers would point to a report that it does not show; see below
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
         no_folder = "" if os.path.isdir(config.model) else "there is no such folder, and from the hub: "
         raise UserError(
             f"{field} '{config.model}' cannot be loaded: {no_folder}{str(error).partition(chr(10))[0]}"
@@ -66,6 +67,13 @@ def load_student(
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + "; is the folder whole, and its config.json the one that belongs to it?"
         )
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise UserError(
+            f"{field} '{config.model}' has '{name}' with shape {tuple(found)}, and by its config.json it is "
+            f"{tuple(wanted)}; do the weights and config.json belong together?"
+        )
+    _check_finite(model, f"{field} '{config.model}'")
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise UserError(
@@ -73,6 +81,17 @@ def load_student(
             f"teacher and student must share the tokenizer (they may be padded differently)"
         )
     return model.eval()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _check_finite(model: torch.nn.Module, place: str) -> None:
+    for name, parameter in model.named_parameters():
+        # NaN and infinity survive a sum, which needs no second tensor.
+        if parameter.is_floating_point() and not math.isfinite(parameter.sum(dtype=torch.float32).item()):
+            raise UserError(
+                f"{place} holds NaN or infinite weights, first in '{name}'; the file is damaged, or was saved after "
+                f"its training had diverged: take another"
+            )
 
 
 def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ddk.data import Batch, TrainData, prefetch
@@ -30,29 +30,28 @@ from ddk.gap import perplexity
 from ddk.loss import LossConfig, teacher_of
 from ddk.parallel import Parallel, Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
+from ddk.section import MOST_STEPS, Section
 from ddk.student import StudentLoss, layers_of
 from ddk.types import BlockReader, BoolArray, Draw, Mixture
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Section):
     """How the student is trained."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps in all."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=10**6)
     """Blocks an optimizer step (over all devices)."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Blocks a forward and backward pass of one device; smaller needs less memory. Must divide a device's share of
     batch_size. Default: all of that share."""
-    learning_rate: float = Field(default=3e-5, gt=0.0)
+    learning_rate: float = Field(default=3e-5, gt=0.0, le=10.0)
     """Peak, reached after the warm-up."""
     min_learning_rate: float = Field(default=3e-6, ge=0.0)
     """Where the cosine ends, at the last step."""
-    warmup_steps: int = Field(default=1000, ge=0)
+    warmup_steps: int = Field(default=1000, ge=0, le=MOST_STEPS)
     """Steps of linear warm-up from 0."""
-    weight_decay: float = Field(default=0.1, ge=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0, le=1e6)
     """AdamW's, on matrices; biases and norms have none."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     """AdamW's decay of the first moment."""
@@ -69,7 +68,7 @@ class TrainConfig(BaseModel):
     processes: int | Literal["auto"] = "auto"
     """Processes on this machine, one a device. 'auto': one for each GPU, or one where there is none. They must
     divide batch_size."""
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=10**5)
     """Machines, each with as many processes; see docs/training.md for how the others are started."""
     rendezvous: str = "127.0.0.1:0"
     """HOST:PORT at which the machines meet, for more than one: an address of the first that the others reach."""
@@ -78,13 +77,13 @@ class TrainConfig(BaseModel):
     gradients and optimizer, for students that do not fit one device with theirs)."""
     compile: bool = False
     """Compile the decoder's layers with torch.compile: slower to start, faster steps on a GPU."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
     """How many of the newest checkpoints stay."""
-    shuffle_mib: int = Field(default=2048, ge=1)
+    shuffle_mib: int = Field(default=2048, ge=1, le=2**30)
     """Data that is shuffled together, over all domains, in MiB (decoded; on S3 about a third of it). An epoch goes
     through a domain's shards in random order, as many at a time as find room here, so that each is fetched once an
     epoch. Domains that find room whole are shuffled as a whole."""
-    log_every: int = Field(default=100, ge=1)
+    log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
     """Steps between two lines of the log, besides the one at the end of each interval."""
 
     @model_validator(mode="after")

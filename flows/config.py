@@ -25,8 +25,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from ddk.errors import UserError
 from ddk.loss import LossConfig
@@ -35,11 +35,14 @@ from ddk.mixture import MixtureConfig
 from ddk.packing import PackingConfig
 from ddk.paths import check_leaves, depth
 from ddk.redaction import holds_credentials
+from ddk.section import Section
 from ddk.student import StudentConfig
 from ddk.ted import TedConfig
 from ddk.trainer import TrainConfig
 from storage.corpus import DomainConfig
+from storage.root import check_root
 from storage.uri import NO_CREDENTIALS, absolute
+from storage.yaml_text import MOST_CHARACTERS, parse_yaml
 from tasks.teacher import TeacherConfig
 from tasks.tracking import TrackingConfig
 from tasks.train_student import RunSettings
@@ -52,17 +55,21 @@ DomainName = Annotated[
 ]
 """Of domains: parts like the name of a run, with '/' between them."""
 
+_CREDENTIALS = re.compile(r"://[^/@]*@")
+_MOST_PROBLEMS = 8
+"""Named in one line; the others are counted."""
 
-class Config(BaseModel):
+
+class Config(Section):
     """A whole run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     run: Name
     """Name of the run. Another run in the same root reuses blocks and targets."""
     root: str
     """Where everything is stored: a folder, or a URL such as s3://bucket/prefix."""
-    storage_block: str | None = None
+    storage_block: str | None = Field(default=None, min_length=1)
     """Name of a Prefect block with endpoint and credentials for S3: a Secret whose value is a JSON object of s3fs's
     options, or a RemoteFileSystem. Empty: they come from the environment."""
     method: MethodName = "ddk"
@@ -96,6 +103,12 @@ class Config(BaseModel):
             if place not in _CHECKED_THEMSELVES and holds_credentials(text):
                 raise ValueError(f"{place}: {NO_CREDENTIALS}")
         return data
+
+    @field_validator("root")
+    @classmethod
+    def _root_can_hold_files(cls, root: str) -> str:
+        check_root(root)
+        return root
 
     @model_validator(mode="after")
     def _names_differ_in_more_than_case(self) -> Config:
@@ -197,7 +210,7 @@ def load_config(path: str, overrides: Sequence[str] = (), root: str | None = Non
         _apply(data, override)
     for key, value in (("root", root), ("run", run)):
         if value is not None:
-            data[key] = absolute(value, os.getcwd()) if key == "root" else value
+            data[key] = _place(value, os.getcwd()) if key == "root" else value
     try:
         return Config.model_validate(_with_absolute_paths(data, os.path.dirname(os.path.abspath(path))))
     except ValidationError as error:
@@ -226,15 +239,19 @@ def changed(config: Config, fields: Mapping[str, Any], folder: str, place: str) 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
+            text = file.read(MOST_CHARACTERS + 1)
     except FileNotFoundError:
         raise UserError(f"there is no configuration file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else path
-        raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is no text in UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); is it the right "
+            f"file? Save it as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    data = parse_yaml(text, path)
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping of sections (run, root, domains, teacher, …)")
     return data
@@ -243,12 +260,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _apply(data: dict[str, Any], override: str) -> None:
     match = re.fullmatch(r"([\w./-]+)=(.*)", override, flags=re.DOTALL)
     if match is None:
-        raise UserError(f"--set takes section.field=value, not '{override}'")
-    try:
-        value = yaml.safe_load(match[2])
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
-    _put(data, match[1], value, f"--set {override}")
+        raise UserError(f"--set takes section.field=value, not '{shortened(override)}'")
+    place = f"--set {shortened(override)}"
+    _put(data, match[1], parse_yaml(match[2], place, lines=False), place)
 
 
 def _put(data: dict[str, Any], field: str, value: Any, place: str) -> None:
@@ -264,14 +278,19 @@ def _with_absolute_paths(data: Mapping[str, Any], folder: str) -> dict[str, Any]
     """Relative paths of files, folders and models made absolute; what is wrongly typed is left to validation."""
     resolved = dict(data)
     if isinstance(root := data.get("root"), str):
-        resolved["root"] = absolute(root, folder)
+        resolved["root"] = _place(root, folder)
     for section in ("teacher", "student"):
         part = data.get(section)
-        if isinstance(part, dict) and isinstance(model := part.get("model"), str):
+        if isinstance(part, dict) and isinstance(model := part.get("model"), str) and model:
             resolved[section] = {**part, "model": _model_path(model, folder)}
     if isinstance(domains := data.get("domains"), dict):
         resolved["domains"] = {name: _domain_paths(domain, folder) for name, domain in domains.items()}
     return resolved
+
+
+def _place(url: str, folder: str) -> str:
+    """Made absolute; what is empty stays so, and is refused where it is checked: it does not mean the folder."""
+    return absolute(url, folder) if url.strip() else ""
 
 
 def _model_path(model: str, folder: str) -> str:
@@ -289,25 +308,41 @@ def _domain_paths(domain: Any, folder: str) -> Any:
         if isinstance(urls, str):
             urls = [urls]
         if isinstance(urls, list):
-            resolved[split] = [absolute(url, folder) if isinstance(url, str) else url for url in urls]
+            resolved[split] = [_place(url, folder) if isinstance(url, str) else url for url in urls]
     if isinstance(url := domain.get("compression_config"), str):
-        resolved["compression_config"] = absolute(url, folder)
+        resolved["compression_config"] = _place(url, folder)
     return resolved
 
 
 def _readable(error: ValidationError, path: str) -> str:
-    lines = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "the configuration"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"there is no such field{_similar(problem['loc'])}"
-        elif problem["type"] == "missing":
-            message = "this field is missing"
-        elif isinstance(problem["input"], str | int | float | bool):
-            message = f"{message} (it is {problem['input']!r})"
-        lines.append(f"{place}: {message}")
-    return f"{path}: " + "; ".join(lines)
+    problems = error.errors(include_url=False)
+    lines = [_problem(problem) for problem in problems[:_MOST_PROBLEMS]]
+    more = f"; and {len(problems) - len(lines)} more" if len(problems) > len(lines) else ""
+    return f"{path}: " + "; ".join(lines) + more
+
+
+def _problem(problem: ErrorDetails) -> str:
+    place = ".".join(shortened(str(part)) for part in problem["loc"] if part != "[key]") or "the configuration"
+    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        message = f"there is no such field{_similar(problem['loc'])}"
+    elif problem["type"] == "missing":
+        message = "this field is missing"
+    elif problem["type"] in ("model_type", "dict_type"):
+        message = "it must be a section with fields of its own" + (", and is empty" if given is None else "")
+    elif isinstance(given, str | int | float | bool):
+        message = f"{message} (it is {shortened(_CREDENTIALS.sub('://…@', repr(given)))})"
+        if problem["type"] == "string_type":
+            message += "; write it in quotes if it is a name"
+    elif given is None:
+        message = f"{message} (it is empty)"
+    return f"{place}: {message}"
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """For a message of one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _similar(location: tuple[int | str, ...]) -> str:

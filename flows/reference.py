@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -63,8 +63,9 @@ def _named(annotation: Any) -> str:
         return "null"
     if isinstance(annotation, str | int):
         return f"`{annotation}`"
-    if get_origin(annotation) in (list, tuple):
-        return "list of " + _named(get_args(annotation)[0])
+    if get_origin(annotation) in (list, tuple, Annotated):
+        each = _named(get_args(annotation)[0])
+        return each if get_origin(annotation) is Annotated else f"list of {each}"
     if get_origin(annotation) is dict:
         return "number by name"
     if get_args(annotation):

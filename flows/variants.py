@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from ddk.errors import UserError
 from ddk.methods.registry import METHODS, MethodName
 from flows.config import Config, changed
+from storage.yaml_text import parse_yaml
 
 _OWN = {"run": "--name", "root": "--root", "seed": "--seeds", "method": "--methods", "storage_block": "--set"}
 """Fields that a sweep may not change, and the option to use instead."""
@@ -224,10 +224,7 @@ def _sweep(text: str) -> tuple[str, list[Any]]:
     match = re.fullmatch(r"([\w.-]+)=(.+)", text, flags=re.DOTALL)
     if match is None:
         raise UserError(f"--sweep takes section.field=value,value,…, not '{text}'")
-    try:
-        values = yaml.safe_load(f"[{match[2]}]")
-    except yaml.YAMLError:
-        raise UserError(f"--sweep {text}: the values are not valid YAML, separated by commas") from None
+    values = parse_yaml(f"[{match[2]}]", f"--sweep {text}: values separated by commas", lines=False)
     _check_free(match[1], f"--sweep {text}")
     return match[1], values
 
@@ -257,10 +254,7 @@ def _by_hand(text: str, config: Config) -> Variant:
         field, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"--variant '{text}': '{part}' is not section.field=value")
-        try:
-            fields[field.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--variant '{text}': the value of {field.strip()} is not valid YAML") from None
+        fields[field.strip()] = parse_yaml(value, f"--variant '{text}': {field.strip()}", lines=False)
     (method,) = _methods([str(fields.pop("method", config.method))])
     for field in fields:
         _check_free(field, f"--variant '{text}'")

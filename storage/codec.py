@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from ddk.errors import UserError
+from ddk.section import Section
 from ddk.types import SampledTokens, SparseTargets
 from storage import compact
 
@@ -29,10 +30,8 @@ MOST_DRAWS = 65534
 MOST_TEMPERATURES = 64
 
 
-class CodecConfig(BaseModel):
+class CodecConfig(Section):
     """How the captured targets are stored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Literal["compact", "exact"] = "compact"
     """'compact' (ids as differences, probabilities on a grid) or 'exact' (float32, about three times the size)."""

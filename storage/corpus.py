@@ -23,27 +23,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddk.errors import UserError
+from ddk.section import Section
 from storage import uri
 
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst")
 _ACCEPTED = ".jsonl, .json (one object a line) or .txt, each plain or with .gz or .zst behind it, or .parquet"
 
-Urls = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Url = Annotated[str, Field(min_length=1)]
+Urls = Annotated[list[Url], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
-class DomainConfig(BaseModel):
+class DomainConfig(Section):
     """One domain of the corpus: where its documents lie and how they are split."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     train: Urls = Field(min_length=1)
     """Files to train on: paths, URLs (s3://bucket/key) or globs of .jsonl, .json, .txt (each also .gz or .zst) or
     .parquet files."""
-    validation: Urls = []
+    validation: Urls = Field(default=[])
     """Files to measure the gap on, of the same kinds. Leave empty to hold out a fraction of the train files."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the train files' documents that is held out for validation (0.01: one in a hundred), chosen by a hash.
@@ -58,19 +58,19 @@ class DomainConfig(BaseModel):
     """Field of the path that a record has below its domain: of domain `math`, a record whose field holds
     `algebra/linear` belongs to `math/algebra/linear`, which is a domain of its own to gap and mixture. Every record has
     the field. Not for text files."""
-    path_depth: int | None = Field(default=None, ge=1)
+    path_depth: int | None = Field(default=None, ge=1, le=100)
     """Keep so many parts of the records' paths: with 1, `algebra/linear` and `algebra/rings` are both `algebra`. Empty:
     all of them."""
-    max_train_blocks: int | None = Field(default=None, ge=1)
+    max_train_blocks: int | None = Field(default=None, ge=1, le=10**12)
     """Stop after so many train blocks (of each leaf, where there is a path_field). Empty: all of them."""
-    max_validation_blocks: int | None = Field(default=None, ge=1)
+    max_validation_blocks: int | None = Field(default=None, ge=1, le=10**12)
     """Stop after so many validation blocks (of each leaf, likewise). Empty: all of them."""
     targets: Literal["teacher", "topk", "distillkit"] = "teacher"
     """Where the teacher's predictions come from. 'teacher' captures them. Otherwise the files (.parquet or .jsonl) hold
     rows of tokens with a teacher's predictions already: lists of the top k ('topk'), or DistillKit's ('distillkit')."""
     shift: Literal[0, 1] = 1
     """Of files that hold predictions: list i of a row predicts its token i + shift."""
-    compression_config: str | None = None
+    compression_config: str | None = Field(default=None, min_length=1)
     """With 'distillkit': the file that says how its columns are compressed. Empty: compression_config.yaml beside
     each file."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 
 import botocore.exceptions
 
@@ -110,9 +112,52 @@ def _explanation(error: BaseException) -> str | None:
         return _refusal(error)
     if isinstance(error, PermissionError) and not isinstance(error.__cause__, botocore.exceptions.ClientError):
         return f"access denied ({error}); {_RIGHTS}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; free some space and run the same command again, it goes on where it stopped"
-    return None
+    return _of_the_machine(error)
+
+
+_GOES_ON = "run the same command again, it goes on where it stopped"
+_REMEDIES = {
+    errno.ENOSPC: f"the disk is full; free some space and {_GOES_ON}",
+    errno.EDQUOT: f"the quota of this disk is used up; free some space and {_GOES_ON}",
+    errno.EFBIG: f"the file is larger than this process may write; raise the limit (ulimit -f) and {_GOES_ON}",
+    errno.EROFS: "the disk is read-only; mount it for writing, or name another place",
+    errno.EIO: f"the disk reports an error; look at its state (dmesg), and {_GOES_ON}",
+    errno.EMFILE: f"this process may open no more files; raise the limit (ulimit -n) and {_GOES_ON}",
+    errno.ENFILE: f"this machine may open no more files; end other programs and {_GOES_ON}",
+    errno.ENOMEM: f"there is not enough memory; end other programs and {_GOES_ON}",
+    errno.ENAMETOOLONG: "the name is too long for this disk; shorten it",
+    errno.ELOOP: "the links of this path lead in a circle; mend them",
+}
+"""What a machine says wherever a file is read or written."""
+_WHERE_WRITTEN = {
+    errno.ENOENT: "no folder can be made there; name another place",
+    errno.ENOTDIR: "a part of this path is a file; name another place, or remove the file",
+    errno.EEXIST: "a part of this path is a file; name another place, or remove the file",
+    errno.EISDIR: "there is a folder of this name; remove it, or name another place",
+    errno.EACCES: f"access denied; {_RIGHTS}",
+    errno.EPERM: f"access denied; {_RIGHTS}",
+    errno.EINVAL: "this disk takes no file of this name; name another place",
+}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def unwritable(error: OSError) -> str | None:
+    """Why a local file could not be written, and the remedy; None where it is nothing that a person can put right."""
+    number = error.errno or 0
+    return _REMEDIES.get(number) or _WHERE_WRITTEN.get(number)
+
+
+def os_error_of(error: BaseException) -> OSError | None:
+    """The error of the operating system that a library of Rust (safetensors, tokenizers) has put into words."""
+    found = None if isinstance(error, OSError) else _OS_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def _of_the_machine(error: BaseException) -> str | None:
+    known = error if isinstance(error, OSError) else os_error_of(error)
+    if known is None or (message := _REMEDIES.get(known.errno or 0)) is None:
+        return None
+    return f"{known.filename}: {message}" if known.filename is not None else message
 
 
 def _no_answer(error: BaseException) -> str | None:

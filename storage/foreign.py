@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from ddk.errors import UserError
@@ -31,6 +30,7 @@ from storage.corpus import CorpusFile
 from storage.distillkit import CompressionConfig, decode
 from storage.predictions import BoolArray, Entries, Float64Array, Int64Array, Predictions, predictions
 from storage.rows import Cells, Ragged, iter_rows, place
+from storage.yaml_text import parse_yaml
 
 IMPORT_VERSION = 1
 """Of how predictions are read from files; raised where the same files would give other targets."""
@@ -110,13 +110,15 @@ def read_compression(url: str) -> CompressionConfig | None:
     if content is None:
         return None
     try:
-        return CompressionConfig.model_validate(yaml.safe_load(content))
+        return CompressionConfig.model_validate(parse_yaml(content.decode(), url))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{url}: {where + ': ' if where else ''}{first['msg']}; correct that file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{url} is not valid YAML ({' '.join(str(error).split())}); correct that file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{url} is no text in UTF-8; correct that file") from None
+    except UserError as error:
+        raise UserError(f"{error}; correct that file") from None
 
 
 def _tokens(cells: Cells, vocab_size: int, where: str) -> Int32Array:

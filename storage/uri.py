@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ddk.redaction import holds_credentials
 from storage import settings
-from storage.errors import StoreDamagedError, StoreError, UnreachableError, explained, is_beyond_the_end
+from storage.errors import StoreDamagedError, StoreError, UnreachableError, explained, is_beyond_the_end, unwritable
 from storage.ranges import Range, cut, runs_of
 
 if TYPE_CHECKING:
@@ -265,13 +265,14 @@ def create_bytes(url: str, content: bytes) -> bool:
     fs, path = open_fs(url)
     try:
         if isinstance(fs, LocalFileSystem):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             temporary = f"{path}.{uuid.uuid4().hex}.tmp"
             try:
-                with open(temporary, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+                with _put_down(url):
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    with open(temporary, "wb") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
                 os.link(temporary, path)  # unlike a rename it never replaces a file
             finally:
                 with contextlib.suppress(FileNotFoundError):
@@ -387,17 +388,42 @@ def writing(url: str) -> Iterator[str]:
             yield local
             put_file(local, url)
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _put_down(url):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def _put_down(url: str) -> Iterator[None]:
+    """What keeps a local file from being written in here becomes an error of one line that begins with its URL.
+
+    Raises:
+        UnreachableError: the disk is full or read-only, there are no rights, a folder of the path is a file, …
+    """
+    try:
+        yield
+    except UnreachableError:
+        raise
+    except OSError as error:
+        known = unwritable(error)
+        # Whoever writes may have read something else meanwhile.
+        if known is None or (error.filename is not None and not _is_about(str(error.filename), open_fs(url)[1])):
+            raise
+        raise UnreachableError(f"{url} cannot be written: {known}") from error
+
+
+def _is_about(name: str, path: str) -> bool:
+    """Whether a name is that of the file, of a folder above it, or of a temporary one beside it."""
+    return name.startswith(path) or path.startswith(name.rstrip("/") + "/")
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ddk.errors import UserError
+from ddk.section import Section
 
 Role = Literal["before", "student", "teacher"]
 ROLES: tuple[Role, ...] = ("before", "student", "teacher")
@@ -61,10 +62,8 @@ HEADLINE: Mapping[str, str] = {
 _METRICS = ("pass@1", "edit_similarity", "acc", "exact_match", "f1")
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(Section):
     """What `ddk eval` is asked for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tasks: tuple[str, ...] = ()
     """Benchmarks by name, each with @ and a number of examples behind it where wanted."""
@@ -74,13 +73,13 @@ class EvaluationConfig(BaseModel):
     """Folder or URL with files of questions; what it has no file for comes from the hub."""
     models: tuple[Role, ...] = ROLES
     """Which of the three are evaluated."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=10**9)
     """At most so many questions of a task (of each part of it, where it has parts). For trying out only."""
     allow_code: Literal["no", "isolated", "unisolated"] = "no"
     """Whether programs that models wrote are executed: not at all, in a sandbox, or with hardly any protection."""
     backend: Literal["auto", "hf", "vllm"] = "auto"
     """What runs the models: transformers, vLLM, or each where it pays."""
-    completions: int = Field(default=500, ge=1)
+    completions: int = Field(default=500, ge=1, le=10**9)
     """Lines of code that are asked for in each domain."""
     seed: int = Field(default=1234, ge=0, lt=2**31)
     """Of the choice of worked examples and of lines to complete."""

@@ -27,6 +27,7 @@ from storage.generations import newest_complete, to_make_again
 from storage.layout import BLOCKS_PER_SHARD, FORMAT_VERSION, Kind, is_marked
 from storage.leaves import LeafIndex
 from storage.paths import store_name
+from storage.root import make_root
 from tasks.leaves import domain_leaves
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.server_teacher import server_identity
@@ -95,6 +96,7 @@ def plan_stores(
     Raises:
         UserError: a corpus or a model is not there, or they do not fit together.
     """
+    make_root(root)
     digests = DigestCache(uri.join(root, "digests.json"))
     captures = not all(corpus.imported for corpus in domains.values())
     folder = local_folder(

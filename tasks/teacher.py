@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from importlib import metadata
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import transformers
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ddk.errors import UserError
+from ddk.section import Section
 from ddk.types import Int32Array, SparseTargets
 from storage.codec import CodecConfig, TargetFormat
 
@@ -35,14 +36,12 @@ class Teacher(Protocol):
         ...
 
 
-class TeacherConfig(BaseModel):
+class TeacherConfig(Section):
     """The teacher, and what is kept of its predictions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    model: str
+    model: str = Field(min_length=1)
     """Folder of a Hugging Face model with safetensors weights, or its name on the hub. Its tokenizer is used."""
-    revision: str | None = None
+    revision: str | None = Field(default=None, min_length=1)
     """Commit, branch or tag, for a name on the hub."""
     source: Literal["engine", "prompt_logprobs", "server"] = "engine"
     """Where the predictions come from: 'engine' (vLLM here, reduced inside its worker; the fast one),
@@ -50,31 +49,31 @@ class TeacherConfig(BaseModel):
     server_url: str | None = None
     """With 'server': its address up to `/v1`, e.g. http://localhost:8000/v1. Its key, if it wants one, is read from
     the environment variable DDK_TEACHER_API_KEY."""
-    server_model: str | None = None
+    server_model: str | None = Field(default=None, min_length=1)
     """With 'server': the name under which it serves the model; by default the only one that it serves."""
-    k: int = Field(default=64, ge=1)
+    k: int = Field(default=64, ge=1, le=2**24)
     """Most probable tokens kept at every position."""
     draws: int = Field(default=0, ge=0, le=10_000)
     """Random draws from the full distribution that are kept besides, at every position. Only with 'engine'."""
-    draws_seed: int = Field(default=0, ge=0)
+    draws_seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the random draws."""
-    tail_temperatures: tuple[float, ...] = ()
+    tail_temperatures: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] = ()
     """Temperatures other than 1 at which the mass outside the kept tokens is stored too. Only with 'engine'."""
     codec: CodecConfig = CodecConfig()
     """How what is kept is stored."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the forward pass. 'auto' is what the model's config names, on every machine."""
-    quantization: str | None = None
+    quantization: str | None = Field(default=None, min_length=1)
     """vLLM's name of the weights' quantisation, where it cannot be read from the model's config."""
-    shard_blocks: int = Field(default=64, ge=1)
+    shard_blocks: int = Field(default=64, ge=1, le=10**6)
     """Blocks that are captured, written and committed together; a kill loses at most these."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=10**4)
     """GPUs that hold the teacher together."""
-    max_batch_tokens: int = Field(default=8192, ge=128)
+    max_batch_tokens: int = Field(default=8192, ge=128, le=2**24)
     """Tokens the engine runs in one forward pass; longer blocks are run in pieces (chunked prefill)."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
     """Share of a GPU's memory that the engine takes. The rest is headroom for the logits of capture."""
-    cpu_kv_cache_gib: int = Field(default=1, ge=1)
+    cpu_kv_cache_gib: int = Field(default=1, ge=1, le=10**6)
     """GiB of key-value cache on a CPU."""
     workers: int = Field(default=1, ge=1, le=1000)
     """Runs that capture together, each with an engine of its own on a worker of its own. The first starts the others,
@@ -91,6 +90,16 @@ class TeacherConfig(BaseModel):
         elif self.server_url is not None or self.server_model is not None:
             raise ValueError(f"server_url and server_model need source: server (source is '{self.source}')")
         check_source_gives(self, self.source)
+        return self
+
+    @model_validator(mode="after")
+    def _temperatures_are_others(self) -> TeacherConfig:
+        given = self.tail_temperatures
+        if 1.0 in given or len(set(given)) < len(given):
+            raise ValueError(
+                f"tail_temperatures is {list(given)}; name each temperature once, and not 1.0, at which the tail's "
+                f"mass is stored anyway"
+            )
         return self
 
 

@@ -23,9 +23,10 @@ from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ddk.errors import UserError
+from ddk.section import Section
 from storage.mixtures import MixtureHistory, MixtureRecord
 from storage.runs import RunFolder
 from tasks.progress import logger
@@ -34,10 +35,8 @@ SECONDS_BETWEEN_ATTEMPTS = 600.0
 """How long a service that failed is left alone."""
 
 
-class TrackingConfig(BaseModel):
+class TrackingConfig(Section):
     """Where a run's metrics go besides the run's own files. Keys and passwords come from the environment alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tensorboard: bool = True
     """Whether the run gets a folder `tensorboard`, for `tensorboard --logdir <root>/runs`."""

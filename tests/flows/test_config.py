@@ -114,3 +114,75 @@ def test_nor_is_one_of_the_command_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"root: the address holds a password, key or signature") as error:
             load_config(path, **given)  # type: ignore[arg-type]
         assert "SECRETID" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.steps=true", "train.steps: it must be a number, not true or false"),
+        ("train.steps=1" + 40 * "0", "train.steps: Input should be less than or equal to 1000000000"),
+        ("train.steps='" + 5000 * "9" + "'", "train.steps: Unable to parse input string as an integer"),
+        ("train.steps=" + 5000 * "9", "--set train.steps=9999"),
+        ("train.steps=010", "--set train.steps=010: YAML reads 010 as octal"),
+        ("train.steps={a: 1, a: 2}", "the key 'a' stands here a second time"),
+        ("train.processes=true", "train.processes: it must be a number"),
+        ("train.learning_rate=.inf", "train.learning_rate: Input should be a finite number"),
+        ("train.learning_rate=1e999", "train.learning_rate: Input should be a finite number"),
+        ("train.learning_rate=1e6", "train.learning_rate: Input should be less than or equal to 10"),
+        ("train.gradient_clip=.inf", "train.gradient_clip: Input should be a finite number"),
+        ("loss.gamma=.nan", "loss.gamma: Input should be a finite number"),
+        ("loss.temperature=1e-300", "loss.temperature: Input should be greater than or equal to 0.001"),
+        ("mixture.stop_ratio=nan", "mixture.stop_ratio: Input should be a finite number"),
+        ("ted.weight=.inf", "ted.weight: Input should be a finite number"),
+        ("teacher.tail_temperatures=[0]", "teacher.tail_temperatures.0: Input should be greater than"),
+        ("teacher.tail_temperatures=[2, 2]", "name each temperature once"),
+        ("teacher.tail_temperatures=[true]", "teacher.tail_temperatures: it must be a number"),
+        ("run=no", "run: Input should be a valid string (it is False); write it in quotes if it is a name"),
+        ("run=", "run: Input should be a valid string (it is empty)"),
+        ('teacher.model=""', "teacher.model: String should have at least 1 character"),
+        ('domains.math.train=""', "domains.math.train.0: String should have at least 1 character"),
+        ("domains.math.train=[" + 500 * "1, " + "1]", "; and 493 more"),
+        ('root=""', "root: it is empty; name a folder, or s3://bucket/prefix"),
+        ('root="a\\0b"', "root: it holds a NUL character"),
+        ("root=foo://x", "root: there is no protocol 'foo://'"),
+        ("root=foo://KEY:SECRET@x", "(it is 'foo://…@x')"),
+        ("root=s3://", "root: s3:// names no bucket; write s3://bucket/prefix"),
+        ("root=s3:/bucket/x", "root: s3:/ is taken for a folder; write s3://"),
+        ("root=http://127.0.0.1:9/x", "root: nothing can be written to http://"),
+        ("root=gs://bucket/x", "root: gs:// needs a package that is not installed"),
+        ("loss=", "loss: it must be a section with fields of its own, and is empty"),
+    ],
+)
+def test_what_is_no_value_is_refused_by_its_name(tmp_path: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(write_config(tmp_path), [override])
+    message = str(refused.value)
+    assert says in message
+    assert "\n" not in message
+    assert len(message) < 1000
+    assert "SECRET" not in message
+
+
+def test_an_empty_root_of_the_command_line_is_not_the_folder_here(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="root: it is empty"):
+        load_config(write_config(tmp_path), root="")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "is a folder; name the YAML file in it"),
+        (b"run: caf\xe9\n", "is no text in UTF-8 (byte 0xe9 at 8)"),
+        ("run: a\n".encode("utf-16"), "is no text in UTF-8"),
+        (b"\0" * 99, "not valid YAML"),
+        (b"", "must hold a mapping of sections"),
+        (b"domains:\n  no: {train: x.jsonl}\n", "c.yaml:2:3: YAML reads the key no as true or false"),
+    ],
+)
+def test_what_is_no_configuration_file(tmp_path: Path, content: bytes | None, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_config(str(path))
+    assert says in str(refused.value)
+    assert "c.yaml" in str(refused.value)

@@ -296,7 +296,7 @@ def test_compressed_columns_need_their_configuration(tmp_path: Path) -> None:
     [
         ("k: 5\n", "d: Field required"),
         ("d: 10\nk: 5\nexact_k: 9\n", "exact_k is 9, more than k"),
-        ("d: [\n", "is not valid YAML"),
+        ("d: [\n", "not valid YAML"),
         ("d: 10\nk: 5\nexact_k: 5\nwhat: 1\n", "what: Extra inputs are not permitted"),
         ("[]", "valid dictionary"),
     ],
