@@ -59,15 +59,21 @@ def perplexity(student: Any, blocks: BlockReader, *, batch_size: int, world: Wor
     return math.inf if mean > 709.0 else math.exp(mean)
 
 
-def domain_gap(domain: str, student_ppl: float, teacher_ppl: float) -> DomainGap:
+def domain_gap(domain: str, student_ppl: float, teacher_ppl: float, *, step: int | None = None) -> DomainGap:
     """Both perplexities of a domain, checked.
+
+    Args:
+        step: of the training that the student's is of, where that is known.
 
     Raises:
         UserError: a perplexity is not finite: the student has diverged, or the teacher gives a true token no
             probability at all.
     """
     remedies = {
-        "student": "the training has diverged: lower train.learning_rate",
+        "student": "the training has diverged: lower train.learning_rate"
+        if step != 0
+        else "before any training: the model itself gives no numbers there; try train.precision: fp32, or take another "
+        "student.model",
         "teacher": "it rules out a token that occurs there; is its quantisation, or its dtype, too coarse?",
     }
     for who, value in (("student", student_ppl), ("teacher", teacher_ppl)):

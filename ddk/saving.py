@@ -21,6 +21,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_shares
 from torch.distributed.checkpoint.state_dict_saver import save as save_shares
@@ -35,9 +36,12 @@ def save(trainer: Trainer, folder: str) -> None:
 
     Args:
         folder: a local folder, this rank's own or one for all; made if it is not there.
+
+    Raises:
+        OSError: a rank could not write its file.
     """
     os.makedirs(folder, exist_ok=True)
-    with _quiet():
+    with _quiet(), _root_cause(folder):
         save_shares(
             dict(_live(trainer, trainer.state.step)),
             storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True),
@@ -59,7 +63,7 @@ def load(trainer: Trainer, state: TrainerState, folder: str) -> None:
     """
     _check_domains(trainer, state)
     live = _live(trainer, state.step)
-    with _quiet():
+    with _quiet(), _root_cause(folder):
         reader = HuggingFaceStorageReader(folder)
         found = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
         _check_names({name: tuple(tensor.shape) for name, tensor in live.items()}, found)
@@ -114,6 +118,21 @@ def _check_names(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
             raise ValueError(
                 f"the checkpoint is of another model: '{name}' has shape {found[name]} there and {shape} here"
             )
+
+
+@contextmanager
+def _root_cause(folder: str) -> Iterator[None]:
+    """What went wrong on a rank, in place of torch's `CheckpointException`: that is no `Exception`, passes whoever
+    clears up after one, and prints the tracebacks of all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if not causes:
+            raise RuntimeError(str(error)) from None
+        if isinstance(causes[0], OSError) and causes[0].filename is None:
+            causes[0].filename = folder
+        raise causes[0] from None
 
 
 @contextmanager

@@ -30,6 +30,9 @@ import typer
 import flows.commands  # noqa: F401 (they register themselves)
 from flows.commands.app import FlowInterruptedError, app
 
+_LONGEST = 1000
+"""Characters that are shown of what nobody foresaw."""
+
 
 def main() -> None:
     """Entry point of the console script."""
@@ -40,33 +43,29 @@ def main() -> None:
 
 
 def _exit_code(call: Callable[[], Any], debug: bool) -> int:
-    from ddk.errors import LostPartError, UserError
-
     try:
         call()
-    except UserError as error:
-        if debug:
-            raise
-        return _refusal(error)
-    except LostPartError as error:
-        if debug:
-            raise
-        typer.secho(f"ddk: {error}", fg=typer.colors.RED, err=True)
-        return 1
     except FlowInterruptedError:
         typer.secho("ddk: interrupted; the same command goes on where it stopped", err=True)
         return 1
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # what a library of Rust panics with is no Exception
+        from ddk.errors import LostPartError
         from ddk.redaction import redacted
-        from storage.errors import explained
+        from tasks.plain_errors import user_error
 
         if debug:
             raise
-        if (known := explained(error)) is not None:
+        if isinstance(error, LostPartError):
+            typer.secho(f"ddk: {error}", fg=typer.colors.RED, err=True)
+            return 1
+        if (known := user_error(error)) is not None:
             return _refusal(known)
-        typer.secho(f"ddk: {type(error).__name__}: {redacted(str(error))}", fg=typer.colors.RED, err=True)
+        said = redacted(" ".join(str(error).split()))
+        typer.secho(f"ddk: {type(error).__name__}: {said[:_LONGEST]}", fg=typer.colors.RED, err=True)
         typer.secho(
-            "ddk: this is no mistake of yours; --debug shows the traceback. What was complete is kept, and the same "
+            "ddk: this looks like a bug in ddk; --debug shows the traceback. What was complete is kept, and the same "
             "command goes on from there.",
             err=True,
         )

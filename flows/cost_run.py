@@ -62,6 +62,8 @@ class Assumptions:
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
             raise UserError(f"--gpu is '{self.gpu}'; there are {', '.join(GPUS)}")
+        if self.gpu_memory is not None and not 1.0 <= self.gpu_memory < 1e6:
+            raise UserError(f"--gpu-memory is {self.gpu_memory}; it is a number of GiB, e.g. 80")
         if not 0.0 < self.mfu <= 1.0:
             raise UserError(f"--mfu is {self.mfu}; it is a share of the peak, above 0 and at most 1, e.g. 0.4")
 

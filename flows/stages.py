@@ -29,6 +29,7 @@ from storage.runs import name_to_make_again
 from tasks.cache_targets import cache_targets
 from tasks.finish_run import report_run, save_final_student
 from tasks.import_targets import import_targets
+from tasks.loopback import loopback_past_proxies
 from tasks.pack_corpus import pack_corpus as pack_domain
 from tasks.pack_rows import pack_rows
 from tasks.plain_errors import plain_errors
@@ -46,7 +47,9 @@ from tasks.train_student import (
     update_mixture,
 )
 
-plain_errors()  # in every process that runs a flow
+# In every process that runs a flow.
+plain_errors()
+loopback_past_proxies()
 
 OPTIONS = {
     "force": "Make it again beside what is there, instead of going on with that.",

@@ -117,6 +117,8 @@ def request(
         )
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("--seeds takes whole numbers, at least one and none twice, e.g. 0,1,2")
+    if not all(0 <= seed < 2**31 for seed in seeds):
+        raise UserError("--seeds takes whole numbers from 0 to 2147483647, e.g. 0,1,2")
     swept = list(_grid(sweeps))
     chosen = _methods(methods) if methods else [config.method] if sweeps else list(IN_ORDER)
     rows = [

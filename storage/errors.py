@@ -103,7 +103,13 @@ def is_beyond_the_end(error: BaseException) -> bool:
     return isinstance(cause, botocore.exceptions.ClientError) and _code(cause) in ("InvalidRange", "416")
 
 
+_CLIENTS = ("aiohttp.client_exceptions", "requests.exceptions")
+"""Of what opens http:// and the like; by name, as they may not be installed."""
+
+
 def _explanation(error: BaseException) -> str | None:
+    if type(error).__module__ in _CLIENTS and type(error).__name__ != "ClientPayloadError":
+        return f"the server does not answer ({_one_line(error)[:200]}); check the URL and the network"
     if (
         isinstance(error, botocore.exceptions.BotoCoreError) or type(error).__name__ == "ClientPayloadError"
     ):  # aiohttp's

@@ -25,17 +25,19 @@ def check_root(root: str) -> None:
     """
     if not root.strip():
         raise UserError(f"it is empty; {_INSTEAD}")
-    if "://" not in root and "::" not in root:
+    protocol = uri.protocol(root)
+    if not protocol:
         if found := _ONE_SLASH.search(root):
             raise UserError(f"{found[2]}:/ is taken for a folder; write {found[2]}://, with two slashes")
         return
-    protocol = re.split(r"::|://", root, maxsplit=1)[0]
     try:
         fsspec.get_filesystem_class(protocol)
     except ValueError:
         raise UserError(f"there is no protocol '{protocol}://'; {_INSTEAD}") from None
     except ImportError as error:
         raise UserError(f"{protocol}:// needs a package that is not installed ({error}); {_INSTEAD}") from None
+    if protocol == "memory":
+        raise UserError(f"what is stored in memory:// is gone when the command ends; {_INSTEAD}")
     if protocol in _READ_ONLY:
         raise UserError(f"nothing can be written to {protocol}://; {_INSTEAD}")
     if protocol in _WITH_BUCKET and not urlsplit(root).netloc:

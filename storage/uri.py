@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -51,8 +52,21 @@ def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise StoreError(f"{url}: {NO_CREDENTIALS}")
     if "s3://" in url or "s3a://" in url:
         settings.prepare_s3()
-    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise StoreError(f"{protocol(url)}:// needs a package that is not installed ({error})") from None
+    except ValueError as error:
+        if "Protocol not known" not in str(error):
+            raise
+        raise StoreError(f"there is no protocol '{protocol(url)}://'; correct the URL") from None
     return fs, path
+
+
+def protocol(url: str) -> str:
+    """`'s3'` of `'s3://bucket'`, of a chained URL the first; '' of a local path."""
+    found = re.match(r"([A-Za-z0-9+.-]+)(::|://)", url)
+    return found[1] if found else ""
 
 
 @contextlib.contextmanager
@@ -275,7 +289,7 @@ def create_bytes(url: str, content: bytes) -> bool:
                         os.fsync(file.fileno())
                 os.link(temporary, path)  # unlike a rename it never replaces a file
             finally:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.unlink(temporary)
         else:
             with reaching(url):
@@ -397,7 +411,7 @@ def writing(url: str) -> Iterator[str]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
 

@@ -1,5 +1,5 @@
-"""In the log of a run, a mistake of the user's is one line: Prefect would show a traceback for each task and flow that
-it passes through.
+"""Which failures a person can put right, and that these are one line: on the terminal, and in the log of a run, where
+Prefect would show a traceback for each task and flow that they pass through.
 
 What failed for another reason keeps its traceback. No secret is left in either.
 """
@@ -8,11 +8,53 @@ from __future__ import annotations
 
 import logging
 
+from pydantic import ValidationError
+
 from ddk.errors import LostPartError, UserError
 from ddk.redaction import redacted
 from storage.errors import explained
 
+_OUT_OF_MEMORY = (
+    "lower train.micro_batch_size or set train.activation_checkpointing where a student trains, lower "
+    "teacher.max_batch_tokens where the teacher is captured, or end other programs"
+)
 _LOGGERS = ("prefect.task_runs", "prefect.flow_runs", "prefect.engine", "ddk")
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """What a failure means for the person who runs this; None where it is a defect of ours."""
+    if isinstance(error, UserError):
+        return error
+    return explained(error) or _out_of_memory(error) or _of_prefect(error)
+
+
+def _out_of_memory(error: BaseException) -> UserError | None:
+    said = " ".join(str(error).split())[:200]
+    # By name, and by its words: torch is not imported for this, and on a CPU it has no class of its own.
+    if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "can't allocate" in said):
+        return UserError(f"there is not enough memory ({said}); {_OUT_OF_MEMORY}")
+    if isinstance(error, MemoryError):
+        return UserError(f"there is not enough memory{f' ({said})' if said else ''}; {_OUT_OF_MEMORY}")
+    return None
+
+
+def _of_prefect(error: BaseException) -> UserError | None:
+    """Of its settings, which it reads when it is imported, and of a server that went away later."""
+    if isinstance(error, ValidationError) and error.title.endswith("Settings"):
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        # What was given is not repeated: it may hold a secret.
+        return UserError(
+            f"Prefect's settings are wrong: {f'{field}: ' if field else ''}{first['msg']}; correct the environment "
+            f"variable (PREFECT_…) or Prefect's profile that says so"
+        )
+    said = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and said.startswith("Failed to reach API at"):
+        return UserError(
+            f"the Prefect server does not answer any more ({said}); start it and run the same command again, it "
+            f"goes on where it stopped, or unset PREFECT_API_URL"
+        )
+    return None
 
 
 class PlainErrors(logging.Filter):
@@ -22,7 +64,7 @@ class PlainErrors(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, UserError | LostPartError):
             record.exc_info = None
-        elif isinstance(error, Exception) and (known := explained(error)) is not None:
+        elif error is not None and (known := user_error(error)) is not None:
             record.msg, record.args, record.exc_info = f"{record.getMessage()}: {known}", (), None
         record.msg, record.args = redacted(record.getMessage()), ()
         if record.exc_info:

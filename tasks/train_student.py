@@ -365,7 +365,7 @@ def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, floa
     """
     gaps: dict[str, dict[str, float]] = {}
     for domain, student_ppl in session.training.perplexities().items():
-        gap = domain_gap(domain, student_ppl, session.teacher_ppl[domain])
+        gap = domain_gap(domain, student_ppl, session.teacher_ppl[domain], step=step)
         gaps[domain] = {"student": gap.student_ppl, "teacher": gap.teacher_ppl}
     return gaps
 

@@ -24,11 +24,11 @@ import sys
 from dataclasses import asdict
 from typing import IO, Any
 
-from ddk.errors import UserError
 from ddk.parallel import World, join_world, leave_world
 from ddk.trainer import resolve_device
 from ddk.types import Mixture
-from storage.errors import explained, is_transient
+from storage.errors import is_transient
+from tasks.plain_errors import user_error
 from tasks.training import RankTraining, TrainingJob, state_as_json
 
 SOCKET = "DDK_TRAIN_SOCKET"
@@ -82,7 +82,7 @@ def main(path: str) -> int:
         channel.say({"error": str(error), "kind": "diverged"})
         return 1
     except Exception as error:
-        wrong = error if isinstance(error, UserError) else explained(error)
+        wrong = user_error(error)
         if wrong is None:
             raise
         channel.say({"error": str(wrong), "kind": "passing" if is_transient(error) else "user"})

@@ -29,7 +29,7 @@ from ddk.types import BlockReader, Mixture
 from storage import uri
 from storage.blocks import open_blocks
 from storage.checkpoints import CheckpointFolder
-from storage.errors import StoreDamagedError
+from storage.errors import StoreDamagedError, os_error_of
 from storage.schema import Whole, first_problem
 from storage.targets import open_targets
 
@@ -177,7 +177,13 @@ class RankTraining:
     def export(self, folder: str) -> None:
         weights = student_weights(self._trainer.model, self._world)
         if self._world.is_first:
-            save_student(self._trainer.model, weights, folder)
+            try:
+                save_student(self._trainer.model, weights, folder)
+            except Exception as error:
+                if (known := os_error_of(error)) is None:
+                    raise
+                known.filename = folder
+                raise known from error
         self._world.wait_for_all()
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tasks.loopback import loopback_past_proxies
+
 # Everything heavy (torch, vLLM, Prefect) is imported inside the commands: `ddk --help` answers at once.
 
 app = typer.Typer(
@@ -58,10 +60,31 @@ def run_flow(name: str, config: Any, module: str = "flows.stages", **options: An
 
     from flows import stages
 
+    reach_prefect()
     flow = getattr(importlib.import_module(module), name)
     parameters = stages.flow_parameters(config)
     taken = introspection.signature(flow.fn).parameters
     return interruptible(lambda: flow(**{key: value for key, value in parameters.items() if key in taken}, **options))
+
+
+def reach_prefect() -> None:
+    """See that there is a Prefect server, before anything is asked of it.
+
+    Raises:
+        UserError: there is none.
+    """
+    from flows.prefect_server import reach
+
+    interruptible(reach)
+
+
+def use_block(name: str | None) -> None:
+    """`tasks.storage_block.use_storage_block`, outside a flow."""
+    from tasks.storage_block import use_storage_block
+
+    if name is not None:
+        reach_prefect()
+    use_storage_block(name)
 
 
 def interruptible(call: Callable[[], Any]) -> Any:
@@ -88,6 +111,7 @@ def say(line: str) -> None:
 
 def set_up(debug: bool) -> None:
     """Before anything heavy is imported: no outside calls, quiet libraries, our own log on stderr."""
+    loopback_past_proxies()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.app import ConfigPath, Overrides, Root, Run, app, interruptible, load, run_flow, say
+from flows.commands.app import (
+    ConfigPath,
+    Overrides,
+    Root,
+    Run,
+    app,
+    interruptible,
+    load,
+    reach_prefect,
+    run_flow,
+    say,
+    use_block,
+)
 
 
 @app.command("eval")
@@ -91,7 +103,6 @@ def compare(
     from flows import compare as comparing
     from flows.variants import request, whole_numbers
     from tasks.compare_report import write_comparison
-    from tasks.storage_block import use_storage_block
 
     loaded = load(config, overrides, root, None)
     asked = request(
@@ -105,10 +116,11 @@ def compare(
         baseline=baseline,
     )
     if report_only:
-        use_storage_block(loaded.storage_block)
+        use_block(loaded.storage_block)
         failures = comparing.earlier_failures(loaded, asked) | comparing.refusals(loaded, asked)
         write_comparison(loaded.root, comparing.found(loaded, asked, failures))
     else:
+        reach_prefect()
         with contextlib.suppress(comparing.SomeRunsFailedError):
             interruptible(lambda: comparing.compare(config=loaded, request=asked))
     if not _show_comparison(loaded.root, asked.name):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.app import ConfigPath, Overrides, Root, Run, app, load, say
+from flows.commands.app import ConfigPath, Overrides, Root, Run, app, load, reach_prefect, say, use_block
 
 
 @app.command()
@@ -18,6 +18,7 @@ def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, ru
     loaded = load(config, overrides, root, run)
     from flows import serve as serving
 
+    reach_prefect()
     serving.serve(loaded, say)
 
 
@@ -61,9 +62,8 @@ def join(
 ) -> None:
     """On every machine but the first, where train.nodes is above 1: help with the training that `ddk train` leads."""
     from flows.stages import open_session
-    from tasks.storage_block import use_storage_block
     from tasks.train_processes import join_training
 
     loaded = load(config, overrides, root, run)
-    use_storage_block(loaded.storage_block)
+    use_block(loaded.storage_block)
     join_training(open_session(loaded).job, node_rank)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.app import ConfigPath, Force, Overrides, Root, Run, app, command, load, run_flow, say
+from flows.commands.app import ConfigPath, Force, Overrides, Root, Run, app, command, load, run_flow, say, use_block
 
 
 @app.command()
@@ -128,9 +128,8 @@ def plan(
 
         raise UserError("--json goes with --cost")
     from flows.plan import plan_stages, render
-    from tasks.storage_block import use_storage_block
 
-    use_storage_block(loaded.storage_block)
+    use_block(loaded.storage_block)
     for line in render(plan_stages(loaded)):
         say(line)
 

@@ -167,6 +167,8 @@ def test_a_perplexity_beyond_floats_is_infinite_and_named(blocks: Blocks) -> Non
 def test_a_gap_is_checked() -> None:
     assert domain_gap("web", 6.0, 4.0).ratio == 1.5
     with pytest.raises(ValueError, match="the student's perplexity on 'web' is nan; the training has diverged"):
-        domain_gap("web", math.nan, 4.0)
+        domain_gap("web", math.nan, 4.0, step=7)
+    with pytest.raises(ValueError, match="perplexity on 'web' is nan; before any training: the model itself"):
+        domain_gap("web", math.nan, 4.0, step=0)
     with pytest.raises(ValueError, match=r"the teacher's perplexity on 'web' is inf; it rules out a token"):
         domain_gap("web", 6.0, math.inf)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 
@@ -171,11 +172,20 @@ def test_missing_weights_are_not_made_up(folder: str) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_no_numbers(folder: str, value: float) -> None:
+    stored = load_file(weights_file(folder))
+    stored["model.layers.1.mlp.up_proj.weight"][2, 1] = value
+    save_file(stored, weights_file(folder), metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"holds NaN or infinite weights, first in 'model.layers.1.mlp.up_proj.weight'"):
+        load(folder)
+
+
 def test_weights_of_another_shape(folder: str) -> None:
     stored = load_file(weights_file(folder))
     stored["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(stored, weights_file(folder), metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"cannot be loaded: .*mismatch"):
+    with pytest.raises(UserError, match=r"up_proj.weight' with shape \(3, 3\), and by its config.json .* \(48, 32\)"):
         load(folder)
 
 

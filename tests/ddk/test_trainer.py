@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -570,6 +572,20 @@ def test_a_loss_that_is_no_number_changes_nothing() -> None:
     assert one.state == state
     for name, tensor in everything(one).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_the_one_cause(saved) -> None:
+    one = trainer()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            saved(one)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.errno == errno.EFBIG
+    assert "saved-0" in failed.value.filename
+    assert "\n" not in str(failed.value)
 
 
 def test_targets_that_are_no_numbers_are_noticed_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,50 @@ def test_a_failure_that_is_no_mistake_of_the_user_exits_with_1(
     code, err = call(capsys, monkeypatch, "pack", config_with(tmp_path))
     assert code == 1
     assert "ddk: RuntimeError: the engine fell over" in err
+    assert "this looks like a bug in ddk; --debug shows the traceback" in err
     assert "the same command goes on from there" in err
+
+
+class PanicError(BaseException):
+    """As libraries of Rust raise them: no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "says"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), 2, "there is not enough memory (Unable to allocate 9 GiB); lower"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 2, "lower train.micro_batch_size"),
+        (OSError(errno.EMFILE, "Too many open files", "/x"), 2, "/x: this process may open no more files; raise"),
+        (RuntimeError("Failed to reach API at http://x/api"), 2, "the Prefect server does not answer any more"),
+        (PanicError("index out of range"), 1, "PanicError: index out of range"),
+        (KeyError("a\nb" * 5000), 1, "this looks like a bug in ddk"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, expected: int, says: str
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("flows.inspect.describe", broken)
+    code, err = call(capsys, monkeypatch, "inspect", "x")
+    assert code == expected
+    assert says in err
+    assert len(err) < 2000
+    assert ("looks like a bug" in err) is (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("root", "says"),
+    [
+        ("config.yaml", "config.yaml is a file, or a link to nothing; name a folder"),
+        ("config.yaml/below", "config.yaml/below lies below a file; name a folder"),
+        ("/proc/ddk", "the folder /proc/ddk cannot be made (No such file or directory); name another"),
+    ],
+)
+def test_a_root_that_is_no_folder(ddk_error: Any, tmp_path: Path, root: str, says: str) -> None:
+    message = ddk_error("plan", config_with(tmp_path, root=root))
+    assert message.replace(f"{tmp_path}/", "") == f"ddk: root: {says}"
 
 
 def test_missing_credentials_are_explained(ddk_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from storage import uri
-from storage.errors import StoreDamagedError, StoreError, explained
+from storage.errors import StoreDamagedError, StoreError, UnreachableError, explained
 
 # Names
 
@@ -319,3 +320,46 @@ def test_what_s3_repeats_of_a_key_is_not_told_on() -> None:
     message = str(explained(refusal, "s3://bucket/a"))
     assert message.startswith("s3://bucket/a: the S3 server refused the request (InvalidAccessKeyId: The Access Key Id")
     assert "SECRETID" not in message
+
+
+# What a machine refuses
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("file/below", "a part of this path is a file; name another place"),
+        ("/proc/ddk/a.json", "no folder can be made there; name another place"),
+        ("a" * 300, "the name is too long for this disk; shorten it"),
+    ],
+)
+@pytest.mark.parametrize("write", [uri.write_json, uri.create_json])
+def test_a_place_that_takes_no_file_is_named(
+    tmp_path: Path, write: Callable[..., object], place: str, says: str
+) -> None:
+    (tmp_path / "file").touch()
+    url = place if place.startswith("/") else str(tmp_path / place)
+    with pytest.raises(UnreachableError) as refused:
+        write(url, {})
+    assert str(refused.value).startswith(f"{url} cannot be written: ")
+    assert says in str(refused.value)
+    assert str(explained(refused.value)) == str(refused.value)
+
+
+def test_a_full_disk_is_named_with_its_file_and_leaves_nothing(tmp_path: Path) -> None:
+    url = str(tmp_path / "a.bin")
+    for full in (OSError(errno.ENOSPC, "No space"), OSError(errno.EDQUOT, "Quota", f"{url}.tmp.parts")):
+        with pytest.raises(UnreachableError, match=r"a\.bin cannot be written: .* free some"), uri.writing(url):
+            raise full
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_read_meanwhile_is_not_taken_for_what_is_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), uri.writing(str(tmp_path / "a.bin")):
+        (tmp_path / "elsewhere" / "source").read_bytes()
+
+
+def test_what_rust_says_of_the_system_is_understood() -> None:
+    error = ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "the disk is full; free some space" in str(explained(error))
+    assert explained(ValueError("(os error x)")) is None
