@@ -38,15 +38,15 @@ class Batch:
     valid_BL: BoolArray | None = None
     """Whether a position carries loss, where the corpus marks some that do not; None: all do."""
 
-    def valid(self, separator: int | None) -> BoolArray | None:
+    def valid(self, separator: int | tuple[int, ...] | None) -> BoolArray | None:
         """`valid_BL`, less the positions that foretell a document's first token.
 
         Args:
-            separator: the token that ends a document; None leaves those positions in.
+            separator: the token behind which a document begins, or several such; None leaves those positions in.
         """
         if separator is None:
             return self.valid_BL
-        inside_BL: BoolArray = self.tokens_BL1[:, :-1] != separator
+        inside_BL: BoolArray = ~np.isin(self.tokens_BL1[:, :-1], separator)
         return inside_BL if self.valid_BL is None else inside_BL & self.valid_BL
 
 

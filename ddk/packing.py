@@ -15,13 +15,21 @@ positions takes the block's marks from the second on:
     tokens        5 6 7 8 0
     loss          0 0 1 1 1       EOS counts: it ends what follows the prompt
     positions       0 1 1 1       position 0 predicts 6, within the prompt
+
+Where the models read every text behind a BOS (Llama, Gemma and Mistral do), each document begins with it, and so does
+each block that begins within a document: a model that has never seen a sequence without it predicts nonsense there. To
+predict it carries no loss:
+
+    documents    [5 6 7 8 9] [4 4], BOS = 1, L = 4
+    blocks       1 5 6 7 8    1 9 0 1 4
+    loss         0 1 1 1 1    0 1 1 0 1
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -37,6 +45,13 @@ class PackingConfig(Section):
 
     seq_len: int = Field(default=1024, ge=1, le=2**24)
     """Predictions in a block, which holds one token more. Teacher and student must both take sequences this long."""
+    bos: Literal["auto", "never", "always"] = "auto"
+    """Whether each document, and each block that begins within one, begins with the BOS token. 'auto': where the
+    teacher's tokenizer puts it before every text, as those of Llama, Gemma and Mistral do. To predict it carries no
+    loss."""
+    eos: str | None = Field(default=None, min_length=1)
+    """The token that ends each document, such as '<|endoftext|>'. Empty: the student's end of text, at which it stops
+    once it is trained; a chat teacher's may be another."""
 
     @property
     def block_tokens(self) -> int:
@@ -51,7 +66,7 @@ class Document(Generic[Key]):
     key: Key
     """Where it lies; no two documents share one."""
     ids: Int32Array
-    """Token ids [n], without EOS."""
+    """Token ids [n], without BOS and EOS."""
     prompt: int = 0
     """How many of them, from the first on, are the prompt."""
 
@@ -63,8 +78,9 @@ class Cursor(Generic[Key]):
     document: Key
     """Key of the document that holds the last token packed."""
     offset: int
-    """Tokens of that document, its EOS included, that are packed already: at least 1. All of them where a block ends
-    with the document; the next token is then the following document's first (which is not looked up ahead)."""
+    """Tokens of that document, its BOS and EOS included, that are packed already: at least 1. All of them where a block
+    ends with the document; the next token is then the following document's first (which is not looked up ahead). A BOS
+    that was put before the rest of a document, where a block began within it, does not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +90,7 @@ class PackedBlock(Generic[Key]):
     tokens: Int32Array
     """Token ids [L + 1]."""
     loss: BoolArray
-    """[L + 1], whether predicting the token carries loss: false for those of a prompt."""
+    """[L + 1], whether predicting the token carries loss: false for those of a prompt, and for BOS."""
     next: Cursor[Key]
 
 
@@ -83,24 +99,36 @@ def pack(
     seq_len: int,
     eos_id: int,
     start: Cursor[Key] | None = None,
+    bos_ids: Sequence[int] = (),
 ) -> Iterator[PackedBlock[Key]]:
     """Blocks of seq_len + 1 tokens from documents.
 
     To resume behind a block, give its `next` as `start`, and the documents from `start.document` on: the blocks that
     follow are those that uninterrupted packing would have given.
 
+    Args:
+        bos_ids: what each document and each block begins with. A document that begins with it already gets none.
+
     Raises:
-        ValueError: the documents do not begin with the start's, that document is shorter than the start's offset, or
-            a document is not a one-dimensional int32 array, or shorter than its prompt.
+        ValueError: the documents do not begin with the start's, that document is shorter than the start's offset, a
+            document is not a one-dimensional int32 array, or shorter than its prompt, or a block has room for
+            `bos_ids` alone.
     """
+    bos = np.asarray(bos_ids, dtype=np.int32)
+    if len(bos) > seq_len:
+        raise ValueError(f"a block of {seq_len + 1} tokens has no room behind the {len(bos)} that each begins with")
     block, loss = _empty(seq_len)
     filled = 0
-    for document, stream, skipped in _streams(documents, eos_id, start):
+    for document, stream, skipped in _streams(documents, bos, eos_id, start):
         position = skipped
+        without_loss = max(len(bos), len(stream) - 1 - len(document.ids) + document.prompt)
         while position < len(stream):
+            if filled == 0:
+                block[: len(bos)], loss[: len(bos)], filled = bos, False, len(bos)
+                position = max(position, len(bos))
             taken = min(len(block) - filled, len(stream) - position)
             block[filled : filled + taken] = stream[position : position + taken]
-            loss[filled : filled + max(0, min(document.prompt - position, taken))] = False
+            loss[filled : filled + max(0, min(without_loss - position, taken))] = False
             filled, position = filled + taken, position + taken
             if filled == len(block):
                 yield PackedBlock(tokens=block, loss=loss, next=Cursor(document=document.key, offset=position))
@@ -113,9 +141,9 @@ def _empty(seq_len: int) -> tuple[Int32Array, BoolArray]:
 
 
 def _streams(
-    documents: Iterable[Document[Key]], eos_id: int, start: Cursor[Key] | None
+    documents: Iterable[Document[Key]], bos: Int32Array, eos_id: int, start: Cursor[Key] | None
 ) -> Iterator[tuple[Document[Key], Int32Array, int]]:
-    """Each document, its tokens with EOS, and how many of them are packed already."""
+    """Each document, its tokens with BOS and EOS, and how many of them are packed already."""
     expected = start
     for document in documents:
         key, ids = document.key, document.ids
@@ -123,7 +151,8 @@ def _streams(
             raise ValueError(f"document {key} is {ids.dtype} of shape {ids.shape}; packing takes one-dimensional int32")
         if not 0 <= document.prompt <= len(ids):
             raise ValueError(f"document {key} has {len(ids)} tokens, and {document.prompt} of them are its prompt")
-        stream = np.append(ids, np.int32(eos_id))
+        begun = len(bos) <= len(ids) and np.array_equal(ids[: len(bos)], bos)
+        stream = np.concatenate([bos[:0] if begun else bos, ids, [np.int32(eos_id)]])
         if expected is None:
             yield document, stream, 0
             continue

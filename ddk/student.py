@@ -98,19 +98,29 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     """The fast tokenizer in a model's folder, or on the hub.
 
     Raises:
-        UserError: there is none, or it names no end-of-text token.
+        UserError: there is none, it is broken, it has no vocabulary, or it is none of the fast ones.
     """
+    needed = "it needs a tokenizer.json, or vocab.json and merges.txt, or a tokenizer.model"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of '{model}' cannot be loaded: {str(error).splitlines()[0]}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{model}' has no eos_token, which separates documents; set it there")
+    except Exception as error:  # of the file readers, of sentencepiece and of the Rust library, which has no types
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :.;")
+        raise UserError(f"the tokenizer of '{model}' cannot be loaded ({cause}); {needed}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of '{model}' is not a fast one; convert it (it needs a tokenizer.json)")
+    # transformers then makes one of the special tokens alone.
+    if not _encodes_anything(tokenizer):
+        raise UserError(f"the tokenizer of '{model}' has no vocabulary; {needed}: copy the model's there")
     return tokenizer
+
+
+def _encodes_anything(tokenizer: Any) -> bool:
+    try:
+        return bool(tokenizer.backend_tokenizer.encode("The 1 + 1 of it.", add_special_tokens=False).ids)
+    except Exception:  # all that the Rust library raises: of whole words, some of which it does not know
+        return True
 
 
 class StudentLoss(torch.nn.Module):

@@ -33,7 +33,7 @@ def train_filters(
     device: torch.device,
     micro_batch_size: int | None = None,
     precision: Precision = "fp32",
-    separator: int | None = None,
+    separator: int | tuple[int, ...] | None = None,
     on_step: Callable[[int, float, float], None] = lambda step, student_ce, teacher_ce: None,
 ) -> None:
     """Train the filters on the task, set their scale, and freeze the teacher's again.
@@ -93,7 +93,7 @@ class _Stage:
     size: int
     """Blocks of a micro-batch."""
     precision: Precision
-    separator: int | None
+    separator: int | tuple[int, ...] | None
 
     def backward(self, batch: Batch) -> tuple[float, float]:
         """Add the gradients of the mean over the positions; returns it, meant over the filters of either side too."""

@@ -207,7 +207,7 @@ class Trainer:
         data: train blocks and, where the loss reads them, targets of every domain.
         vocab_size: tokens of the tokenizer; the model's rows beyond it are padding.
         seed: of the sampler and of whatever the model draws (dropout).
-        separator: the token that ends a document, for `loss.mask_document_starts`.
+        separator: the token behind which a document begins, or several such, for `loss.mask_document_starts`.
         wrap: makes a module that computes the loss out of model, vocab_size and loss; a method that adds terms has one
             of its own.
         world: the processes; alone by default, on the device of `config`.
@@ -225,7 +225,7 @@ class Trainer:
         loss: LossConfig,
         vocab_size: int,
         seed: int,
-        separator: int | None = None,
+        separator: int | tuple[int, ...] | None = None,
         wrap: Wrap = StudentLoss,
         world: World | None = None,
     ) -> None:

@@ -14,7 +14,7 @@ from prefect import flow
 
 from ddk.errors import LostPartError, UserError
 from flows.config import Config
-from flows.stages import cache_teacher, flow_parameters, pack_corpus, train_student
+from flows.stages import cache_teacher, flow_parameters, pack_corpus, plan_of, train_student
 from flows.variants import PlannedRun, Request, planned_runs
 from storage import uri
 from storage.errors import explained
@@ -24,7 +24,7 @@ from tasks import compare_report
 from tasks.compare_collect import collect
 from tasks.compare_data import ComparedVariant, Comparison
 from tasks.finish_run import report_run
-from tasks.plan import Plan, plan_stores
+from tasks.plan import Plan
 from tasks.progress import logger
 from tasks.storage_block import use_storage_block
 from tasks.train_student import StudentSession
@@ -107,8 +107,8 @@ def _make_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> dict[s
 
     def make(config: Config) -> None:
         for stage in (pack_corpus, cache_teacher):
-            stage(config.root, config.domains, config.teacher, config.packing)
-        plans[_stores_of(config)] = plan_stores(config.root, config.domains, config.packing, config.teacher)
+            stage(config.root, config.domains, config.teacher, config.packing, student=config.student)
+        plans[_stores_of(config)] = plan_of(config)
 
     for config, readers in _by_stores(runs):
         _attempt(readers, failures, partial(make, config))
@@ -127,7 +127,7 @@ def _by_stores(runs: Sequence[PlannedRun]) -> Iterator[tuple[Config, list[str]]]
 
 
 def _stores_of(config: Config) -> str:
-    return config.model_dump_json(include={"root", "domains", "teacher", "packing"})
+    return config.model_dump_json(include={"root", "domains", "teacher", "packing", "student"})
 
 
 def _train(config: Config, plans: Mapping[str, Plan]) -> None:

@@ -54,7 +54,7 @@ def plan_stages(config: Config) -> list[StagePlan]:
     Raises:
         UserError: a corpus or a model is not there, or they do not fit together.
     """
-    plan = plan_stores(config.root, config.domains, config.packing, config.teacher)
+    plan = plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
     stores = [_store(config.root, plan, domain, kind) for kind in ("blocks", "targets") for domain in plan.domains]
     return [*stores, _run(config, plan, stores)]
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from ddk.errors import UserError
 from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
+from ddk.student import StudentConfig
 from flows.config import Config
 from flows.parts import capture_run_name, other_parts
 from storage.claims import remove_claims
@@ -105,14 +106,17 @@ def pack_corpus(
     packing: PackingConfig,
     storage_block: str | None = None,
     force: Force = False,
+    student: StudentConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Documents of every domain → token blocks.
+
+    Documents end with the student's end of text, unless `packing` names it; without a student, with the teacher's.
 
     Returns:
         What `tasks.pack_corpus.pack_corpus` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else ())
+    plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else (), student)
     return [
         pack_rows(plan, domain) if plan[domain].corpus.imported else pack_domain(plan, domain)
         for domain in plan.domains
@@ -128,6 +132,7 @@ def cache_teacher(
     storage_block: str | None = None,
     force: Force = False,
     part: Part = 1,
+    student: StudentConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Token blocks of every domain → teacher targets, with one engine for all; imported ones need none.
 
@@ -137,7 +142,7 @@ def cache_teacher(
         What `tasks.cache_targets.cache_targets` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else ())
+    plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else (), student)
     done = {domain: import_targets(plan, domain) for domain in plan.domains if plan[domain].corpus.imported}
     if len(done) == len(plan.domains):
         return list(done.values())
@@ -208,11 +213,9 @@ def distill(config: Config) -> dict[str, Any]:
     """
     if isinstance(config.mixture.weights, dict) and any(domain.path_field for domain in config.domains.values()):
         # Which leaves there are is in the records; a weight that is missing is better said before the capture.
-        check_leaves_of_mixture(
-            config.settings, plan_stores(config.root, config.domains, config.packing, config.teacher)
-        )
+        check_leaves_of_mixture(config.settings, plan_of(config))
     for stage in (pack_corpus, cache_teacher):
-        stage(config.root, config.domains, config.teacher, config.packing, config.storage_block)
+        stage(config.root, config.domains, config.teacher, config.packing, config.storage_block, student=config.student)
     result: dict[str, Any] = train_student(**flow_parameters(config))
     return result
 
@@ -224,8 +227,12 @@ def flow_parameters(config: Config) -> dict[str, Any]:
 
 def open_session(config: Config) -> StudentSession:
     """The run's session; its stores are planned anew."""
-    plan: Plan = plan_stores(config.root, config.domains, config.packing, config.teacher)
-    return StudentSession(config.settings, plan, config.model_dump(mode="json"))
+    return StudentSession(config.settings, plan_of(config), config.model_dump(mode="json"))
+
+
+def plan_of(config: Config) -> Plan:
+    """The stores of a whole configuration."""
+    return plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
 
 
 def _measure(session: StudentSession) -> MixtureRecord:

@@ -127,7 +127,7 @@ def replay_stores(config: Config, urls: list[str], blocks: int, seed: int) -> di
         The compared blocks by the store's URL.
     """
     use_storage_block(config.storage_block)
-    plan = plan_stores(config.root, config.domains, config.packing, config.teacher)
+    plan = plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
     wanted = [url.rstrip("/") for url in urls]
     stores = [
         store

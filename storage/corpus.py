@@ -10,7 +10,8 @@ A file's suffix says what is in it:
 - `.txt`: a document ends at a blank line (or at the file's end). Its lines are joined by a line feed.
 - `.parquet`: a document is one row of a string column.
 
-The first two may end in `.gz` or `.zst` as well. Of the kinds that have fields, further ones may hold a document's
+The first two may end in `.gz` or `.zst` as well; whether they are compressed, and with which of the two, is seen by
+their first bytes (`storage.magic`). Of the kinds that have fields, further ones may hold a document's
 prompt, and where below its domain it belongs (`storage.leaves`).
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -53,7 +55,10 @@ class DomainConfig(Section):
     prompt_field: str | None = Field(default=None, min_length=1)
     """Field of the prompt, for instruction data: its tokens come before those of `text_field`, and carry no loss. Every
     record has the field; where it is null or empty there is no prompt. Both are tokenised as they are: a chat template
-    must be applied to them already. Not for text files."""
+    must be applied to them already, and its turns' marks need `special_tokens: control`. Not for text files."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What a text that spells a control token (`<s>`, `<|im_end|>`) holds: 'text', the letters that are written there,
+    as in HTML or a manual; or 'control', the token itself, as in chats to which a template has been applied."""
     path_field: str | None = Field(default=None, min_length=1)
     """Field of the path that a record has below its domain: of domain `math`, a record whose field holds
     `algebra/linear` belongs to `math/algebra/linear`, which is a domain of its own to gap and mixture. Every record has
@@ -157,11 +162,18 @@ def _expand(pattern: str, domain: str) -> list[CorpusFile]:
         fs, path = uri.open_fs(pattern)
         fs.invalidate_cache()
         entries: dict[str, Any] = fs.glob(path, detail=True) if glob.has_magic(path) else {}
-        if not entries and fs.exists(path):  # plain, or a name that holds a bracket
-            entries = {path: fs.info(path)}
-    except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
+        if not entries and (info := _info(fs, path, place)):  # plain, or a name that holds a bracket
+            entries = {path: info}
+        # A listing does not follow links.
+        entries = {path: fs.info(path) if info.get("islink") else info for path, info in entries.items()}
+    except UserError:
+        raise
+    except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{place} cannot be listed ({error}); check the URL and the credentials") from error
     files = {path: info for path, info in entries.items() if info["type"] == "file"}
+    for found, info in entries.items():
+        if info["type"] == "other":
+            raise UserError(f"{place}: {found} is {_special(info)}, which cannot be read twice; store it as a file")
     if entries and not files:
         raise UserError(f"{place} names a folder; name the files in it, for example '{pattern.rstrip('/')}/*.jsonl'")
     if not files:
@@ -176,6 +188,37 @@ def _expand(pattern: str, domain: str) -> list[CorpusFile]:
         )
         for path, info in files.items()
     ]
+
+
+def _info(fs: Any, path: str, place: str) -> dict[str, Any] | None:
+    """Of what lies there; None where nothing does.
+
+    Raises:
+        UserError: nobody can tell: a server does not answer, or refuses. fsspec takes that for a missing file.
+    """
+    try:
+        if "http" not in fs.protocol:
+            return dict(fs.info(path)) if fs.exists(path) else None
+        return dict(fs.info(path))
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+            return None
+        said = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(
+            f"{place}: its server does not answer, or refuses ({said}); check the URL, the network and HTTP_PROXY"
+        ) from error
+
+
+def _special(info: dict[str, Any]) -> str:
+    """A local entry that is neither file nor folder."""
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(info.get("mode", 0)), "neither file nor folder")
 
 
 def file_format(file: CorpusFile, place: str = "") -> tuple[str, str]:

@@ -14,9 +14,13 @@ import zstandard
 from ddk.errors import UserError
 from storage import uri
 from storage.corpus import CorpusFile
+from storage.magic import HEAD, check_text, compression_of
 
 _BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 _CHUNK = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 28
+"""Of a line, or of a text between blank lines: 256 MiB. A longer one is no document, and would take memory for what a
+few bytes of a compressed file can unfold to."""
 
 OnBytes = Callable[[int], None]
 
@@ -38,11 +42,27 @@ def opened(file: CorpusFile, on_bytes: OnBytes | None = None) -> Iterator[io.Raw
 
 
 def stored_lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> Iterator[tuple[int, bytes]]:
-    """Index and bytes of every line, its line feed included, the byte order mark of some editors not."""
+    """Index and bytes of every line, its line feed included, the byte order mark of some editors not.
+
+    Args:
+        compression: what the file's name promises. How it is read is decided by its first bytes.
+
+    Raises:
+        UserError: the content is no text, is compressed otherwise than with gzip or zstd, truncated or corrupt, or has
+            a line of more than 256 MiB.
+    """
     number = 0
     try:
-        with _decompressed(stored, compression) as stream:
-            for line in stream:
+        packed = io.BufferedReader(stored, _CHUNK)
+        found = compression_of(packed.peek(HEAD)[:HEAD])
+        with _decompressed(packed, found) as stream:
+            check_text(stream.peek(HEAD)[:HEAD], file.url, compression, unpacked=bool(found))
+            while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    raise UserError(
+                        f"{file.url}, line {number + 1}: longer than {MAX_DOCUMENT_BYTES >> 20} MiB, which is no "
+                        f"document; one is a line (.jsonl), or ends at a blank line (.txt): split it, or mend the file"
+                    )
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
                 number += 1
     except _BROKEN_COMPRESSION as error:
@@ -51,16 +71,16 @@ def stored_lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> It
         ) from error
 
 
-def _decompressed(stored: io.RawIOBase, compression: str) -> io.BufferedIOBase:
+def _decompressed(packed: io.BufferedReader[Any], compression: str) -> io.BufferedReader[Any]:
     if compression == ".gz":
-        return gzip.GzipFile(fileobj=io.BufferedReader(stored, _CHUNK))
-    return io.BufferedReader(_ZstdReader(stored) if compression else stored, _CHUNK)
+        return io.BufferedReader(gzip.GzipFile(fileobj=packed), _CHUNK)
+    return io.BufferedReader(_ZstdReader(packed), _CHUNK) if compression else packed
 
 
 class _ZstdReader(io.RawIOBase):
     """The content of one zstd frame after another. Unlike zstandard's own stream reader it notices a cut-off end."""
 
-    def __init__(self, stored: io.RawIOBase) -> None:
+    def __init__(self, stored: io.BufferedReader[Any]) -> None:
         self._stored = stored
         # Archives made with `zstd --long=31` need the widest window.
         self._zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)

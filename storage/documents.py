@@ -10,14 +10,19 @@ records have them.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ddk.errors import UserError
 from storage.corpus import CorpusFile, check_fields, file_format
-from storage.corpus_bytes import OnBytes, opened, stored_lines
+from storage.corpus_bytes import MAX_DOCUMENT_BYTES, OnBytes, opened, stored_lines
+from storage.json_lines import comes_twice, parsed
+from storage.magic import HEAD, compression_of, disguised
 from storage.paths import record_path
+
+_NUL = (
+    "it holds NUL bytes, so it is no text, or the file is damaged (as one is whose download broke off); fetch it again"
+)
 
 
 class Text(NamedTuple):
@@ -125,8 +130,10 @@ def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
     """A JSON object that has the fields."""
     remedy = "each line must be one JSON object (`jq -c '.[]' array.json > lines.jsonl` turns an array into lines)"
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parsed(line)
+    except ValueError as error:
+        if "\0" in line:
+            raise UserError(f"{place}: {_NUL}") from None
         raise UserError(f"{place}: broken JSON ({error}); {remedy}") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: not a JSON object but {_named(record)}; {remedy}")
@@ -138,6 +145,8 @@ def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
             }.get(setting, "")
             there = _listed(record)
             raise UserError(f"{place}: no field '{name}'; set {setting} to one that is there{also}: {there}")
+        if comes_twice(line, name):
+            raise UserError(f"{place}: field '{name}' comes twice, and one of them would be lost; mend the record")
     return record
 
 
@@ -157,17 +166,26 @@ def _json_text(record: dict[str, Any], place: str, name: str) -> str:
 def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int) -> Iterator[tuple[str, Text]]:
     first = 0
     document: list[str] = []
-    inside = False
+    inside, size = False, 0
     for number, line in lines:
         if line.isspace():
             if document:
                 yield "", Text(first, "\n".join(document), "")
-            document, inside = [], False
+            document, inside, size = [], False, 0
             continue
         if not inside:
             first, inside = number, True
         if first >= start:
-            document.append(_decode(line, file, number).rstrip("\r\n"))
+            text = _decode(line, file, number).rstrip("\r\n")
+            if "\0" in text:
+                raise UserError(f"{_place(file, number)}: {_NUL}")
+            size += len(line)
+            if size > MAX_DOCUMENT_BYTES:
+                raise UserError(
+                    f"{_place(file, first)}: a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB begins here; "
+                    f"one ends at a blank line: put some in"
+                )
+            document.append(text)
     if document:
         yield "", Text(first, "\n".join(document), "")
 
@@ -194,7 +212,23 @@ def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start
         raise
     except (pa.ArrowException, OSError) as error:
         cause = " ".join(str(error).split())
-        raise UserError(f"{file.url} is not a readable Parquet file ({cause}); fetch or write it again") from error
+        raise UserError(f"{file.url} is not a readable Parquet file ({cause}); {_remedy(stored)}") from error
+
+
+def _remedy(stored: io.RawIOBase) -> str:
+    """For a file that is no Parquet file, by what it is."""
+    try:
+        stored.seek(0)
+        head = stored.read(HEAD) or b""
+    except (OSError, ValueError):
+        head = b""
+    if packed := compression_of(head):
+        return f"by its first bytes it is compressed: give it a name that ends in .jsonl{packed}, or decompress it"
+    if head[:1] in (b"{", b"["):
+        return "it begins as JSON does: give it a name that ends in .jsonl"
+    if head[:4] != b"PAR1" and (found := disguised(head)):
+        return f"by its first bytes it is {found[0]}: {found[1]}"
+    return "fetch or write it again"
 
 
 def _check_column(schema: Any, file: CorpusFile, column: str, setting: str) -> None:
@@ -204,6 +238,8 @@ def _check_column(schema: Any, file: CorpusFile, column: str, setting: str) -> N
         raise UserError(
             f"{file.url}: no column '{column}'; set {setting} to one that is there: {_listed(schema.names)}"
         )
+    if (times := schema.names.count(column)) > 1:
+        raise UserError(f"{file.url}: {times} columns are called '{column}'; rename or remove all but the one meant")
     kind = schema.field(column).type
     if pt.is_dictionary(kind):
         kind = kind.value_type
@@ -242,7 +278,8 @@ def _decode(line: bytes, file: CorpusFile, number: int) -> str:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{_place(file, number)}: not UTF-8 at byte offset {error.start} of the line "
-            f"(0x{line[error.start]:02x}); convert the file, for example with `iconv -f latin1 -t utf-8`"
+            f"(0x{line[error.start]:02x}); convert the file from the encoding that it is in (`file FILE` guesses it): "
+            f"`iconv -f ENCODING -t utf-8 FILE > NEW`"
         ) from None
 
 

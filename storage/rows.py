@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ddk.errors import UserError
 from storage.corpus import CorpusFile, file_format
 from storage.corpus_bytes import opened, stored_lines
+from storage.json_lines import parsed
 
 _ROWS_AT_ONCE = 8
 """Of Parquet: a row of 8,192 positions with 128 entries each takes 16 MB."""
@@ -79,6 +80,10 @@ def _parquet(stored: io.RawIOBase, file: CorpusFile, columns: Collection[str], s
     try:
         parquet = pq.ParquetFile(io.BufferedReader(stored))
         present = [name for name in parquet.schema_arrow.names if name in columns]
+        if twice := sorted({name for name in present if present.count(name) > 1}):
+            raise UserError(
+                f"{file.url}: several columns are called '{twice[0]}'; rename or remove all but the one meant"
+            )
         row, groups = 0, list(range(parquet.num_row_groups))
         while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= start:
             row += parquet.metadata.row_group(groups.pop(0)).num_rows
@@ -124,8 +129,8 @@ def _refuse_nulls(values: Any, where: str) -> None:
 
 def _json_cells(line: bytes, columns: Collection[str], where: str) -> Cells:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parsed(line)
+    except ValueError as error:
         raise UserError(f"{where}: broken JSON ({error}); each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object; each line must be one, with a field for each column")

@@ -6,7 +6,6 @@ Nothing of a model is loaded here before it is asked something.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from storage.runs import RunFolder
 from tasks.benchmarks import Role
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.teacher import TeacherConfig, engine_version, on_gpu, resolved_dtype
+from tasks.tokenizer_files import has_tokenizer
 
 Backend = Literal["hf", "vllm"]
 BACKENDS: tuple[Backend, ...] = ("hf", "vllm")
@@ -113,9 +113,10 @@ def _model(
     else:
         folder = local_folder(student.model, student.revision, "student.model")
         field = "student.model"
-    has_tokenizer = os.path.exists(os.path.join(folder, "tokenizer.json"))
     tokenizer = (
-        folder if has_tokenizer else local_folder(teacher.model, teacher.revision, "teacher.model", weights=False)
+        folder
+        if has_tokenizer(folder)
+        else local_folder(teacher.model, teacher.revision, "teacher.model", weights=False)
     )
     engine = TeacherConfig(
         model=folder,

@@ -19,6 +19,7 @@ from tasks.report import write_report
 from tasks.retries import RETRIES
 from tasks.run_artifacts import publish_report
 from tasks.run_summary import interval_records, summarise
+from tasks.tokenizer_files import has_tokenizer
 from tasks.train_student import StudentSession
 
 
@@ -49,8 +50,12 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         The folder's URL.
     """
     folder = session.run
-    has_tokenizer = os.path.exists(os.path.join(session.student_folder, "tokenizer.json"))
-    tokenizer = load_tokenizer(session.student_folder if has_tokenizer else session.plan.teacher_folder)
+    settings, own = session.settings, session.student_folder
+    tokenizer = (
+        load_tokenizer(own, trust_remote_code=settings.student.trust_remote_code)
+        if has_tokenizer(own)
+        else session.plan.tokenizer()
+    )
     summary = {
         "steps": session.step,
         "tokens_seen": session.tokens_seen,

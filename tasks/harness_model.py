@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from ddk.errors import UserError
 from ddk.student import load_tokenizer
 
 
@@ -64,6 +65,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def __init__(self, tokenizer: str, *, trust_remote_code: bool, on_progress: Callable[[int], None]) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of '{tokenizer}' has no eos_token, at which texts end; set it there")
         # Not the number of tokens: a vocabulary may have holes.
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         self.on_progress = on_progress

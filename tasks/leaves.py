@@ -77,6 +77,7 @@ def _leaf(domain: str, corpus: DomainConfig, path: str, leaves: Mapping[Split, L
     inputs = {
         "leaf": LEAF_VERSION,
         **corpus.model_dump(include={"validation_fraction", "max_train_blocks", "max_validation_blocks"}),
+        **({} if corpus.special_tokens == "text" else {"special_tokens": corpus.special_tokens}),
         "train": _row(path, leaves["train"]),
         "validation": _row(path, leaves["validation"]),
     }
@@ -153,9 +154,11 @@ def _missing(domain: str, paths: Sequence[str], split: Split) -> str:
 def _settings(corpus: DomainConfig) -> dict[str, Any]:
     """What of a domain's settings, besides its files, determines its blocks."""
     other = {"train", "validation", "targets", "shift", "compression_config", "path_field", "path_depth"}
-    # Left out where there is none, so that stores from before there were prompts are found.
+    # Left out where there is none, and where text is text: then they change nothing.
     if corpus.prompt_field is None:
         other.add("prompt_field")
+    if corpus.special_tokens == "text":
+        other.add("special_tokens")
     if not corpus.imported:
         return corpus.model_dump(exclude=other)
     return {**corpus.model_dump(exclude={*other, "text_field"}), "rows": IMPORT_VERSION}

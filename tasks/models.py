@@ -10,12 +10,12 @@ import huggingface_hub
 from ddk.errors import UserError
 from ddk.student import load_tokenizer
 from storage.digests import DigestCache
+from tasks.tokenizer_files import FETCHED, tokenizer_files
 
 _PROBE = (
     "  Hello, World!\n\tdef f(x): return x**2 + 3.14159  # naïve café\r\n你好，世界。 １２３ 😀 don't can't 10,000.50"
 )
 """Text on which tokenizers part: spaces, line ends, digits, accents, full-width forms, contractions."""
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def local_folder(model: str, revision: str | None, field: str, *, weights: bool = True) -> str:
@@ -33,7 +33,7 @@ def local_folder(model: str, revision: str | None, field: str, *, weights: bool 
     if os.path.isabs(model) or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"{field} is '{model}', and there is no such folder; correct the path")
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+        patterns = ["*.json", *FETCHED, *(["*.safetensors"] if weights else [])]
         return str(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -57,7 +57,7 @@ def weight_digests(folder: str, digests: DigestCache, field: str) -> dict[str, s
 
 def tokenizer_digests(folder: str, digests: DigestCache) -> dict[str, str]:
     """sha256 of the tokenizer's files, by name."""
-    return _digests(folder, [name for name in _TOKENIZER_FILES if os.path.exists(os.path.join(folder, name))], digests)
+    return _digests(folder, tokenizer_files(folder), digests)
 
 
 def check_same_tokenizer(teacher_folder: str, student_folder: str) -> None:

@@ -3,15 +3,16 @@
 A split is one stream, cut into blocks and written a shard at a time. With every shard goes the place in the corpus
 where the next one begins, so that packing which was killed goes on there.
 
-Of a domain with a `prompt_field` it is stored too which tokens carry loss (array `loss`), and each shard's record
-counts the positions that do. The teacher is captured at all positions all the same: what counts is said by the blocks
-alone, to whoever trains or measures on them.
+Of a domain with a `prompt_field`, or where documents begin with BOS, it is stored too which tokens carry loss (array
+`loss`), and each shard's record counts the positions that do. The teacher is captured at all positions all the same:
+what counts is said by the blocks alone, to whoever trains or measures on them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from prefect.cache_policies import NO_CACHE
 from ddk.errors import UserError
 from ddk.packing import Cursor, PackedBlock, pack
 from ddk.paths import depth
-from ddk.student import load_tokenizer
 from ddk.types import SPLITS, Split
 from storage.layout import is_marked
 from storage.manifest import StoreWriter
@@ -50,6 +50,7 @@ def pack_corpus(plan: Plan, domain: str) -> dict[str, Any]:
     if done_before:
         logger.info("pack %s: complete already", domain)
     else:
+        _say_ends(plan, domain)
         with alone(store.blocks_url, f"pack {domain}"):
             _pack(plan, store, writer)
     splits = writer.manifest.splits
@@ -124,18 +125,33 @@ def _arrays(
 def _blocks(
     plan: Plan, store: StorePlan, split: Split, start: Cursor[DocumentKey] | None, progress: Meter
 ) -> Iterator[PackedBlock[DocumentKey]]:
-    tokenizer = load_tokenizer(plan.teacher_folder)
     documents = tokenize_documents(
         store.files(split),
         store.corpus,
         split,
-        tokenizer,
+        plan.tokenizer(),
         domain=store.domain,
         path=store.path,
         start=start.document if start is not None else (0, 0),
         on_progress=progress.advance,
+        on_spelled=partial(_say_spelled, store.domain) if split == "train" else None,
     )
-    return pack(documents, store.blocks_dims["seq_len"], plan.eos_id, start)
+    return pack(documents, store.blocks_dims["seq_len"], plan.eos_id, start, plan.bos_ids)
+
+
+def _say_spelled(domain: str, token: str) -> None:
+    logger.info(
+        "pack %s: texts spell the control token %s, and it stays text; where the token itself is meant, as in chats, "
+        "set the domain's special_tokens: control",
+        *(domain, token),
+    )
+
+
+def _say_ends(plan: Plan, domain: str) -> None:
+    if plan.ends is not None and plan.ends.said:
+        logger.info("pack %s: documents %s", domain, plan.ends.said)
+    if plan.ends is not None and plan.ends.warning:
+        logger.warning("pack %s: %s", domain, plan.ends.warning)
 
 
 def _cursor(record: ShardRecord) -> Cursor[DocumentKey]:

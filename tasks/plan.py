@@ -15,7 +15,7 @@ from typing import Any
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
 from ddk.paths import check_leaves
-from ddk.student import load_tokenizer
+from ddk.student import StudentConfig, load_tokenizer
 from ddk.types import Split
 from storage import uri
 from storage.codec import TargetFormat
@@ -32,6 +32,7 @@ from tasks.leaves import domain_leaves
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.server_teacher import server_identity
 from tasks.teacher import TeacherConfig, check_fits, engine_version, resolved_dtype, target_format
+from tasks.text_ends import TextEnds, ends_of_rows, text_ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,17 @@ class Plan:
     vocab_size: int
     """Tokens of the tokenizer, V."""
     eos_id: int
+    """Behind each document."""
+    bos_ids: tuple[int, ...] = ()
+    """Before each document, and before the rest of one in a block that begins within it."""
+    ends: TextEnds | None = None
+    """The same, with what is to be said of it."""
+    trust_remote_code: bool = False
+    """Of the teacher."""
+
+    def tokenizer(self) -> Any:
+        """The teacher's, whose ids the blocks hold; a new one with every call."""
+        return load_tokenizer(self.teacher_folder, trust_remote_code=self.trust_remote_code)
 
     def __getitem__(self, domain: str) -> StorePlan:
         return self.domains[domain]
@@ -84,6 +96,7 @@ def plan_stores(
     packing: PackingConfig,
     teacher: TeacherConfig,
     make_again: Collection[Kind] = (),
+    student: StudentConfig | None = None,
 ) -> Plan:
     """Fingerprint every input.
 
@@ -92,6 +105,7 @@ def plan_stores(
 
     Args:
         make_again: stores to be made beside those that are there; see `storage.generations`.
+        student: whose end of text ends the documents, unless `packing.eos` names one; None: the teacher's does.
 
     Raises:
         UserError: a corpus or a model is not there, or they do not fit together.
@@ -107,7 +121,15 @@ def plan_stores(
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     if captures:
         check_fits(teacher, seq_len=packing.seq_len, vocab_size=vocab_size)
-    tokenizer_inputs = {"files": tokenizer_digests(folder, digests), "eos_id": tokenizer.eos_token_id}
+    ends = text_ends(packing, tokenizer, student) if captures else ends_of_rows(tokenizer)
+    tokenizer_files = tokenizer_digests(folder, digests)
+    tokenizer_inputs = {
+        "files": tokenizer_files,
+        "eos_id": ends.eos_id,
+        **({"bos_ids": list(ends.bos_ids)} if ends.bos_ids else {}),
+    }
+    # Rows of tokens that others have cached hold what they hold, whoever trains on them.
+    imported_inputs = {"files": tokenizer_files, "eos_id": tokenizer.eos_token_id}
     teacher_inputs = _teacher_inputs(teacher, folder, digests, root) if captures else {}
     index = LeafIndex(uri.join(root, "paths.json"))
     leaves = [leaf for name, corpus in domains.items() for leaf in domain_leaves(name, corpus, digests, index)]
@@ -115,14 +137,14 @@ def plan_stores(
     plans: dict[str, StorePlan] = {}
     for leaf in leaves:
         domain, corpus, files = leaf.domain, leaf.corpus, [*leaf.train, *leaf.validation]
-        marked = corpus.prompt_field is not None
+        marked = not corpus.imported and (corpus.prompt_field is not None or bool(ends.bos_ids))
         blocks_inputs = {
             "kind": "blocks",
             "format": FORMAT_VERSION,
             **({"marked": True} if marked else {}),
             "domain": domain,
             "corpus": leaf.inputs,
-            "tokenizer": tokenizer_inputs,
+            "tokenizer": imported_inputs if corpus.imported else tokenizer_inputs,
             "seq_len": packing.seq_len,
         }
         form = target_format(teacher, imported=corpus.imported)
@@ -153,7 +175,15 @@ def plan_stores(
             targets_dims={**dims, "k": teacher.k, "shard_blocks": teacher.shard_blocks},
             targets_form=form,
         )
-    return Plan(domains=plans, teacher_folder=folder, vocab_size=vocab_size, eos_id=int(tokenizer.eos_token_id))
+    return Plan(
+        domains=plans,
+        teacher_folder=folder,
+        vocab_size=vocab_size,
+        eos_id=ends.eos_id,
+        bos_ids=ends.bos_ids,
+        ends=ends,
+        trust_remote_code=teacher.trust_remote_code,
+    )
 
 
 def _check_names(leaves: Sequence[str]) -> None:

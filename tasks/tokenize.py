@@ -4,13 +4,13 @@ Texts are read here and handed, a batch at a time, to a thread that tokenises th
 a batch among the cores and let go of Python meanwhile. So while one batch is tokenised, the consumer packs the one
 before and this module reads the one after.
 
-No special tokens are added; text that spells one (`<|endoftext|>`) becomes that token, as it does in chat corpora by
-intention.
+What begins and ends a document is put there by `ddk.packing`. Text that spells a control token (`<|endoftext|>`) is
+text, unless the domain says otherwise (`tasks.encoder`).
 
 Where a domain has a `prompt_field`, prompt and text are tokenised each by itself and laid end to end, so that the
 boundary falls between two tokens whatever the tokenizer would have merged across it. Nothing is put between them and no
 chat template is applied: who wants one renders it into the two fields, the header of the answer at the prompt's end
-and the end of the turn at the text's.
+and the end of the turn at the text's, and sets `special_tokens: control`.
 
     prompt "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"    text "4<|im_end|>\n"
 """
@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from ddk.packing import Document
-from ddk.types import Int32Array, Split
+from ddk.types import Split
 from storage.corpus import CorpusFile, DomainConfig, domain_seed, in_validation
 from storage.documents import Text, iter_documents
 from storage.leaves import in_leaf_validation, iter_leaf_documents
+from tasks.encoder import TextEncoder
 
 DocumentKey = tuple[int, int]
 """File index and record number: where a document lies, and in which order it comes. Of a leaf 0 and the document's
@@ -50,20 +51,21 @@ def tokenize_documents(
     path: str | None = None,
     start: DocumentKey = (0, 0),
     on_progress: Callable[[int], None] | None = None,
+    on_spelled: Callable[[str], None] | None = None,
     batch_documents: int = 256,
 ) -> Iterator[Document[DocumentKey]]:
     """The split's documents from `start` on, each with at least one token behind its prompt.
 
     `files` are the ones that hold the split: the validation files where the config names some, else the train files,
     of which `validation_fraction` is held out. `path` is the leaf's, where its documents alone are meant. `tokenizer`
-    is a Hugging Face tokenizer, best a fast one; truncation and padding that it may have set are turned off.
-    `on_progress` hears the stored bytes that were passed since its last call; over all files these sum to the files'
-    sizes. It is called on the consumer's thread.
+    is `tasks.encoder.TextEncoder`'s. `on_progress` hears the stored bytes that were passed since its last call; over
+    all files these sum to the files' sizes. `on_spelled` hears at the end of a control token that stayed text. Both are
+    called on the consumer's thread.
 
     Raises:
-        UserError: a file cannot be read (see `storage.documents.iter_documents`).
+        UserError: a file cannot be read (see `storage.documents.iter_documents`), or a text not be encoded.
     """
-    encode = _encoder(tokenizer)
+    encode = TextEncoder(tokenizer, control=config.special_tokens == "control")
     seed = domain_seed(domain)
     passed = on_progress or (lambda _: None)
     documents = (
@@ -79,6 +81,8 @@ def tokenize_documents(
                 yield from ready.result()
         if ahead is not None:
             yield from ahead.result()
+    if on_spelled is not None and encode.spelled is not None:
+        on_spelled(encode.spelled)
 
 
 def _documents(
@@ -156,7 +160,7 @@ def _batches(
         yield batch
 
 
-def _tokenize(encode: Callable[[list[str]], list[Int32Array]], batch: list[tuple[DocumentKey, Text]]) -> Tokenized:
+def _tokenize(encode: TextEncoder, batch: list[tuple[DocumentKey, Text]]) -> Tokenized:
     prompted = [number for number, (_, document) in enumerate(batch) if document.prompt]
     # One call, so that the tokenizer's threads share one batch: all texts, then such prompts as there are.
     encoded = encode([document.text for _, document in batch] + [batch[number][1].prompt for number in prompted])
@@ -167,21 +171,3 @@ def _tokenize(encode: Callable[[list[str]], list[Int32Array]], batch: list[tuple
         if len(ids):
             tokenized.append(Document(key, np.concatenate([prompt, ids]), len(prompt)))
     return tokenized
-
-
-def _encoder(tokenizer: Any) -> Callable[[list[str]], list[Int32Array]]:
-    """Texts to token ids: by the Rust tokenizer where there is one, past the wrapper's masks and length warnings."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return lambda texts: [
-            np.asarray(ids, dtype=np.int32)
-            for ids in tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        ]
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.padding is not None:
-        backend.no_padding()
-    return lambda texts: [
-        np.asarray(encoding.ids, dtype=np.int32)
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-    ]

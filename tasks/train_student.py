@@ -170,7 +170,7 @@ class StudentSession:
             loss=effective_loss(settings.method, settings.loss),
             train=settings.train,
             vocab_size=plan.vocab_size,
-            separator=plan.eos_id,
+            separator=(plan.eos_id, *plan.bos_ids[-1:]),
             blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
             targets={domain: store.targets_url for domain, store in plan.domains.items()},
             **self._live_teacher(),

@@ -49,8 +49,8 @@ class TrainingJob(BaseModel):
     """The method's: γ is 0 where no targets are read."""
     train: TrainConfig
     vocab_size: int
-    separator: int
-    """The token that ends a document."""
+    separator: int | tuple[int, ...]
+    """The tokens behind which a document begins: EOS, and BOS where there is one."""
     blocks: dict[str, str]
     """URLs of the stores, by domain."""
     targets: dict[str, str]

@@ -150,3 +150,50 @@ def test_config() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         PackingConfig.model_validate({"seq_length": 7})
     assert "Predictions in a block" in json.dumps(PackingConfig.model_json_schema())
+
+
+BOS = (200_001, 200_002)
+
+
+def test_the_example_with_bos() -> None:
+    blocks = list(pack(keyed([[5, 6, 7, 8, 9], [4, 4]]), 4, EOS, bos_ids=(1,)))
+    assert as_lists(blocks) == [[1, 5, 6, 7, 8], [1, 9, 0, 1, 4]]
+    assert marks(blocks) == [[0, 1, 1, 1, 1], [0, 1, 1, 0, 1]]
+
+
+@given(prompted=prompted_strategy, seq_len=st.integers(2, 20), length=st.integers(0, 2))
+def test_every_document_and_every_block_begins_with_bos(prompted, seq_len: int, length: int) -> None:
+    """By hand, a token at a time; and resumed behind each block. A document that has its BOS already gets no other."""
+    bos = list(BOS[:length])
+    texts = [prompt + text for prompt, text in prompted]
+    blocks, marked = [[]], [[]]
+    for (prompt, _), text in zip(prompted, texts, strict=True):
+        rest = [(token, 0) for token in bos] + [
+            (token, int(at >= len(prompt))) for at, token in enumerate([*text, EOS])
+        ]
+        while rest:
+            if not blocks[-1]:
+                # A BOS that the block before has a part of is not gone on with: the block begins with a whole one.
+                rest = [one for one in rest if one[0] not in bos]
+                blocks[-1], marked[-1] = list(bos), [0] * length
+            token, mark = rest.pop(0)
+            blocks[-1].append(token)
+            marked[-1].append(mark)
+            if len(blocks[-1]) == seq_len + 1:
+                blocks.append([])
+                marked.append([])
+    documents = keyed(texts, [len(prompt) for prompt, _ in prompted])
+    found = list(pack(documents, seq_len, EOS, bos_ids=bos))
+    assert (as_lists(found), marks(found)) == (blocks[:-1], marked[:-1])
+    for number, block in enumerate(found):
+        rest_of_them = [one for one in documents if one.key >= block.next.document]
+        resumed = list(pack(rest_of_them, seq_len, EOS, start=block.next, bos_ids=bos))
+        assert (as_lists(resumed), marks(resumed)) == (as_lists(found[number + 1 :]), marks(found[number + 1 :]))
+    begun = keyed([bos + text for text in texts], [0 if not prompt else length + len(prompt) for prompt, _ in prompted])
+    again = list(pack(begun, seq_len, EOS, bos_ids=bos))
+    assert (as_lists(again), marks(again)) == (as_lists(found), marks(found))
+
+
+def test_a_block_must_have_room_behind_bos() -> None:
+    with pytest.raises(ValueError, match="a block of 2 tokens has no room behind the 2 that each begins with"):
+        list(pack(keyed([[5]]), 1, EOS, bos_ids=BOS))

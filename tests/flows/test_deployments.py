@@ -39,7 +39,7 @@ POOLS = {
     "report": "cpu",
     "evaluate": "gpu",
 }
-STORE_PARAMETERS = {"root", "domains", "teacher", "packing", "storage_block"}
+STORE_PARAMETERS = {"root", "domains", "teacher", "packing", "student", "storage_block"}
 YAML = Path(__file__).parents[2] / "prefect.yaml"
 
 

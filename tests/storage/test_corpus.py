@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import socket
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import fsspec
@@ -128,6 +132,54 @@ def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> Non
     assert list(iter_documents(file, "text")) == [(0, "zipped", "")]
     with pytest.raises(UserError, match="a chained URL"):
         resolve_files([f"zip://*.txt::{tmp_path}/a.zip"], "web")
+
+
+def test_links_are_followed_and_what_is_no_file_is_named(tmp_path: Path) -> None:
+    """The hub's cache is made of links."""
+    put(tmp_path / "blob", b"123")
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "blob")
+    (linked,) = resolve_files([f"{tmp_path}/*.jsonl"], "web")
+    assert (linked.name, linked.size) == ("a.jsonl", 3)
+    os.mkfifo(tmp_path / "p.jsonl")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.txt"))
+        for pattern, kind in (("p.jsonl", "a named pipe"), ("*.jsonl", "a named pipe"), ("s.txt", "a socket")):
+            with pytest.raises(
+                UserError, match=rf"pattern '.*': /.* is {kind}, which cannot be read twice; store it as"
+            ):
+                resolve_files([f"{tmp_path}/{pattern}"], "web")
+    with pytest.raises(UserError, match="/dev/null is a device, which cannot be read twice"):
+        resolve_files(["/dev/null"], "web")
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(int(self.path.strip("/").split(".")[0]))
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for code in (403, 500):
+            with pytest.raises(
+                UserError, match=rf"pattern '.*': its server does not answer, or refuses \({code}, .*\); ch"
+            ):
+                resolve_files([f"{url}/{code}.jsonl"], "web")
+        with pytest.raises(UserError, match="matches no file"):
+            resolve_files([f"{url}/404.jsonl"], "web")
+        server.shutdown()
+    for pattern in (f"{url}/a.jsonl", f"{url}/*.jsonl"):
+        with pytest.raises(
+            UserError, match=r"pattern '.*'(: its server does not answer| cannot be listed).*[Cc]onnect"
+        ):
+            resolve_files([pattern], "web")
 
 
 def test_files_on_s3(s3_server: str) -> None:

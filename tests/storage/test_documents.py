@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import pytest
 import zstandard
 
 from ddk.errors import UserError
-from storage import corpus_bytes
+from storage import corpus_bytes, documents
 from storage.corpus import CorpusFile
 from storage.documents import iter_documents
 
@@ -215,7 +217,7 @@ def test_a_column_of_prompts_that_does_not_serve_is_named(tmp_path: Path) -> Non
     ("line", "message"),
     [
         (b'{"text": "a", ', "FILE, line 3: broken JSON (Expecting property name enclosed in double quotes: line 2"),
-        (b"[" * 100_000, "FILE, line 3: broken JSON (maximum recursion depth"),
+        (b"[" * 100_000, "FILE, line 3: broken JSON (nested too deeply)"),
         (b'["a"]', "FILE, line 3: not a JSON object but an array; each line must be one JSON object (`jq -c"),
         (b"12", "FILE, line 3: not a JSON object but a number; "),
         (b'{"body": "a", "id": 1}', "no field 'text'; set text_field to one that is there: 'body', 'id'"),
@@ -223,7 +225,7 @@ def test_a_column_of_prompts_that_does_not_serve_is_named(tmp_path: Path) -> Non
         (b'{"text": null}', "FILE, line 3: field 'text' is not a string but null; mend or remove the record"),
         (b'{"text": ["a"]}', "FILE, line 3: field 'text' is not a string but an array"),
         (b'{"text": true}', "FILE, line 3: field 'text' is not a string but a boolean"),
-        (b'{"text": "a\xe9b"}', "FILE, line 3: not UTF-8 at byte offset 11 of the line (0xe9); convert the file, "),
+        (b'{"text": "a\xe9b"}', "FILE, line 3: not UTF-8 at byte offset 11 of the line (0xe9); convert the file from "),
         (b'{"text": "\\ud800 x"}', "FILE, line 3: field 'text' holds \\ud800, half a character; mend the record"),
     ],
 )
@@ -256,7 +258,126 @@ def test_a_truncated_file_is_named(tmp_path: Path, compression: str, cut: float)
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
 def test_a_file_that_is_not_compressed_at_all_is_named(tmp_path: Path, compression: str) -> None:
     file = put(tmp_path / f"a.jsonl{compression}", json_lines(["a"] * 100))
-    assert "FILE is truncated or corrupt after line 0 (" in error_of(file)
+    message = error_of(file)
+    assert message.startswith("FILE is not compressed with gzip or zstd, as its name promises: it begins with b'{")
+    assert f"; take '{compression}' off its name where that is its text" in message
+    assert list(iter_documents(put(tmp_path / f"e.jsonl{compression}", b""), "text")) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json"])
+@pytest.mark.parametrize("compression", [".gz", ".zst", "skippable"])
+def test_a_file_is_read_as_what_it_is(tmp_path: Path, name: str, compression: str) -> None:
+    """Whatever its name says: many a download is stored as it came."""
+    texts = ["one", "two", "three"]
+    content = COMPRESSIONS[".gz" if compression == ".gz" else ".zst"](json_lines(texts))
+    if compression == "skippable":
+        content = b"\x5a\x2a\x4d\x18\x04\0\0\0abcd" + content
+    file = put(tmp_path / name, content)
+    assert [document.text for document in iter_documents(file, "text")] == texts
+
+
+LINES = b'{"text": "a"}\n' * 60
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "remedy"),
+    [
+        (bz2.compress(LINES), "bzip2-compressed", "`bzip2 -dc"),
+        (bz2.compress(b""), "bzip2-compressed", "`bzip2 -dc"),
+        (lzma.compress(LINES), "xz-compressed", "`xz -dc"),
+        (b"PK\x03\x04" + LINES, "a zip archive", "`unzip"),
+        (LINES.decode().encode("utf-16"), "UTF-16", "`iconv -f utf-16 -t utf-8 FILE"),
+        (LINES.decode().encode("utf-16-le"), "UTF-16 without its mark", "`iconv -f utf-16le"),
+        (LINES.decode().encode("utf-16-be"), "UTF-16 without its mark", "`iconv -f utf-16be"),
+        (LINES.decode().encode("utf-32"), "UTF-32", "`iconv -f utf-32"),
+        (b"PAR1\x15\x04", "a Parquet file", ".parquet"),
+        (b"a.jsonl".ljust(257, b"\0") + b"ustar\x0000", "a tar archive", "`tar xf"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_another_kind_is_named(
+    tmp_path: Path, content: bytes, what: str, remedy: str, name: str, packed
+) -> None:
+    file = put(tmp_path / name, gzip.compress(content) if packed else content)
+    message = error_of(file)
+    assert message.startswith(f"FILE is {'decompressed once, ' if packed else ''}{what}, whatever its name says; ")
+    assert remedy in message
+    assert "latin1" not in message
+
+
+def test_a_file_that_is_compressed_twice_is_named(tmp_path: Path) -> None:
+    twice = put(tmp_path / "a.jsonl.gz", gzip.compress(COMPRESSIONS[".zst"](LINES)))
+    assert error_of(twice) == "FILE is compressed twice; decompress it once (plain UTF-8, gzip and zstd are read)"
+
+
+@pytest.mark.parametrize("text", ["BZh9 is no magic", "PAR1 is a word", "PK and more", "\x1f\x7f", "ÿþ", "Objects"])
+def test_text_that_begins_oddly_is_text(tmp_path: Path, text: str) -> None:
+    file = put(tmp_path / "a.txt", text.encode())
+    assert [document.text for document in iter_documents(file, "text")] == [text]
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (LINES, "it begins as JSON does: give it a name that ends in .jsonl"),
+        (gzip.compress(LINES), "by its first bytes it is compressed: give it a name that ends in .jsonl.gz"),
+        (b"PK\x03\x04" + LINES, "by its first bytes it is a zip archive: unpack it"),
+        (b"", "fetch or write it again"),
+    ],
+)
+def test_a_file_that_is_called_parquet_and_is_none(tmp_path: Path, content: bytes, remedy: str) -> None:
+    message = error_of(put(tmp_path / "a.parquet", content))
+    assert message.startswith("FILE is not a readable Parquet file (")
+    assert remedy in message
+
+
+def test_a_line_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_bytes, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1 << 20)
+    long = b'{"text": "a"}\n{"text": "' + b"a" * (1 << 26) + b'"}\n'
+    for compression, compress in COMPRESSIONS.items():
+        tracemalloc.start()
+        message = error_of(put(tmp_path / f"a.jsonl{compression}", compress(long)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert message.startswith("FILE, line 2: longer than 1 MiB, which is no document; ")
+        assert peak < 1 << 24 or compression == ".zst"  # of which 4 KiB, all this, are unfolded at once
+    text = put(tmp_path / "a.txt", b"short\n\n" + b"a line of a text\n" * (1 << 17))
+    assert "FILE, line 3: a document of more than 1 MiB begins here; one ends at a blank line" in error_of(text)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_nul_bytes_are_named(tmp_path: Path, name: str) -> None:
+    file = put(tmp_path / name, b'{"text": "fine"}\n\n' + bytes(5000) + b"\n")
+    assert "FILE, line 3: it holds NUL bytes, so it is no text, or the file is damaged" in error_of(file)
+    file = put(tmp_path / "b.jsonl", b'{"text": "an escaped \\u0000 is text"}')
+    assert [document.text for document in iter_documents(file, "text")] == ["an escaped \0 is text"]
+
+
+def test_a_number_of_thousands_of_digits_beside_the_text(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.jsonl", b'{"id": -%s, "text": "a", "x": %s.5}' % (b"9" * 5000, b"9" * 5000))
+    assert [document.text for document in iter_documents(file, "text")] == ["a"]
+    file = put(tmp_path / "b.jsonl", b'{"text": %s}' % (b"9" * 5000))
+    assert "FILE, line 1: field 'text' is not a string but a number" in error_of(file)
+
+
+def test_a_field_that_comes_twice_is_named(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b", "id": 1, "text": "c"}\n')
+    assert "FILE, line 2: field 'text' comes twice, and one of them would be lost; mend the record" in error_of(file)
+    once = {"id": {"text": "x"}, "text": 'a "text" of "text"', "more": ["text", {"text": "y"}]}
+    file = put(tmp_path / "b.jsonl", json.dumps(once).encode())
+    assert [document.text for document in iter_documents(file, "text")] == [once["text"]]
+
+
+def test_a_column_that_comes_twice_is_named(tmp_path: Path) -> None:
+    texts, ids = pa.array(["a", "b"]), pa.array([1, 2])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([texts, texts, ids], names=["text", "text", "id"]), path)
+    file = CorpusFile(url=str(path), name=path.name, size=1)
+    assert error_of(file) == "FILE: 2 columns are called 'text'; rename or remove all but the one meant"
+    pq.write_table(pa.Table.from_arrays([ids, texts, ids], names=["id", "text", "id"]), path)
+    assert [document.text for document in iter_documents(file, "text")] == ["a", "b"]
 
 
 def test_broken_parquet_is_named(tmp_path: Path) -> None:

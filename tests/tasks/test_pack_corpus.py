@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from byte_tokenizers import byte_tokenizer
+from tiny_model import make_tiny_model
 
 from ddk.errors import UserError
-from ddk.packing import PackingConfig
+from ddk.packing import Document, PackingConfig, pack
 from ddk.student import load_tokenizer
 from ddk.types import Split
 from storage import uri
@@ -116,6 +118,36 @@ def test_tokens_and_marks_are_those_of_the_records(packer: Packer, suffix: str) 
     assert borders == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert len(manifest.splits["train"].shards) >= 3
     assert pack_corpus.fn(plan, "chat")["done_before"]
+
+
+def test_blocks_of_a_tokenizer_with_bos_and_of_texts_that_spell_it(packer: Packer, tmp_path: Path) -> None:
+    """To predict BOS carries no loss; and gone on with behind a shard, they are the same."""
+    packer.teacher = byte_tokenizer(tmp_path / "t", added=["<bos>", "<s>"], before=["<bos>"])
+    make_tiny_model(tmp_path / "t", rows=259, context=16)
+    texts = [{"answer": f"{n}<s>{n + 1}</s> <bos> <|endoftext|>!"} for n in range(60)]
+    files = {"train": packer.write("a.jsonl", texts), "validation": packer.write("v.jsonl", texts[:9])}
+    for kind in ("text", "control"):
+        plan = packer.plan(**files, prompt_field=None, special_tokens=kind)
+        done = pack_corpus.fn(plan, "chat")
+        tokens, mask = whole(done["url"])
+        encode = load_tokenizer(packer.teacher)
+        options = {"add_special_tokens": False, "split_special_tokens": kind == "text"}
+        documents = [
+            Document((0, n), np.array(encode(one["answer"], **options)["input_ids"], dtype=np.int32))
+            for n, one in enumerate(texts)
+        ]
+        wanted = list(pack(documents, L, 0, bos_ids=(257,)))
+        np.testing.assert_array_equal(tokens, [block.tokens for block in wanted])
+        assert mask is not None
+        np.testing.assert_array_equal(mask, [block.loss[1:] for block in wanted])
+        assert (tokens[:, 0] == 257).all()
+        assert ((tokens == 0).sum() <= 60) == ((tokens == 258).sum() == 0) == (kind == "text")
+        manifest = read_manifest(done["url"])
+        assert manifest is not None
+        uri.write_bytes(f"{done['url']}/train/tokens/c/1/0", b"rubbish")
+        assert uncommit(done["url"], manifest, verify(done["url"], manifest, full=True))["train"][0] == 1
+        pack_corpus.fn(plan, "chat")
+        np.testing.assert_array_equal(whole(done["url"])[0], tokens)
 
 
 def test_without_a_prompt_field_a_store_is_as_it_always_was(packer: Packer, domain: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """What of the configuration decides where a domain's blocks lie."""
 
+# ruff: noqa: S106
 from __future__ import annotations
 
 import json
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_tokenizers import END, byte_tokenizer
+from tiny_model import make_tiny_model
 
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
+from ddk.student import StudentConfig
 from storage.corpus import DomainConfig
 from storage.fingerprint import fingerprint
 from tasks.plan import StorePlan, plan_stores
@@ -74,3 +78,39 @@ def test_a_prompt_and_text_files_are_refused_at_once(planner: Planner, files: di
     with pytest.raises(UserError, match=r"domain 'mine': .*t\.txt holds plain text, which has no field 'prompt'"):
         planner(**files, prompt_field="prompt")
     assert planner(**files).corpus.prompt_field is None
+
+
+def test_what_documents_begin_and_end_with_is_in_the_fingerprint_where_it_differs(tmp_path: Path) -> None:
+    """And nothing else of the student is: students with one EOS share blocks and targets."""
+    turns = ["<bos>", "<|im_end|>"]
+    teacher, plain, chat, other = (
+        byte_tokenizer(tmp_path / name, added=turns, eos_token=eos)
+        for name, eos in (("teacher", "<|im_end|>"), ("plain", END), ("chat", "<|im_end|>"), ("other", END))
+    )
+    make_tiny_model(Path(teacher), rows=259, context=16)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "v.jsonl").write_text('{"text": "two"}\n')
+
+    def inputs(student: str | None, *, bos: str | None = None, **domain: str) -> tuple[str, str]:
+        byte_tokenizer(tmp_path / "teacher", added=turns, eos_token="<|im_end|>", before=[bos] if bos else [])
+        config = {"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "v.jsonl"), **domain}
+        store = plan_stores(
+            str(tmp_path / "root"),
+            {"mine": DomainConfig.model_validate(config)},
+            PackingConfig(seq_len=7),
+            TeacherConfig(model=teacher, k=4, dtype="float32"),
+            student=StudentConfig(model=student) if student else None,
+        )["mine"]
+        tokenizer = {name: value for name, value in store.blocks_inputs["tokenizer"].items() if name != "files"}
+        blocks = fingerprint({**store.blocks_inputs, "tokenizer": tokenizer})
+        return blocks, f"format {store.blocks_inputs['format']}"
+
+    assert inputs(plain) == inputs(other)
+    assert inputs(chat) == inputs(None)
+    assert inputs(plain) != inputs(chat)
+    assert inputs(plain, bos="<bos>") != inputs(plain)
+    assert inputs(plain)[1] == "format 1"
+    assert inputs(plain, bos="<bos>")[1] == "format 2"
+    assert inputs(plain, special_tokens="control") != inputs(plain) == inputs(plain, special_tokens="text")
+    rows = {"targets": "topk"}
+    assert inputs(plain, bos="<bos>", **rows) == inputs(chat, **rows), "rows of tokens are read as they are"

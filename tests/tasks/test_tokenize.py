@@ -158,8 +158,8 @@ def test_abandoning_the_stream_leaves_no_thread(files, tokenizer) -> None:
 
 
 def test_a_tokenizer_without_rust_is_called_as_such(files) -> None:
-    def slow(texts: list[str], *, add_special_tokens: bool, return_attention_mask: bool):
-        assert (add_special_tokens, return_attention_mask) == (False, False)
+    def slow(texts: list[str], *, add_special_tokens: bool, split_special_tokens: bool, return_attention_mask: bool):
+        assert (add_special_tokens, split_special_tokens, return_attention_mask) == (False, True, False)
         return {"input_ids": [[len(text)] for text in texts]}
 
     documents = run(files, slow)

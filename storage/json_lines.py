@@ -1,0 +1,42 @@
+"""JSON as others write it: numbers of any length, names that come twice."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_LONGEST = 400
+"""Digits of a number that is read: Python refuses thousands of them, and no record's meaning hangs on these."""
+BEYOND = 10**_LONGEST
+"""What stands for a longer one."""
+
+
+def _integer(digits: str) -> int:
+    return int(digits) if len(digits) <= _LONGEST else BEYOND
+
+
+_PATIENT = json.JSONDecoder(parse_int=_integer)
+_PAIRS = json.JSONDecoder(parse_int=_integer, object_pairs_hook=list)
+
+
+def parsed(line: str | bytes) -> Any:
+    """The value of one line.
+
+    Raises:
+        ValueError: it is no JSON, or nested more deeply than any record is.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:  # a number of thousands of digits
+        return _PATIENT.decode(line if isinstance(line, str) else line.decode())
+
+
+def comes_twice(line: str, name: str) -> bool:
+    """Whether the object that a line holds has a name more than once; JSON takes the last value, without a word."""
+    if line.count(json.dumps(name, ensure_ascii=False)) < 2:
+        return False
+    return [key for key, _ in _PAIRS.decode(line)].count(name) > 1
