@@ -64,6 +64,23 @@ def loss_mask(blocks: BlockReader, indices: Sequence[int] | npt.NDArray[np.int64
     return blocks.loss_mask(indices) if isinstance(blocks, MarkedBlocks) else None
 
 
+class First:
+    """The first blocks of others."""
+
+    def __init__(self, blocks: BlockReader, number: int) -> None:
+        self._blocks = blocks
+        self._number = min(number, len(blocks))
+
+    def __len__(self) -> int:
+        return self._number
+
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Int32Array:
+        return self._blocks.read(indices)
+
+    def loss_mask(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> BoolArray | None:
+        return loss_mask(self._blocks, indices)
+
+
 @runtime_checkable
 class Sharded(Protocol):
     """Blocks that are stored, and fetched, several at a time."""

@@ -13,6 +13,9 @@ from ddk.errors import UserError
 from ddk.parallel import World
 from ddk.types import BlockReader, DomainGap
 
+_ROWS = 512
+"""Of logits that are normalised at once."""
+
 
 @torch.no_grad()
 def perplexity(student: Any, blocks: BlockReader, *, batch_size: int, world: World | None = None) -> float:
@@ -56,6 +59,34 @@ def perplexity(student: Any, blocks: BlockReader, *, batch_size: int, world: Wor
         raise ValueError("perplexity needs at least one position that carries loss")
     mean = total / positions
     # Beyond 709 exp overflows: infinite, as `domain_gap` then says in words.
+    return math.inf if mean > 709.0 else math.exp(mean)
+
+
+@torch.no_grad()
+def plain_perplexity(model: Any, blocks: BlockReader, *, vocab_size: int) -> float:
+    """ℓ by the model's own forward pass and nothing of ours: what anybody measures who loads it.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        vocab_size: tokens; the model's rows beyond it are padding.
+
+    Raises:
+        ValueError: no position carries loss.
+    """
+    device = next(model.parameters()).device
+    total, positions = 0.0, 0
+    for index in range(len(blocks)):
+        tokens = torch.from_numpy(blocks.read([index]).astype(np.int64)).to(device)
+        mask = loss_mask(blocks, [index])
+        valid = slice(None) if mask is None else torch.from_numpy(mask[0]).to(device)
+        logits_LV = model(input_ids=tokens[:, :-1], use_cache=False).logits[0, :, :vocab_size]
+        parts = (torch.split(tensor[valid], _ROWS) for tensor in (logits_LV, tokens[0, 1:]))
+        for logits_CV, labels_C in zip(*parts, strict=True):
+            total += torch.nn.functional.cross_entropy(logits_CV.float(), labels_C, reduction="sum").item()
+            positions += len(labels_C)
+    if positions == 0:
+        raise ValueError("perplexity needs at least one position that carries loss")
+    mean = total / positions
     return math.inf if mean > 709.0 else math.exp(mean)
 
 

@@ -112,10 +112,29 @@ def shape_of(config: Any) -> ModelShape:
         gated=_is_gated(model, inner) or bool(of_all),
         rows=model.get_output_embeddings().weight.shape[0],
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
-        positions=getattr(text, "max_position_embeddings", None),
+        positions=longest_input(text),
         dtype=str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix("torch."),
         quantization=_quantization(config),
     )
+
+
+def longest_input(text: Any) -> int | None:
+    """Positions that a model takes, learned or rotary, as its config (of the part that reads text) describes them.
+
+    Rotary positions that are stretched reach further, where their way of stretching is one that is set up beside
+    `max_position_embeddings` ('yarn', 'linear', 'dynamic') and not contained in it ('llama3', 'longrope'). None where
+    the config does not say.
+    """
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    found = next((n for name in names if isinstance(n := getattr(text, name, None), int) and n > 0), None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    if found is None or not isinstance(rope, dict):
+        return found
+    factor = rope.get("factor")
+    if rope.get("rope_type", rope.get("type")) not in ("yarn", "linear", "dynamic") or not factor:
+        return found
+    before = rope.get("original_max_position_embeddings") or found
+    return max(found, int(before * factor))
 
 
 def _number(config: Any, name: str) -> int:

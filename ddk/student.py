@@ -19,6 +19,7 @@ from ddk.fused import dense_loss, fused_loss
 from ddk.loss import LossConfig, Teacher
 from ddk.parallel import World, on_first
 from ddk.section import Section
+from ddk.structure import attention_of, is_projection
 
 
 class StudentConfig(Section):
@@ -43,8 +44,11 @@ def load_student(
         field: of the configuration that names it, for messages.
 
     Raises:
-        UserError: no such model, no (whole) safetensors in it, or too few rows.
+        UserError: no such model, no (whole) safetensors in it, quantised ones, or too few rows.
     """
+    described = load_config(config, field)
+    # transformers' own choice may leave out a part of what the model computes.
+    attention = attention_of(described, trust_remote_code=config.trust_remote_code)
     try:
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             config.model,
@@ -53,29 +57,15 @@ def load_student(
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # transformers would point to a report that it does not show; see below
+            ignore_mismatched_sizes=True,  # said below, by name
+            **({} if attention is None else {"attn_implementation": attention}),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
-        no_folder = "" if os.path.isdir(config.model) else "there is no such folder, and from the hub: "
-        raise UserError(
-            f"{field} '{config.model}' cannot be loaded: {no_folder}{str(error).partition(chr(10))[0]}"
-        ) from error
-    # transformers would only warn, and train on from random numbers.
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            f"{field} '{config.model}' has no weights for '{missing[0]}'"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + "; is the folder whole, and its config.json the one that belongs to it?"
-        )
-    if mismatched := sorted(loading["mismatched_keys"]):
-        name, found, wanted = mismatched[0]
-        raise UserError(
-            f"{field} '{config.model}' has '{name}' with shape {tuple(found)}, and by its config.json it is "
-            f"{tuple(wanted)}; do the weights and config.json belong together?"
-        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise cannot_be_loaded(config, field, error) from error
+    check_loading(config, field, loading)
     _check_finite(model, f"{field} '{config.model}'")
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < vocab_size:
+    rows = head_rows(model)
+    if rows is not None and rows < vocab_size:
         raise UserError(
             f"{field} '{config.model}' predicts {rows} tokens and the tokenizer has {vocab_size}; "
             f"teacher and student must share the tokenizer (they may be padded differently)"
@@ -92,6 +82,70 @@ def _check_finite(model: torch.nn.Module, place: str) -> None:
                 f"{place} holds NaN or infinite weights, first in '{name}'; the file is damaged, or was saved after "
                 f"its training had diverged: take another"
             )
+
+
+def load_config(config: StudentConfig, field: str = "student.model") -> Any:
+    """The model's Hugging Face config.
+
+    Raises:
+        UserError: there is none, it needs code that is not allowed to run, or its weights are quantised.
+    """
+    try:
+        found = transformers.AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise cannot_be_loaded(config, field, error) from error
+    settings = getattr(found, "quantization_config", None)
+    if settings is None:
+        settings = getattr(found.get_text_config(), "quantization_config", None)
+    if settings is not None:
+        method = (settings if isinstance(settings, dict) else settings.to_dict()).get("quant_method", "unknown")
+        raise UserError(
+            f"{field} '{config.model}' is quantised ({getattr(method, 'value', method)}, in its config.json), and "
+            f"quantised weights cannot be trained; name the unquantised checkpoint that it was made from"
+        )
+    return found
+
+
+def cannot_be_loaded(config: StudentConfig, field: str, error: Exception) -> UserError:
+    """What to say of an error in loading a model or its config."""
+    first = str(error).strip().partition("\n")[0]
+    if not os.path.isdir(config.model):
+        first = f"there is no such folder, and from the hub: {first}"
+    elif "trust_remote_code" in str(error):
+        section = field.partition(".")[0]
+        first = f"its architecture is code in its folder; read that, and set {section}.trust_remote_code: true"
+    return UserError(f"{field} '{config.model}' cannot be loaded: {first}")
+
+
+def check_loading(config: StudentConfig, field: str, loading: Mapping[str, Any]) -> None:
+    """That every weight was there: transformers would only warn, and go on from random numbers.
+
+    Args:
+        loading: as `from_pretrained` gives it with `output_loading_info`.
+
+    Raises:
+        UserError: one is missing, or of another shape.
+    """
+    whole = "is the folder whole, and its config.json the one that belongs to it?"
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{field} '{config.model}' has no weights for '{missing[0]}'{more}; {whole}")
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise UserError(
+            f"{field} '{config.model}' cannot be loaded: '{name}' has shape {list(found)}, a mismatch with the "
+            f"{list(wanted)} that its config.json asks for; {whole}"
+        )
+
+
+def head_rows(model: Any) -> int | None:
+    """Tokens that a model predicts, padding included; None where neither its structure nor its config says."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    rows = getattr(model.config.get_text_config(), "vocab_size", None) if weight is None else weight.shape[0]
+    return None if rows is None else int(rows)
 
 
 def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -127,8 +181,8 @@ class StudentLoss(torch.nn.Module):
     """A student with its loss in one forward pass, so that the output projection can be fused with it.
 
     Where the model's logits are just a projection of its last hidden states (nearly always), they are never formed as
-    a whole (`ddk.fused`). Models that do more with them (a soft cap, a learned scale) are found out by comparing, once
-    and on a few tokens, and go through `dense_loss`.
+    a whole (`ddk.fused`). Models that do more with them (a soft cap, a scale) are found out by their structure, and go
+    through `dense_loss`.
 
     Args:
         model: a Hugging Face causal language model.
@@ -141,7 +195,7 @@ class StudentLoss(torch.nn.Module):
         self.model = model
         self.vocab_size = vocab_size
         self.loss = loss
-        self.fused = _is_projection(model)
+        self.fused = is_projection(model)
         self.train(model.training)
 
     @property
@@ -193,24 +247,6 @@ def counted_rows(valid_BL: Tensor | None) -> slice | Tensor:
     return slice(None) if valid_BL is None else valid_BL.flatten().nonzero()[:, 0]
 
 
-@torch.no_grad()
-def _is_projection(model: Any) -> bool:
-    """Whether the model's logits are its output embedding times the decoder's last hidden states, and no more."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or model.base_model is model:
-        return False
-    tokens = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
-    was_training = model.training
-    model.eval()
-    try:
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return torch.allclose(head(hidden), model(input_ids=tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    finally:
-        model.train(was_training)
-
-
 def layers_of(model: Any) -> list[torch.nn.Module]:
     """The decoder's blocks, by the class names that the model gives for splitting; [] where it gives none."""
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -233,7 +269,8 @@ def student_weights(model: Any, world: World) -> dict[str, Tensor]:
 
 
 def save_student(model: Any, weights: Mapping[str, Tensor], folder: str) -> None:
-    """An ordinary Hugging Face folder: config and safetensors weights in bfloat16. The tokenizer goes beside them.
+    """An ordinary Hugging Face folder: config, safetensors weights in bfloat16, and the code of a model that has its
+    own. The tokenizer goes beside them.
 
     Args:
         model: whose configuration is written.
@@ -244,9 +281,35 @@ def save_student(model: Any, weights: Mapping[str, Tensor], folder: str) -> None
     # Only the configuration of the live model is used: under FSDP it holds no whole weights.
     with torch.device("meta"):
         shell = type(model)(copy.deepcopy(model.config))
-    shell.generation_config = model.generation_config
+    if (generation := saved_generation(model)[0]) is not None:
+        shell.generation_config = generation
     shell.save_pretrained(folder, state_dict=dict(weights), safe_serialization=True)
     # save_pretrained names the shell's dtype, float32; whoever loads with dtype 'auto' would get that.
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(shell.config)
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
+
+
+def saved_generation(model: Any) -> tuple[Any | None, str | None]:
+    """How a model generates, as it can be saved, and what had to be changed for that; None where it says nothing.
+
+    Some published models name a temperature or a top_p without `do_sample`: transformers reads that and refuses to
+    write it. They are meant to sample.
+    """
+    found = getattr(model, "generation_config", None)
+    if found is None or _is_valid(found):
+        return found, None
+    sampling = copy.deepcopy(found)
+    sampling.do_sample = True
+    if _is_valid(sampling):
+        return sampling, "it names sampling parameters without do_sample, and is saved with do_sample: true"
+    tokens = {name: getattr(found, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return transformers.GenerationConfig(**tokens), "transformers does not accept it, and only its token ids are saved"
+
+
+def _is_valid(generation: Any) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True

@@ -27,7 +27,7 @@ from tasks.finish_run import report_run
 from tasks.plan import Plan
 from tasks.progress import logger
 from tasks.storage_block import use_storage_block
-from tasks.train_student import StudentSession
+from tasks.train_student import StudentSession, check_run
 
 
 class SomeRunsFailedError(Exception):
@@ -105,17 +105,23 @@ def _make_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> dict[s
     """Blocks and targets, once for all runs that read the same. Returns the plans of the stores by `_stores_of`."""
     plans: dict[str, Plan] = {}
 
-    def make(config: Config) -> None:
+    def make(config: Config, readers: Sequence[PlannedRun]) -> None:
+        plan = plan_stores(config.root, config.domains, config.packing, config.teacher)
+        for run in readers:
+            if run.config is not None:
+                _attempt([run.run], failures, partial(check_run, run.config.settings, plan))
+        if all(run.run in failures for run in readers):
+            return  # nobody would read them
         for stage in (pack_corpus, cache_teacher):
             stage(config.root, config.domains, config.teacher, config.packing, student=config.student)
         plans[_stores_of(config)] = plan_of(config)
 
     for config, readers in _by_stores(runs):
-        _attempt(readers, failures, partial(make, config))
+        _attempt([run.run for run in readers], failures, partial(make, config, readers))
     return plans
 
 
-def _by_stores(runs: Sequence[PlannedRun]) -> Iterator[tuple[Config, list[str]]]:
+def _by_stores(runs: Sequence[PlannedRun]) -> Iterator[tuple[Config, list[PlannedRun]]]:
     """For each set of stores, a configuration that makes them and the runs that read them."""
     groups: dict[str, list[PlannedRun]] = {}
     for run in runs:
@@ -123,7 +129,7 @@ def _by_stores(runs: Sequence[PlannedRun]) -> Iterator[tuple[Config, list[str]]]
             groups.setdefault(_stores_of(run.config), []).append(run)
     for group in groups.values():
         if group[0].config is not None:
-            yield group[0].config, [run.run for run in group]
+            yield group[0].config, group
 
 
 def _stores_of(config: Config) -> str:

@@ -29,7 +29,7 @@ from storage.paths import store_name
 from storage.runs import RunFolder
 from storage.schema import Manifest
 from tasks.plan import Plan, plan_stores
-from tasks.train_student import StudentSession
+from tasks.train_student import StudentSession, check_run
 
 State = Literal["complete", "unfinished", "stale", "missing"]
 _SHOWN = 3
@@ -55,6 +55,7 @@ def plan_stages(config: Config) -> list[StagePlan]:
         UserError: a corpus or a model is not there, or they do not fit together.
     """
     plan = plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
+    check_run(config.settings, plan)
     stores = [_store(config.root, plan, domain, kind) for kind in ("blocks", "targets") for domain in plan.domains]
     return [*stores, _run(config, plan, stores)]
 

@@ -43,6 +43,7 @@ from tasks.teacher import TeacherConfig
 from tasks.train_student import (
     StudentSession,
     check_leaves_of_mixture,
+    check_run,
     evaluate_gap,
     train_interval,
     update_mixture,
@@ -211,10 +212,12 @@ def distill(config: Config) -> dict[str, Any]:
     Returns:
         What `train_student` says.
     """
-    if isinstance(config.mixture.weights, dict) and any(domain.path_field for domain in config.domains.values()):
-        # Which leaves there are is in the records; a weight that is missing is better said before the capture.
-        check_leaves_of_mixture(config.settings, plan_of(config))
     for stage in (pack_corpus, cache_teacher):
+        # What does not fit is better said before the capture: of the models, and of the mixture where which leaves
+        # there are is in the records. Once more when there are blocks, whose tokens the student must have.
+        plan = plan_of(config)
+        check_leaves_of_mixture(config.settings, plan)
+        check_run(config.settings, plan)
         stage(config.root, config.domains, config.teacher, config.packing, config.storage_block, student=config.student)
     result: dict[str, Any] = train_student(**flow_parameters(config))
     return result

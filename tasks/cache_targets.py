@@ -15,6 +15,7 @@ import numpy as np
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
+from ddk.errors import UserError
 from ddk.types import SPLITS, Int32Array, SparseTargets
 from storage.blocks import open_blocks
 from storage.claims import Claims
@@ -146,11 +147,16 @@ def check_distribution(targets: SparseTargets) -> None:
     """That what was captured is a distribution: a broken engine must not fill a cache.
 
     Raises:
-        RuntimeError: a value is not finite, or stored and outside mass do not add up to 1 within 0.001.
+        UserError: a value is not a number, as where float16 overflows.
+        RuntimeError: stored and outside mass do not add up to 1 within 0.001.
     """
     # −inf is a probability of 0, as a quantised teacher may give; NaN and +inf are not.
     if np.isnan(targets.logprobs_BLK).any() or not np.isfinite(targets.tail_mass_BL).all():
-        raise RuntimeError("the teacher returned values that are not numbers; its weights or its dtype do not hold")
+        raise UserError(
+            "the teacher returned values that are not numbers, and nothing was stored of them: its dtype does not hold "
+            "what it computes, or its weights are damaged; set teacher.dtype: bfloat16 (or float32), or fetch its "
+            "weights again"
+        )
     mass = np.exp(targets.logprobs_BLK, dtype=np.float64).sum(-1) + targets.tail_mass_BL
     worst = float(np.abs(mass - 1.0).max())
     if worst > 1e-3 or np.isnan(targets.true_logprobs_BL).any():

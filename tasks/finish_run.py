@@ -19,6 +19,7 @@ from tasks.report import write_report
 from tasks.retries import RETRIES
 from tasks.run_artifacts import publish_report
 from tasks.run_summary import interval_records, summarise
+from tasks.saved_student import check_saved_student, sample_of
 from tasks.tokenizer_files import has_tokenizer
 from tasks.train_student import StudentSession
 
@@ -50,28 +51,39 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         The folder's URL.
     """
     folder = session.run
-    settings, own = session.settings, session.student_folder
+    settings, own = session.settings, session.student.folder
     tokenizer = (
         load_tokenizer(own, trust_remote_code=settings.student.trust_remote_code)
         if has_tokenizer(own)
         else session.plan.tokenizer()
     )
+    step, blocks = session.step, session.job.blocks
     summary = {
-        "steps": session.step,
+        "steps": step,
         "tokens_seen": session.tokens_seen,
         "stopped_early": stopped_early,
         "training_seconds": round(sum(row["seconds"] for row in folder.metrics()), 3),
     }
     with tempfile.TemporaryDirectory(prefix="ddk-student-") as local:
+        measured = session.training.perplexities(sample_of(blocks))
         session.training.export(local)
         tokenizer.save_pretrained(local)
+        session.let_go()  # two students need not find room at once
+        check_saved_student(
+            local,
+            measured,
+            blocks,
+            vocab_size=session.student.vocab_size,
+            train=session.settings.train,
+            trust_remote_code=session.settings.student.trust_remote_code,
+        )
         records = interval_records(folder)
         card = render_model_card(summarise(folder, records, summary), records)
         with open(os.path.join(local, "README.md"), "w", encoding="utf-8") as file:
             file.write(card)
         put_folder(local, folder.student_url)
         folder.student_listing.write(records_of(local))
-    session.tracking.finish(session.step, summary)
+    session.tracking.finish(step, summary)
     folder.finish(summary)
     logger.info("student: %s", folder.student_url)
     return folder.student_url

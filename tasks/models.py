@@ -10,7 +10,7 @@ import huggingface_hub
 from ddk.errors import UserError
 from ddk.student import load_tokenizer
 from storage.digests import DigestCache
-from tasks.tokenizer_files import FETCHED, tokenizer_files
+from tasks.tokenizer_files import FETCHED, has_tokenizer, tokenizer_files
 
 _PROBE = (
     "  Hello, World!\n\tdef f(x): return x**2 + 3.14159  # naïve café\r\n你好，世界。 １２３ 😀 don't can't 10,000.50"
@@ -60,24 +60,45 @@ def tokenizer_digests(folder: str, digests: DigestCache) -> dict[str, str]:
     return _digests(folder, tokenizer_files(folder), digests)
 
 
-def check_same_tokenizer(teacher_folder: str, student_folder: str) -> None:
+def check_same_tokenizer(
+    teacher_folder: str, student_folder: str, *, trust_teacher: bool = False, trust_student: bool = False
+) -> None:
     """That both models read the same token ids.
 
-    A student's folder without a tokenizer passes: the teacher's is used for it.
+    A student's folder without a tokenizer passes: the teacher's is used for it. So does one that adds tokens of its
+    own to the teacher's: no target and no block holds them.
+
+    Args:
+        trust_teacher, trust_student: whether the folder may run code of its own.
 
     Raises:
         UserError: the vocabularies differ; an example is given.
     """
-    if not os.path.exists(os.path.join(student_folder, "tokenizer.json")):
+    if not has_tokenizer(student_folder):
         return
-    tokenizers = [load_tokenizer(folder) for folder in (teacher_folder, student_folder)]
+    tokenizers = [
+        load_tokenizer(folder, trust_remote_code=trust)
+        for folder, trust in ((teacher_folder, trust_teacher), (student_folder, trust_student))
+    ]
     teacher, student = (dict(tokenizer.get_vocab()) for tokenizer in tokenizers)
-    differing = sorted({token for token, index in (teacher.items() ^ student.items())})
+    more = set(tokenizers[1].get_added_vocab()) - teacher.keys()
+    taken = set(teacher.values())
+    differing = sorted(
+        token
+        for token in {token for token, _ in teacher.items() ^ student.items()}
+        if token not in more or student[token] in taken
+    )
     if differing:
         token = differing[0]
+        remedy = "choose models that share one"
+        if not set(differing) - (set(tokenizers[0].get_added_vocab()) - student.keys()):
+            remedy += (
+                ", or take the tokenizer's files out of the student's folder where it is to learn the teacher's "
+                "further tokens (the teacher's tokenizer is used then)"
+            )
         raise UserError(
             f"teacher and student have different tokenizers ({len(differing)} tokens differ, e.g. {token!r}: "
-            f"{teacher.get(token)} and {student.get(token)}); targets are token ids, so choose models that share one"
+            f"{teacher.get(token)} and {student.get(token)}); targets are token ids, so {remedy}"
         )
     # Equal vocabularies may still be applied differently (merges, normalisation, splitting).
     first, second = (tokenizer(_PROBE, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers)

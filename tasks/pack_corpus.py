@@ -100,6 +100,7 @@ def _pack_split(plan: Plan, store: StorePlan, writer: StoreWriter, split: Split)
             # an empty attempt.
             end = len(batch) < shard_blocks
             if batch:
+                _refuse_beyond_rows(store, split, batch)
                 arrays, counts = _arrays(batch, marked=is_marked(store.blocks_dims))
                 last = batch[-1].next
                 writer.write_shard(split, shard, arrays, {"next": [*last.document, last.offset], "end": end, **counts})
@@ -173,6 +174,16 @@ def _refuse_empty(store: StorePlan, split: Split) -> None:
         f"domain '{store.domain}' has fewer {split} tokens than one block of {store.blocks_dims['seq_len'] + 1} "
         f"(in {names}); {remedy}"
     )
+
+
+def _refuse_beyond_rows(store: StorePlan, split: Split, batch: Sequence[PackedBlock[DocumentKey]]) -> None:
+    """A tokenizer may have added tokens for which the teacher has no rows, as long as no text becomes one."""
+    largest = max(int(block.tokens.max()) for block in batch)
+    if largest >= (rows := store.blocks_dims["vocab_size"]):
+        raise UserError(
+            f"domain '{store.domain}': a {split} text becomes token {largest}, and the teacher predicts {rows} tokens, "
+            f"not this one; take its text out of the corpus, or choose a teacher that has it"
+        )
 
 
 def _refuse_without_loss(store: StorePlan, writer: StoreWriter, split: Split) -> None:

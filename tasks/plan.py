@@ -31,8 +31,9 @@ from storage.root import make_root
 from tasks.leaves import domain_leaves
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.server_teacher import server_identity
-from tasks.teacher import TeacherConfig, check_fits, engine_version, resolved_dtype, target_format
+from tasks.teacher import TeacherConfig, check_fits, engine_version, model_rows, resolved_dtype, target_format
 from tasks.text_ends import TextEnds, ends_of_rows, text_ends
+from tasks.weights import check_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +73,12 @@ class Plan:
     """By leaf, where a domain has leaves."""
     teacher_folder: str
     vocab_size: int
-    """Tokens of the tokenizer, V."""
+    """Tokens, V: those of the tokenizer, without the added ones at its end that the teacher has no rows for."""
     eos_id: int
     """Behind each document."""
+    least_rows: int
+    """Of a model that can predict text: up to the last token of the tokenizer that is not one of its added ones."""
+    seq_len: int
     bos_ids: tuple[int, ...] = ()
     """Before each document, and before the rest of one in a block that begins within it."""
     ends: TextEnds | None = None
@@ -117,19 +121,26 @@ def plan_stores(
         teacher.model, teacher.revision, "teacher.model", weights=captures and teacher.source != "server"
     )
     tokenizer = load_tokenizer(folder, trust_remote_code=teacher.trust_remote_code)
-    # Not the number of tokens: a vocabulary may have holes, and every id must lie below V.
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    vocab_size, least_rows = vocabulary(tokenizer)
+    if (rows := _teacher_rows(teacher, captures)) is not None and least_rows <= rows < vocab_size:
+        vocab_size = rows
+        rows_inputs = {"rows": rows}
+    else:
+        rows_inputs = {}
     if captures:
         check_fits(teacher, seq_len=packing.seq_len, vocab_size=vocab_size)
+        if teacher.source != "server":
+            check_weights(folder, "teacher.model")
     ends = text_ends(packing, tokenizer, student) if captures else ends_of_rows(tokenizer)
     tokenizer_files = tokenizer_digests(folder, digests)
     tokenizer_inputs = {
         "files": tokenizer_files,
         "eos_id": ends.eos_id,
         **({"bos_ids": list(ends.bos_ids)} if ends.bos_ids else {}),
+        **rows_inputs,
     }
     # Rows of tokens that others have cached hold what they hold, whoever trains on them.
-    imported_inputs = {"files": tokenizer_files, "eos_id": tokenizer.eos_token_id}
+    imported_inputs = {"files": tokenizer_files, "eos_id": tokenizer.eos_token_id, **rows_inputs}
     teacher_inputs = _teacher_inputs(teacher, folder, digests, root) if captures else {}
     index = LeafIndex(uri.join(root, "paths.json"))
     leaves = [leaf for name, corpus in domains.items() for leaf in domain_leaves(name, corpus, digests, index)]
@@ -180,10 +191,34 @@ def plan_stores(
         teacher_folder=folder,
         vocab_size=vocab_size,
         eos_id=ends.eos_id,
+        least_rows=least_rows,
+        seq_len=packing.seq_len,
         bos_ids=ends.bos_ids,
         ends=ends,
         trust_remote_code=teacher.trust_remote_code,
     )
+
+
+def vocabulary(tokenizer: Any) -> tuple[int, int]:
+    """One more than the largest id, and the fewest rows with which a model can predict whatever a text becomes.
+
+    Not the number of tokens: a vocabulary may have holes. Added tokens at its end (one for pictures, say) may be beyond
+    a model's rows: no text becomes them, and where one does, packing refuses it.
+    """
+    tokens = tokenizer.get_vocab()
+    added = set(tokenizer.get_added_vocab())
+    own = max((index for token, index in tokens.items() if token not in added), default=-1)
+    return max(tokens.values()) + 1, max(own, int(tokenizer.eos_token_id)) + 1
+
+
+def _teacher_rows(teacher: TeacherConfig, captures: bool) -> int | None:
+    """Tokens that the teacher predicts; None where its config is not there, as for targets from files it need not."""
+    try:
+        return model_rows(teacher)
+    except UserError:
+        if captures:
+            raise
+        return None
 
 
 def _check_names(leaves: Sequence[str]) -> None:

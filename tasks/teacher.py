@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from ddk.errors import UserError
 from ddk.section import Section
+from ddk.shape import longest_input
 from ddk.types import Int32Array, SparseTargets
 from storage.codec import CodecConfig, TargetFormat
 
@@ -190,7 +191,7 @@ def check_fits(config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
     rows = getattr(text, "vocab_size", None)
     if rows is not None and rows < vocab_size:
         raise UserError(f"teacher.model '{config.model}' predicts {rows} tokens, and its tokenizer has {vocab_size}")
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = longest_input(text)
     if longest is not None and seq_len + 1 > longest:
         raise UserError(
             f"packing.seq_len is {seq_len}, and teacher.model '{config.model}' takes at most {longest - 1}; lower it"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from ddk.errors import LostPartError, UserError
@@ -68,8 +68,8 @@ class TrainingProcesses:
         self._send(do="train", probabilities=dict(mixture.probabilities), version=version, steps=steps)
         self.state = self._result(on_step)[1]
 
-    def perplexities(self) -> dict[str, float]:
-        self._send(do="measure")
+    def perplexities(self, sample: Mapping[str, int] | None = None) -> dict[str, float]:
+        self._send(do="measure", sample=None if sample is None else dict(sample))
         return dict(self._result()[0])
 
     def save(self) -> None:

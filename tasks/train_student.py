@@ -39,8 +39,9 @@ from storage.targets import teacher_perplexity
 from storage.uri import as_json, join
 from tasks.artifacts import artifact_key
 from tasks.events import say_event
-from tasks.models import check_same_tokenizer, local_folder, weight_digests
+from tasks.models import weight_digests
 from tasks.plan import Plan
+from tasks.preflight import StudentFacts, check_live_teacher, check_student
 from tasks.progress import logger, meter
 from tasks.retries import RETRIES
 from tasks.run_artifacts import publish_measurement
@@ -91,6 +92,17 @@ def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
         raise UserError(str(error)) from None
 
 
+def check_run(settings: RunSettings, plan: Plan) -> StudentFacts:
+    """That the run's models can be trained, saved and read by others; nothing need have been captured.
+
+    Raises:
+        UserError: they cannot; see `tasks.preflight`.
+    """
+    if METHODS[settings.method].needs_teacher:
+        check_live_teacher(plan)
+    return check_student(settings.student, plan)
+
+
 class StudentSession:
     """One run's student, loaded once and kept between the intervals.
 
@@ -114,8 +126,7 @@ class StudentSession:
         check_leaves_of_mixture(settings, plan)
         self.run = RunFolder(settings.root, settings.run)
         self.history = MixtureHistory(self.run.url)
-        self.student_folder = local_folder(settings.student.model, settings.student.revision, "student.model")
-        check_same_tokenizer(plan.teacher_folder, self.student_folder)
+        self.student = check_run(settings, plan)
         if config is not None:
             self.run.claim(self.identity, config)
         self._training: Training | None = None
@@ -165,11 +176,11 @@ class StudentSession:
         settings, plan = self.settings, self.plan
         return TrainingJob(
             run_url=self.run.url,
-            student=settings.student.model_copy(update={"model": self.student_folder, "revision": None}),
+            student=settings.student.model_copy(update={"model": self.student.folder, "revision": None}),
             seed=settings.seed,
             loss=effective_loss(settings.method, settings.loss),
             train=settings.train,
-            vocab_size=plan.vocab_size,
+            vocab_size=self.student.vocab_size,
             separator=(plan.eos_id, *plan.bos_ids[-1:]),
             blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
             targets={domain: store.targets_url for domain, store in plan.domains.items()},
@@ -268,7 +279,10 @@ class StudentSession:
             "method": settings.method,
             **({"drawn": drawn} if (drawn := _MIXTURE_CHANGED.get(settings.method)) else {}),
             "seed": settings.seed,
-            "student": weight_digests(self.student_folder, digests, "student.model"),
+            "student": weight_digests(self.student.folder, digests, "student.model"),
+            # How it computes, where that is not what it was computed by before there was a choice.
+            **({"attention": self.student.attention} if self.student.attention is not None else {}),
+            **({"vocabulary": of} if (of := self.student.vocab_size) < self.plan.vocab_size else {}),
             "loss": _without_defaults(effective_loss(settings.method, settings.loss), _ADDED_TO_LOSS),
             "train": settings.train.model_dump(
                 exclude=_OPERATIONAL | ({"shuffle_mib"} if self._shuffled_whole else set())

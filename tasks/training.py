@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk import saving
-from ddk.data import TrainData
+from ddk.data import First, TrainData
+from ddk.known_targets import KnownTargets
 from ddk.loss import LossConfig
 from ddk.parallel import World
 from ddk.sampler import SamplerState
@@ -25,7 +26,7 @@ from ddk.student import StudentConfig, StudentLoss, load_student, save_student, 
 from ddk.ted import TedConfig, TedStudent
 from ddk.ted_filters import train_filters
 from ddk.trainer import StepReport, TrainConfig, Trainer, TrainerState, resolve_precision
-from ddk.types import BlockReader, Mixture
+from ddk.types import BlockReader, Mixture, TargetReader
 from storage import uri
 from storage.blocks import open_blocks
 from storage.checkpoints import CheckpointFolder
@@ -70,8 +71,12 @@ class Training(Protocol):
         """See `ddk.trainer.Trainer.train_interval`."""
         ...
 
-    def perplexities(self) -> dict[str, float]:
-        """ℓ_S by domain, on the validation blocks."""
+    def perplexities(self, sample: Mapping[str, int] | None = None) -> dict[str, float]:
+        """ℓ_S by domain, on the validation blocks.
+
+        Args:
+            sample: of some domains, on how many of the first blocks; None: of all, on all.
+        """
         ...
 
     def save(self) -> None:
@@ -125,8 +130,9 @@ class RankTraining:
     def train_interval(self, mixture: Mixture, version: int, steps: int, on_step: OnStep) -> None:
         self._trainer.train_interval(mixture, version, steps, on_step)
 
-    def perplexities(self) -> dict[str, float]:
-        return {domain: self._trainer.perplexity(blocks) for domain, blocks in self._validation.items()}
+    def perplexities(self, sample: Mapping[str, int] | None = None) -> dict[str, float]:
+        chosen = self._validation if sample is None else {d: First(self._validation[d], n) for d, n in sample.items()}
+        return {domain: self._trainer.perplexity(blocks) for domain, blocks in chosen.items()}
 
     @cached_property
     def _validation(self) -> dict[str, BlockReader]:
@@ -199,8 +205,14 @@ def open_data(job: TrainingJob) -> TrainData:
     reads_targets = job.loss.gamma > 0.0
     return TrainData(
         blocks={domain: open_blocks(url) for domain, url in job.blocks.items()},
-        targets={domain: open_targets(url) for domain, url in job.targets.items()} if reads_targets else None,
+        targets={domain: _known_targets(open_targets(url), job.vocab_size) for domain, url in job.targets.items()}
+        if reads_targets
+        else None,
     )
+
+
+def _known_targets(targets: TargetReader, vocab_size: int) -> TargetReader:
+    return KnownTargets(targets, vocab_size) if vocab_size < targets.vocab_size else targets
 
 
 def _with_layers(
