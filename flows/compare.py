@@ -106,7 +106,7 @@ def _make_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> dict[s
     plans: dict[str, Plan] = {}
 
     def make(config: Config, readers: Sequence[PlannedRun]) -> None:
-        plan = plan_stores(config.root, config.domains, config.packing, config.teacher)
+        plan = plan_of(config)
         for run in readers:
             if run.config is not None:
                 _attempt([run.run], failures, partial(check_run, run.config.settings, plan))
