@@ -17,7 +17,7 @@ from ddk.errors import UserError
 from storage.corpus import CorpusFile, check_fields, file_format
 from storage.corpus_bytes import MAX_DOCUMENT_BYTES, OnBytes, opened, stored_lines
 from storage.json_lines import comes_twice, parsed
-from storage.magic import HEAD, compression_of, disguised
+from storage.magic import HEAD, if_no_parquet
 from storage.paths import record_path
 
 _NUL = (
@@ -199,6 +199,7 @@ def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start
         parquet = pq.ParquetFile(io.BufferedReader(stored))
         for name, setting in fields.settings():
             _check_column(parquet.schema_arrow, file, name, setting)
+        _check_lengths(parquet.metadata, file, columns)
         row, groups = 0, list(range(parquet.num_row_groups))
         while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= start:
             row += parquet.metadata.row_group(groups.pop(0)).num_rows
@@ -212,23 +213,30 @@ def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start
         raise
     except (pa.ArrowException, OSError) as error:
         cause = " ".join(str(error).split())
-        raise UserError(f"{file.url} is not a readable Parquet file ({cause}); {_remedy(stored)}") from error
+        raise UserError(
+            f"{file.url} is not a readable Parquet file ({cause}); {if_no_parquet(_head(stored))}"
+        ) from error
 
 
-def _remedy(stored: io.RawIOBase) -> str:
-    """For a file that is no Parquet file, by what it is."""
+def _head(stored: io.RawIOBase) -> bytes:
     try:
         stored.seek(0)
-        head = stored.read(HEAD) or b""
+        return stored.read(HEAD) or b""
     except (OSError, ValueError):
-        head = b""
-    if packed := compression_of(head):
-        return f"by its first bytes it is compressed: give it a name that ends in .jsonl{packed}, or decompress it"
-    if head[:1] in (b"{", b"["):
-        return "it begins as JSON does: give it a name that ends in .jsonl"
-    if head[:4] != b"PAR1" and (found := disguised(head)):
-        return f"by its first bytes it is {found[0]}: {found[1]}"
-    return "fetch or write it again"
+        return b""
+
+
+def _check_lengths(metadata: Any, file: CorpusFile, columns: Sequence[str]) -> None:
+    """That no row group's strings are that long on average: a few stored bytes may stand for any number of them."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            most = MAX_DOCUMENT_BYTES * max(1, group.num_rows)
+            if chunk.path_in_schema in columns and chunk.total_uncompressed_size > most:
+                raise UserError(
+                    f"{file.url}: column '{chunk.path_in_schema}' holds strings of more than "
+                    f"{MAX_DOCUMENT_BYTES >> 20} MiB, which are no documents; split them, or mend the file"
+                )
 
 
 def _check_column(schema: Any, file: CorpusFile, column: str, setting: str) -> None:

@@ -74,3 +74,14 @@ def check_text(head: bytes, url: str, named: str, *, unpacked: bool) -> None:
             f"{url} is not compressed with gzip or zstd, as its name promises: it begins with {head[:16]!r}; take "
             f"'{named}' off its name where that is its text, else fetch or compress it again"
         )
+
+
+def if_no_parquet(head: bytes) -> str:
+    """What to do about a Parquet file that cannot be read, by its first bytes."""
+    if packed := compression_of(head):
+        return f"by its first bytes it is compressed: give it a name that ends in .jsonl{packed}, or decompress it"
+    if head[:1] in (b"{", b"["):
+        return "it begins as JSON does: give it a name that ends in .jsonl"
+    if head[:4] != b"PAR1" and (found := disguised(head)):
+        return f"by its first bytes it is {found[0]}: {found[1]}"
+    return "fetch or write it again"

@@ -343,6 +343,8 @@ def test_a_line_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tracemalloc.stop()
         assert message.startswith("FILE, line 2: longer than 1 MiB, which is no document; ")
         assert peak < 1 << 24 or compression == ".zst"  # of which 4 KiB, all this, are unfolded at once
+    column = put_table(tmp_path / "a.parquet", text=pa.array(["a", "b" * (1 << 22)]))
+    assert error_of(column).startswith("FILE: column 'text' holds strings of more than 1 MiB, which are no documents")
     text = put(tmp_path / "a.txt", b"short\n\n" + b"a line of a text\n" * (1 << 17))
     assert "FILE, line 3: a document of more than 1 MiB begins here; one ends at a blank line" in error_of(text)
 
