@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from storage import uri
 from storage.digests import DigestCache
+from storage.errors import StoreDamagedError
 from storage.names import plain_path
 from storage.schema import Digest, first_problem
 from storage.sealed import Sealed
@@ -71,6 +72,14 @@ class Listing:
         """
         content = {"files": {name: record.model_dump() for name, record in files.items()}}
         _LISTING.write(self.url, content, self.of)
+
+    def add(self, files: Mapping[str, FileRecord]) -> None:
+        """Say of some files what they hold, beside those that are listed; a list that is damaged begins anew."""
+        try:
+            known = self.read() or {}
+        except StoreDamagedError:
+            known = {}
+        self.write({**known, **files})
 
     def read(self) -> dict[str, FileRecord] | None:
         """The files by name; None where nothing was listed.

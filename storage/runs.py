@@ -5,7 +5,7 @@
                    mixtures/       see storage.mixtures
                    checkpoints/    see storage.checkpoints
                    metrics/        a file an interval: loss, speed and share of waiting, step by step
-                   tensorboard/    the same and the gaps as TensorBoard reads it; see tasks.tracking_tensorboard
+                   tensorboard/    the same and the gaps as TensorBoard reads it; tensorboard.json lists its files
                    tracking.json   by which services outside know the run
                    student/        the final model, an ordinary Hugging Face folder; student.json lists its files
                    report/         what a person looks at; report.json lists its files
@@ -227,6 +227,12 @@ class RunFolder:
     def report_listing(self) -> Listing:
         """The files of the report, likewise."""
         return Listing(self.report_url, uri.join(self.url, "report.json"), self._of("the report's files"))
+
+    @property
+    def curves_listing(self) -> Listing:
+        """TensorBoard's files, likewise."""
+        url = uri.join(self.url, "tensorboard")
+        return Listing(url, uri.join(self.url, "tensorboard.json"), self._of("the curves' files"))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Declare the run complete."""

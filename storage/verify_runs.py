@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import google_crc32c
-
 from storage import uri
 from storage.checkpoints import CheckpointFolder
 from storage.comparisons import ComparisonFolder
@@ -207,34 +205,6 @@ class _RunAudit(_Audit):
         self.listed(folder.report_listing, _REPORT)
 
     def _curves(self) -> None:
-        """TensorBoard's files: a checksum behind every record's length and behind every record."""
-        names = [name for name in uri.list_names(self._url("tensorboard")) if "tfevents" in name]
-        for name in names:
-            content = uri.read_bytes(self._url("tensorboard", name)) or b""
-            if (why := _broken_records(content)) is not None:
-                self.add(self._url("tensorboard", name), f"{why}; remove it: the curves then lack these points")
-        wanted = [f".{first:08d}.train" for first in self._folder.measured_intervals()]
-        wanted += [f".gap-{record.version:05d}" for record in self._records or ()]
-        for ending in wanted if names and self._summary is not None else ():
-            if not any(name.endswith(ending) for name in names):
-                self.add(self._url("tensorboard", f"*{ending}"), "missing: the curves lack these points")
-
-
-def _broken_records(content: bytes) -> str | None:
-    place = 0
-    while place < len(content):
-        header = content[place : place + 12]
-        end = place + 16 + int.from_bytes(header[:8], "little")
-        if len(header) < 12 or _masked(header[:8]) != header[8:]:
-            return "a record's checksum does not hold"
-        if end > len(content):
-            return "its last record is cut off"
-        if _masked(content[place + 12 : end - 4]) != content[end - 4 : end]:
-            return "a record's checksum does not hold"
-        place = end
-    return None
-
-
-def _masked(data: bytes) -> bytes:
-    crc = int(google_crc32c.value(data))
-    return ((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+        """TensorBoard's files, of which the run's own record says what they hold."""
+        if uri.list_names(self._url("tensorboard")):
+            self.listed(self._folder.curves_listing, "remove it: the curves then lack these points")

@@ -17,6 +17,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from storage.listing import records_of_contents
 from storage.runs import RunFolder
 from storage.uri import join, list_names, write_bytes
 from tasks.tracking import Point, RunPoints
@@ -30,6 +31,7 @@ class TensorBoardTracker:
     name = "TensorBoard"
 
     def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
         self._url = join(folder.url, "tensorboard")
 
     def log(self, points: RunPoints) -> None:
@@ -45,7 +47,9 @@ class TensorBoardTracker:
 
     def _write(self, name: str, points: Sequence[Point]) -> None:
         if points:
-            write_bytes(join(self._url, _PREFIX + name), event_file(points))
+            content = event_file(points)
+            write_bytes(join(self._url, _PREFIX + name), content)
+            self._folder.curves_listing.add(records_of_contents({_PREFIX + name: content}))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         pass

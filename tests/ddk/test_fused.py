@@ -57,13 +57,13 @@ class Case:
             self.tail(self.at_TV).float(),
         )
 
-    def truth(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def truth(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """CE, divergence, and the gradients of CE + γ·divergence, from the table in the module's docstring."""
-        hidden_TD = self.hidden_TD.double().requires_grad_()
-        weight_VD = self.weight_VD.double().requires_grad_()
+        hidden_TD = self.hidden_TD.to(dtype).clone().requires_grad_()
+        weight_VD = self.weight_VD.to(dtype).clone().requires_grad_()
         logits_TV = hidden_TD @ weight_VD.T
         ce = torch.nn.functional.cross_entropy(logits_TV, self.labels_T, reduction="sum")
-        kl = dense_divergence(self.at_TV, (logits_TV / self.loss.temperature).softmax(-1), self)
+        kl = dense_divergence(self.at_TV.to(dtype), (logits_TV / self.loss.temperature).softmax(-1), self)
         of_hidden, of_weight = torch.autograd.grad(ce + self.loss.gamma * kl, (hidden_TD, weight_VD))
         return ce.detach(), kl.detach(), of_hidden, of_weight
 
@@ -92,13 +92,19 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(there, p * (p.where(there, 1.0).log() - q.where(there, 1.0).log()), 0.0).sum()
 
 
-def assert_matches(case: Case, tolerance: float = 5e-6, **how: Any) -> None:
+def assert_matches(case: Case, tolerance: float = 5e-6, *, beside_plain: bool = False, **how: Any) -> None:
     hidden_TD = case.hidden_TD.clone().requires_grad_()
     weight_VD = case.weight_VD.clone().requires_grad_()
     sums = fused_loss(hidden_TD, weight_VD, case.labels_T, case.teacher, case.loss, **how)
     (sums.total * 0.5).backward()
     ce, kl_, of_hidden, of_weight = case.truth()
     positions = len(case.labels_T)
+    if beside_plain:
+        # A sum over the vocabulary in float32 errs by what the machine's BLAS makes of it, ours and anybody's: on a CPU
+        # without AVX-512 by 1e-4 of the largest at 152,064 tokens.
+        plain = zip(case.truth(torch.float32)[2:], (of_hidden, of_weight), strict=True)
+        errors = [((one.double() - theirs).abs().max() / max(1.0, theirs.abs().max())).item() for one, theirs in plain]
+        tolerance = max(tolerance, 3.0 * max(errors))
     assert abs(sums.ce.double() - ce) <= tolerance * (ce.abs() + positions)
     assert abs(sums.kl.double() - kl_) <= tolerance * (kl_.abs() + positions)
     for ours, theirs in ((hidden_TD.grad, of_hidden), (weight_VD.grad, of_weight)):
@@ -161,7 +167,7 @@ def test_a_vocabulary_of_qwens_size(divergence: str, tail: str) -> None:
     case.labels_T = torch.tensor([152_063, 131_072, 9])
     case.dense_TV = torch.zeros(3, V, dtype=torch.float64).scatter(-1, case.ids_TK, 13.0)  # all stored ones tie
     case.at_TV = case.dense_TV.softmax(-1)
-    assert_matches(case, 2e-5)
+    assert_matches(case, 2e-5, beside_plain=True)
     teacher = case.teacher
     padded = Teacher(
         ids_TK=torch.cat([teacher.ids_TK, torch.zeros(3, 2, dtype=torch.int64)], -1),
