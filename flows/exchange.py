@@ -23,9 +23,11 @@ from storage.corpus import DomainConfig
 from storage.distillkit import CompressionConfig, documented
 from storage.export import export_split
 from storage.foreign import COMPRESSION_FILE, read_compression
+from storage.names import plain_name
 from storage.paths import domain_of
 from storage.schema import Manifest
 from storage.targets import open_targets
+from tasks.formats import escape
 from tasks.progress import meter
 from tasks.teacher import TeacherConfig
 
@@ -111,7 +113,8 @@ def _blocks_url(url: str, manifest: Manifest) -> str:
     root, found, name = url.rstrip("/").rpartition("/targets/")
     if not found or "blocks" not in manifest.inputs:
         raise UserError(f"{url} is not <root>/targets/<fingerprint>/<domain>.zarr; its blocks cannot be found from it")
-    return uri.join(root, "blocks", str(manifest.inputs["blocks"]), name.rpartition("/")[2])
+    folder = plain_name(manifest.inputs["blocks"], uri.join(url, "manifest.json"))
+    return uri.join(root, "blocks", folder, name.rpartition("/")[2])
 
 
 def _compression(config: str, manifest: Manifest) -> CompressionConfig:
@@ -184,7 +187,7 @@ def _card(url: str, folder: str, row_format: Format, manifest: Manifest, compres
             f"Exported by `ddk export`, format '{row_format}'. List j of a row predicts its token j + 1.\n",
             _COLUMNS[row_format],
             "| | |\n|---|---|",
-            *(f"| {name} | {value} |" for name, value in facts.items()),
+            *(f"| {escape(str(name))} | {escape(str(value))} |" for name, value in facts.items()),
             "\nTo train from it with `ddk`, name these files as a domain's `train` (and `validation`) and set "
             f"`targets: {row_format}`.\n",
         ]

@@ -15,16 +15,18 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 import psutil
 
 from storage import uri
+from storage.errors import StoreDamagedError
 
 SECONDS_BETWEEN_SIGNS = 10.0
 PATIENCE = 60.0
@@ -44,7 +46,7 @@ class Claims:
         self._url = uri.join(url, "claims")
         self._id = uuid.uuid4().hex
         self._held: dict[str, int] = {}
-        self._seen: dict[str, tuple[int, float]] = {}
+        self._seen: dict[str, tuple[str, float]] = {}
         """By owner: the sign that was seen last, and when it was new."""
         self._ended = threading.Event()
         self._signs: threading.Thread | None = None
@@ -72,8 +74,9 @@ class Claims:
             return True
         generation = self._newest(what)
         if generation is not None:
-            claim = uri.read_json(self._claim_url(what, generation))
-            if claim is not None and self._lives(claim["owner"]):
+            claim = _read(self._claim_url(what, generation))
+            # One that cannot be read is nobody's. That saves nothing, and stops nobody.
+            if claim is not None and _is_owner(owner := claim.get("owner")) and self._lives(owner):
                 return False
         self._begin_signs()
         following = 0 if generation is None else generation + 1
@@ -108,12 +111,14 @@ class Claims:
         return generation
 
     def _lives(self, owner: str) -> bool:
-        sign = uri.read_json(self._owner_url(owner))
+        sign = _read(self._owner_url(owner))
         if sign is None:
             return False
-        if sign["machine"] == _machine():
-            return _runs(sign["process"], sign["started"])
-        number, now = sign["sign"], time.monotonic()
+        process, started = sign.get("process"), sign.get("started")
+        if sign.get("machine") == _machine() and _is_process(process) and isinstance(started, int | float):
+            return _runs(process, started)
+        # A sign that cannot be read is the same each time: its owner, where it lives, will write another.
+        number, now = str(sign.get("sign")), time.monotonic()
         if self._seen.get(owner, (None, 0.0))[0] != number:
             self._seen[owner] = (number, now)
         return now - self._seen[owner][1] < PATIENCE
@@ -140,6 +145,23 @@ class Claims:
 
     def _claim_url(self, what: str, generation: int) -> str:
         return uri.join(self._url, f"{what}.{generation:04d}.json")
+
+
+def _read(url: str) -> dict[str, Any] | None:
+    """What one file holds; nothing where it is damaged, and None where there is none."""
+    try:
+        content = uri.read_json(url)
+    except (StoreDamagedError, RecursionError):
+        return {}
+    return content if content is None or isinstance(content, dict) else {}
+
+
+def _is_owner(owner: Any) -> TypeGuard[str]:
+    return isinstance(owner, str) and re.fullmatch(r"[0-9a-f]{32}", owner) is not None
+
+
+def _is_process(process: Any) -> TypeGuard[int]:
+    return isinstance(process, int) and not isinstance(process, bool) and 0 < process < 2**31
 
 
 def _despite_removal(write: Callable[[str, Any], _T], url: str, value: Any) -> _T:

@@ -38,6 +38,11 @@ _AT_ONCE = 4096
 """Positions; bounds the memory of unpacked bits to some 16 MB."""
 
 
+MOST_ENTRIES = 1 << 20
+"""Of a position: more than any vocabulary has, and few enough that a file cannot take all memory by a number."""
+Term = Literal["sqrt", "exp"] | Annotated[int, Field(ge=0, le=64)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +52,7 @@ class ResidualBin(_Section):
 
     scale_dtype: Number
     element_bits: int = Field(ge=1, le=64)
-    num_elements: int = Field(ge=1)
+    num_elements: int = Field(ge=1, le=MOST_ENTRIES)
 
     @property
     def element_bytes(self) -> int:
@@ -59,12 +64,12 @@ class CompressionConfig(_Section):
 
     d: int = Field(ge=2, lt=2**31)
     """Vocabulary size; every id is below it."""
-    k: int = Field(ge=1)
-    exact_k: int = Field(ge=0)
+    k: int = Field(ge=1, le=MOST_ENTRIES)
+    exact_k: int = Field(ge=0, le=MOST_ENTRIES)
     exact_dtype: Number = "float32"
-    polynomial_terms: tuple[Literal["sqrt", "exp"] | Annotated[int, Field(ge=0)], ...] | None = None
+    polynomial_terms: tuple[Term, ...] | None = Field(default=None, max_length=64)
     term_dtype: Number = "float32"
-    residual_bins: tuple[ResidualBin, ...] = ()
+    residual_bins: tuple[ResidualBin, ...] = Field(default=(), max_length=1024)
     delta_encoding: bool = True
     error_diffusion: bool = False
     """Whether the encoder adds each value's rounding error to the next; reading does not depend on it."""

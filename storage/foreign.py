@@ -35,6 +35,8 @@ from storage.yaml_text import parse_yaml
 IMPORT_VERSION = 1
 """Of how predictions are read from files; raised where the same files would give other targets."""
 COMPRESSION_FILE = "compression_config.yaml"
+_LONGEST_DESCRIPTION = 1 << 16
+"""Bytes of such a file."""
 _COMPRESSED = ("bytepacked_indices", "compressed_logprobs")
 _PAIRS = (
     ("topk_ids", "topk_logprobs"),
@@ -106,9 +108,14 @@ def read_compression(url: str) -> CompressionConfig | None:
     Raises:
         UserError: it is not one.
     """
-    content = uri.read_bytes(url)
-    if content is None:
+    try:
+        content = uri.read_range(url, 0, _LONGEST_DESCRIPTION + 1)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    if len(content) > _LONGEST_DESCRIPTION:
+        raise UserError(
+            f"{url} has more bytes than any {COMPRESSION_FILE} ({_LONGEST_DESCRIPTION:,}); correct that file"
+        )
     try:
         return CompressionConfig.model_validate(parse_yaml(content.decode(), url))
     except ValidationError as error:

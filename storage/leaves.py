@@ -12,17 +12,18 @@ the leaf, and whether it is held out for validation is decided by its content (`
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from ddk.errors import UserError
-from storage import uri
 from storage.corpus import CorpusFile, DomainConfig, file_format
 from storage.corpus_bytes import OnBytes
 from storage.documents import Text, iter_filed
 from storage.fingerprint import fingerprint
-from storage.paths import cut_path
+from storage.paths import cut_path, record_path
+from storage.remembered import recall, remember
 
 LEAF_VERSION = 1
 """Of how documents are assigned, held out and hashed; raised where the same files would give other blocks."""
@@ -41,8 +42,8 @@ class Leaf(NamedTuple):
 class LeafIndex:
     """The leaves of files, remembered in one JSON file by the files' digests.
 
-    It is read once, when it is first asked. Like `storage.digests.DigestCache`'s, the JSON file may be lost, damaged or
-    written by two processes at once; that costs time only.
+    It is read once, when it is first asked. The JSON file may be lost, damaged or written by two processes at once;
+    that costs time only (`storage.remembered`).
     """
 
     def __init__(self, url: str) -> None:
@@ -51,26 +52,33 @@ class LeafIndex:
     def remembered(self, file: CorpusFile, sha256: str, config: DomainConfig) -> dict[str, Leaf] | None:
         """The leaves of a file, by path, as it was read before; None where it was not."""
         found: Any = self._known.get(_key(file, sha256, config))
-        try:
-            return {path: Leaf(int(documents), str(digest)) for path, (documents, digest) in found.items()}
-        except (AttributeError, TypeError, ValueError):  # not there, or damaged
+        if not isinstance(found, dict) or not 0 < len(found) <= MOST_LEAVES:
             return None
+        leaves = {path: _leaf(path, fact) for path, fact in found.items()}
+        return {path: leaf for path, leaf in leaves.items() if leaf is not None} if all(leaves.values()) else None
 
     def remember(self, file: CorpusFile, sha256: str, config: DomainConfig, leaves: Mapping[str, Leaf]) -> None:
         new = {_key(file, sha256, config): dict(leaves)}
         self._known |= new
-        uri.write_json(self._url, self._load() | new)
+        remember(self._url, new)
 
     @cached_property
     def _known(self) -> dict[str, Any]:
-        return self._load()
+        return recall(self._url)
 
-    def _load(self) -> dict[str, Any]:
-        try:
-            content = uri.read_json(self._url)
-        except ValueError:
-            return {}
-        return content if isinstance(content, dict) else {}
+
+def _leaf(path: str, fact: Any) -> Leaf | None:
+    """What was remembered of one leaf; None where it is none, whoever wrote it: its path names a store."""
+    if not isinstance(fact, list | tuple) or len(fact) != 2:
+        return None
+    documents, digest = fact
+    counted = isinstance(documents, int) and not isinstance(documents, bool) and documents > 0
+    if not counted or not isinstance(digest, str) or re.fullmatch(r"[0-9a-f]{64}", digest) is None:
+        return None
+    try:
+        return Leaf(documents, digest) if record_path(path) == path else None
+    except ValueError:
+        return None
 
 
 def _key(file: CorpusFile, sha256: str, config: DomainConfig) -> str:

@@ -27,6 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ddk.redaction import holds_credentials
 from storage import settings
 from storage.errors import StoreDamagedError, StoreError, UnreachableError, explained, is_beyond_the_end, unwritable
+from storage.names import plain_name
 from storage.ranges import Range, cut, runs_of
 
 if TYPE_CHECKING:
@@ -482,5 +483,5 @@ def local_folder_copy(url: str) -> Iterator[str]:
     names = list_names(url)
     with tempfile.TemporaryDirectory(prefix="ddk-") as local, reaching(url):
         for name in names:
-            fs.get_file(f"{path.rstrip('/')}/{name}", os.path.join(local, name))
+            fs.get_file(f"{path.rstrip('/')}/{name}", os.path.join(local, plain_name(name, url)))
         yield local

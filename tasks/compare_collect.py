@@ -15,6 +15,7 @@ from ddk.types import SPLITS
 from storage import uri
 from storage.manifest import read_manifest
 from storage.mixtures import MixtureHistory
+from storage.names import plain_name
 from storage.paths import store_name
 from storage.runs import RunFolder
 from storage.schema import Manifest
@@ -95,7 +96,8 @@ class Collector:
             yield place
 
     def _manifest(self, kind: str, domain: str, fingerprint: str) -> Manifest | None:
-        found = read_manifest(uri.join(self._root, kind, fingerprint, store_name(domain)))
+        folder = plain_name(fingerprint, f"identity.json of a run in {uri.join(self._root, 'runs')}")
+        found = read_manifest(uri.join(self._root, kind, folder, store_name(domain)))
         return found if found is not None and found.complete else None
 
 

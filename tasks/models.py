@@ -10,6 +10,8 @@ import huggingface_hub
 from ddk.errors import UserError
 from ddk.student import load_tokenizer
 from storage.digests import DigestCache
+from storage.names import plain_name
+from storage.uri import read_json
 from tasks.tokenizer_files import FETCHED, has_tokenizer, tokenizer_files
 
 _PROBE = (
@@ -44,7 +46,7 @@ def weight_digests(folder: str, digests: DigestCache, field: str) -> dict[str, s
     """sha256 of the model's config and of every weight file, by name.
 
     Raises:
-        UserError: there are no safetensors weights.
+        UserError: there are no safetensors weights, or their index names a file that is not in the folder's own.
     """
     names = sorted(name for name in os.listdir(folder) if name == "config.json" or name.endswith(".safetensors"))
     if "config.json" not in names or len(names) < 2:
@@ -52,7 +54,22 @@ def weight_digests(folder: str, digests: DigestCache, field: str) -> dict[str, s
             f"{field} is '{folder}', which lacks config.json or *.safetensors; other formats (pickles) are not read: "
             f"convert the model with save_pretrained"
         )
+    _check_index(folder)
     return _digests(folder, names, digests)
+
+
+def _check_index(folder: str) -> None:
+    """That the files which an index of weights names lie in the folder: what is loaded is what was hashed."""
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith(".safetensors.index.json"):
+            continue
+        place = os.path.join(folder, name)
+        content = read_json(place)
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(files, dict):
+            raise UserError(f"{place} is no index of weights (it has no weight_map); fetch the model again")
+        for file in {repr(file): file for file in files.values()}.values():  # many tensors lie in one file
+            plain_name(file, place)
 
 
 def tokenizer_digests(folder: str, digests: DigestCache) -> dict[str, str]:

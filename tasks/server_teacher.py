@@ -37,7 +37,7 @@ import numpy as np
 
 from ddk.errors import UserError
 from ddk.types import Int32Array, SparseTargets
-from storage import uri
+from storage.remembered import recall, remember
 from tasks.progress import logger
 from tasks.prompt_logprobs import Rows, assemble, entries_to_ask, ranked_rows, stacked, warn_of_padding
 from tasks.server_client import KEY_VARIABLE, WAITS, ServerClient, ServerRefusedError, ServerUnreachableError
@@ -187,17 +187,17 @@ def server_identity(config: TeacherConfig, memory_url: str) -> dict[str, str | N
         UserError: the server cannot be reached and was never seen, or does not serve that name.
     """
     place = f"{_url(config)} {config.server_model or ''}".strip()
-    known = uri.read_json(memory_url) or {}
+    known = recall(memory_url).get(place)
     try:
         with ServerClient(_url(config), WAITS[:2]) as client:
             found = {"name": str(_card(client, config)["id"]), "version": client.version()}
     except ServerUnreachableError as error:
-        if place not in known:
+        if not isinstance(known, dict) or set(known) != {"name", "version"}:
             raise
         logger.info("%s; going by what it was when last seen", error)
-        return dict(known[place])
-    if known.get(place) != found:
-        uri.write_json(memory_url, {**known, place: found})
+        return known
+    if known != found:
+        remember(memory_url, {place: found})
     return found
 
 

@@ -145,3 +145,42 @@ def test_nothing_is_left_of_claims_on_a_complete_store(tmp_path: Path) -> None:
         remove_claims(place)
         claims._write_sign(9)  # as the thread may, at the wrong moment
     assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"{", b"[]", b"3", b"{}", b'{"owner": 3}', b'{"owner": "../../x"}', b"[" * 100_000, b"\xff\xfe"]
+)
+def test_a_claim_that_cannot_be_read_is_nobodys(tmp_path: Path, damaged: bytes) -> None:
+    with Claims(str(tmp_path)) as first, Claims(str(tmp_path)) as second:
+        assert first.take("all")
+        (tmp_path / "claims" / "all.0000.json").write_bytes(damaged)
+        assert second.take("all")
+        assert not first.holds("all")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"process": -1},
+        {"process": 10**30},
+        {"process": "1"},
+        {"process": None},
+        {"started": "now"},
+        {"machine": 3},
+        {"machine": "there", "sign": [10**30]},
+        None,
+    ],
+)
+def test_a_sign_that_cannot_be_read_is_waited_for_no_longer_than_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object] | None
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(storage_claims.time, "monotonic", lambda: now)
+    with Claims(str(tmp_path)) as first, Claims(str(tmp_path)) as second:
+        assert first.take("all")
+        (name,) = uri.list_names(f"{tmp_path}/claims/owners")
+        sign = uri.read_json(f"{tmp_path}/claims/owners/{name}")
+        uri.write_json(f"{tmp_path}/claims/owners/{name}", [sign] if change is None else {**sign, **change})
+        assert not second.take("all")
+        now += storage_claims.PATIENCE + 1
+        assert second.take("all")

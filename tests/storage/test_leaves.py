@@ -16,6 +16,7 @@ from storage import leaves as module
 from storage.corpus import CorpusFile, DomainConfig, domain_seed
 from storage.documents import Text
 from storage.leaves import Leaf, LeafIndex, in_leaf_validation, iter_leaf_documents, read_leaves
+from storage.remembered import remember
 
 RECORDS: list[dict[str, Any]] = [
     {"text": f"document {n}", "topic": ["algebra/linear", "algebra/rings", "geometry"][n % 3], "id": n}
@@ -101,11 +102,35 @@ def test_what_was_read_is_remembered_by_content_and_fields(tmp_path: Path) -> No
     assert index.remembered(file, "abd", config()) is None
     for fields in ({"path_depth": 1}, {"path_field": "id"}, {"text_field": "id"}, {"prompt_field": "id"}):
         assert index.remembered(file, "abc", config(**fields)) is None
-    for damaged in (b"", b"[]", b"{", b'{"a": 1}'):
+    whole = (tmp_path / "paths.json").read_bytes()
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole) - 1, 7)]
+    assert len(flipped) > 20
+    for damaged in (b"", b"[]", b"{", b'{"a": 1}', b"[" * 100_000, whole.replace(b"facts", b"fact"), *flipped):
         (tmp_path / "paths.json").write_bytes(damaged)
         assert LeafIndex(url).remembered(file, "abc", config()) is None
     LeafIndex(url).remember(file, "abc", config(), found)
     assert LeafIndex(url).remembered(file, "abc", config()) == found
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"../x//": [1, "0" * 64]},
+        {"a\n": [1, "0" * 64]},
+        {"a": [0, "0" * 64]},
+        {"a": [True, "0" * 64]},
+        {"a": [10**400, "0" * 64], "": [1, "0" * 64]},
+        {"a": [1, "../" * 22]},
+        {"a": [1]},
+        {"a": "x"},
+        {},
+        {str(number): [1, "0" * 64] for number in range(module.MOST_LEAVES + 1)},
+    ],
+)
+def test_what_is_remembered_is_checked_whoever_wrote_it(tmp_path: Path, leaves: dict[str, Any]) -> None:
+    url, file = f"{tmp_path}/paths.json", put(tmp_path / "a.jsonl", RECORDS)
+    remember(url, {module._key(file, "abc", config()): leaves})
+    assert LeafIndex(url).remembered(file, "abc", config()) is None
 
 
 def test_a_field_that_is_no_path_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import torch
 from tiny_model import make_tiny_model, true_logprobs
 
 from ddk.errors import UserError
-from storage.uri import write_json
+from storage.remembered import remember
 from tasks.cache_targets import check_distribution
 from tasks.server_client import ServerClient, ServerUnreachableError
 from tasks.server_teacher import ServerTeacher, server_identity
@@ -296,7 +296,11 @@ def test_the_server_is_remembered_for_when_it_is_gone(server: str, folder: str, 
     gone = config.model_copy(update={"server_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(ServerUnreachableError, match="cannot be reached"):
         server_identity(gone, memory)
-    write_json(memory, {"http://127.0.0.1:9/v1": seen})
+    for wrong in ("tiny", [seen], {"name": "tiny"}, None):
+        remember(memory, {"http://127.0.0.1:9/v1": wrong})
+        with pytest.raises(ServerUnreachableError, match="cannot be reached"):
+            server_identity(gone, memory)
+    remember(memory, {"http://127.0.0.1:9/v1": seen})
     assert server_identity(gone, memory) == seen
     with pytest.raises(UserError, match=r"teacher.server_model is 'other'"):
         server_identity(config.model_copy(update={"server_model": "other"}), memory)
