@@ -151,7 +151,7 @@ def _read(url: str) -> dict[str, Any] | None:
     """What one file holds; nothing where it is damaged, and None where there is none."""
     try:
         content = uri.read_json(url)
-    except (StoreDamagedError, RecursionError):
+    except StoreDamagedError:
         return {}
     return content if content is None or isinstance(content, dict) else {}
 

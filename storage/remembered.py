@@ -20,7 +20,7 @@ def recall(url: str) -> dict[str, Any]:
     """The facts; none where there is no such file, or it is not as it was written."""
     try:
         content = uri.read_json(url)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
     if not isinstance(content, dict) or not isinstance(facts := content.get("facts"), dict):
         return {}

@@ -121,7 +121,7 @@ def _rows(file: CorpusFile, form: LocalFormat) -> list[Row]:
 def _parsed(text: bytes, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: broken JSON ({error}); each line must be one JSON object") from None
 
 

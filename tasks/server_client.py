@@ -135,7 +135,7 @@ class ServerClient:
 def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

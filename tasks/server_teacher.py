@@ -160,7 +160,7 @@ class ServerTeacher:
             entries = [entry for position in positions for entry in position.values()]
             logprobs = np.array([entry["logprob"] for entry in entries], dtype=np.float32)
             ranks = np.array([entry["rank"] for entry in entries], dtype=np.int64)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{_url(self.config)} answers without prompt_logprobs as vLLM writes them "
                 f"({type(error).__name__}: {error}); teacher.source 'server' needs a vLLM server"

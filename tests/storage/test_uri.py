@@ -92,7 +92,7 @@ def test_what_is_not_there(place: str) -> None:
 
 
 def test_what_is_no_json_is_named(place: str) -> None:
-    for content in (b"{", b"\xff", b""):
+    for content in (b"{", b"\xff", b"", b"[" * 100_000, b"1" * 5_000):
         uri.write_bytes(uri.join(place, "a.json"), content)
         with pytest.raises(StoreDamagedError, match=r"/a\.json is not valid JSON"):
             uri.read_json(uri.join(place, "a.json"))
