@@ -20,7 +20,7 @@ from tasks.artifacts import add_version, artifact_key
 from tasks.compare_data import Comparison, run_rows, summary_rows
 from tasks.compare_page import render_comparison, render_markdown
 from tasks.compare_plots import plots
-from tasks.formats import escape
+from tasks.formats import escape, link
 from tasks.progress import logger
 from tasks.report_data import render_csv
 from tasks.report_page import data_uri
@@ -44,7 +44,7 @@ def report_comparison(root: str, comparison: Comparison) -> dict[str, str]:
     add_version(
         artifact_key(comparison.name, "comparison"),
         "markdown",
-        "\n\n".join([render_markdown(comparison), *pictures, f"Files: `{urls['index.html']}`"]),
+        "\n\n".join([render_markdown(comparison), *pictures, f"Files: {link(urls['index.html'])}"]),
         f"{escape(comparison.name)}: {len(comparison.variants)} variants, {len(comparison.seeds)} seeds",
     )
     logger.info("compare: %s", urls["index.html"])

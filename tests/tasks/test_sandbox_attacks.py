@@ -228,7 +228,7 @@ def test_memory_is_limited_in_sum() -> None:
     assert run_program(shared, limits) == Outcome(True, "passed")
 
 
-WANTED = "assert answer(20) == 42\nassert all(map(right, [answer(i) for i in range(3)]))"
+WANTED = "assert answer(20) == 42 or 42 in answer(21)\nassert all(map(right, [answer(i) for i in range(3)]))"
 RIGHT = "def right(value):\n    return value == 42\n"
 FORGED = """
 import json, os
@@ -262,6 +262,8 @@ VERDICT = {
     "equal to all": "class Any:\n    def __eq__(self, other): return True\ndef answer(x): return Any()",
     "a number equal to all": "class Any(int):\n    def __eq__(self, other): return True\ndef answer(x): return Any(1)",
     "a text equal to all": "class Any(str):\n    def __eq__(self, other): return True\ndef answer(x): return Any(1)",
+    "a holder of all": "class All:\n    def __contains__(self, item): return True\n"
+    "    def __iter__(self): return iter('ab')\ndef answer(x): return All()",
     "what tests call any": "from unittest import mock\ndef answer(x): return mock.ANY",
     "what tests call anything": "from unittest import mock\nanswer = mock.MagicMock(return_value=mock.MagicMock())",
     "another map": "map = all = print = lambda *given: 1\ndef answer(x): return 42 if x == 20 else 1",
@@ -299,7 +301,7 @@ def test_no_program_decides_on_its_verdict() -> None:
         *("AssertionError", "NameError", "SystemExit", "SyntaxError", "RuntimeError", "TypeError", "MemoryError"),
         *("killed", "AttributeError", "EndedError", "JSONDecodeError", "KeyError", "out of memory"),
     }
-    assert outcomes["what is in memory"].reason == "AssertionError"
+    assert outcomes["what is in memory"].reason == "TypeError", "no KeyError: there was nothing to find"
     # That the tests can be passed at all, by the same means.
     right = Program(code="def answer(x): return 42", tests=WANTED, setup=RIGHT, entries=("answer",))
     assert run_program(right, LIMITS) == Outcome(True, "passed")
