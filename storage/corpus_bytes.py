@@ -71,6 +71,15 @@ def stored_lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> It
         ) from error
 
 
+def first_bytes(stored: io.RawIOBase) -> bytes:
+    """Those that say what a file is; none where they cannot be read."""
+    try:
+        stored.seek(0)
+        return stored.read(HEAD) or b""
+    except (OSError, ValueError):
+        return b""
+
+
 def _decompressed(packed: io.BufferedReader[Any], compression: str) -> io.BufferedReader[Any]:
     if compression == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=packed), _CHUNK)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from ddk.errors import UserError
 from storage.corpus import CorpusFile, check_fields, file_format
-from storage.corpus_bytes import MAX_DOCUMENT_BYTES, OnBytes, opened, stored_lines
+from storage.corpus_bytes import MAX_DOCUMENT_BYTES, OnBytes, first_bytes, opened, stored_lines
 from storage.json_lines import comes_twice, parsed
-from storage.magic import HEAD, if_no_parquet
+from storage.magic import if_no_parquet
 from storage.paths import record_path
 
 _NUL = (
@@ -214,16 +214,8 @@ def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start
     except (pa.ArrowException, OSError) as error:
         cause = " ".join(str(error).split())
         raise UserError(
-            f"{file.url} is not a readable Parquet file ({cause}); {if_no_parquet(_head(stored))}"
+            f"{file.url} is not a readable Parquet file ({cause}); {if_no_parquet(first_bytes(stored))}"
         ) from error
-
-
-def _head(stored: io.RawIOBase) -> bytes:
-    try:
-        stored.seek(0)
-        return stored.read(HEAD) or b""
-    except (OSError, ValueError):
-        return b""
 
 
 def _check_lengths(metadata: Any, file: CorpusFile, columns: Sequence[str]) -> None:

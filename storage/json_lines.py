@@ -26,17 +26,23 @@ def parsed(line: str | bytes) -> Any:
         ValueError: it is no JSON, or nested more deeply than any record is.
     """
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        raise
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of thousands of digits
+            return _PATIENT.decode(_text(line))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except ValueError:  # a number of thousands of digits
-        return _PATIENT.decode(line if isinstance(line, str) else line.decode())
 
 
-def comes_twice(line: str, name: str) -> bool:
+def comes_twice(line: str | bytes, name: str) -> bool:
     """Whether the object that a line holds has a name more than once; JSON takes the last value, without a word."""
-    if line.count(json.dumps(name, ensure_ascii=False)) < 2:
+    quoted = json.dumps(name, ensure_ascii=False)
+    if (line.count(quoted) if isinstance(line, str) else line.count(quoted.encode())) < 2:
         return False
-    return [key for key, _ in _PAIRS.decode(line)].count(name) > 1
+    return [key for key, _ in _PAIRS.decode(_text(line))].count(name) > 1
+
+
+def _text(line: str | bytes) -> str:
+    return line if isinstance(line, str) else line.decode()

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ddk.errors import UserError
 from storage.corpus import CorpusFile, file_format
 from storage.corpus_bytes import opened, stored_lines
-from storage.json_lines import parsed
+from storage.json_lines import comes_twice, parsed
 
 _ROWS_AT_ONCE = 8
 """Of Parquet: a row of 8,192 positions with 128 entries each takes 16 MB."""
@@ -134,6 +134,8 @@ def _json_cells(line: bytes, columns: Collection[str], where: str) -> Cells:
         raise UserError(f"{where}: broken JSON ({error}); each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object; each line must be one, with a field for each column")
+    if twice := sorted(name for name in columns if name in record and comes_twice(line, name)):
+        raise UserError(f"{where}: field '{twice[0]}' comes twice, and one of them would be lost; mend the record")
     return {name: _json_cell(record[name], f"{where}: '{name}'") for name in columns if name in record}
 
 

@@ -99,7 +99,8 @@ def _prefix(tokenizer: Any) -> tuple[int, ...]:
     for start in range(len(whole) - len(bare) + 1 if bare else 0):
         if whole[start : start + len(bare)] == bare:
             return tuple(whole[:start])
-    return ()
+    begins_with_it = bool(whole) and whole[0] == tokenizer.bos_token_id  # and the text is split otherwise behind it
+    return (int(whole[0]),) if begins_with_it else ()
 
 
 def _eos(packing: PackingConfig, teacher: Any, own: Any, stops: list[int]) -> tuple[int, str]:

@@ -429,3 +429,14 @@ def test_windows_share_the_bytes_that_are_shuffled_together() -> None:
 
 def test_lists_in_memory_have_no_windows() -> None:
     assert train_data().windows(100) == {}
+
+
+def test_a_document_begins_behind_each_of_several_separators() -> None:
+    """EOS, and BOS where there is one."""
+    tokens = np.array([[1, 5, 6, 0, 1, 7], [1, 8, 0, 1, 9, 9]], dtype=np.int32)
+    marked = np.array([[1, 1, 1, 0, 1], [1, 1, 0, 1, 1]], dtype=np.bool_)
+    batch = Batch(tokens_BL1=tokens, targets=None, valid_BL=marked)
+    found = batch.valid((0, 1))
+    assert found is not None
+    assert found.astype(int).tolist() == [[0, 1, 1, 0, 0], [0, 1, 0, 0, 1]]
+    assert batch.valid(None) is marked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -434,3 +435,30 @@ def test_whatever_is_read_is_a_distribution(tmp_path_factory: pytest.TempPathFac
             if true is not None
             else np.isnan(found.true_logprobs_P[j])
         )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"input_ids": [1, 2], "input_ids": [3, 4]}', "line 2: field 'input_ids' comes twice, and one of them would"),
+        (b'{"input_ids": [1, %s]}' % (b"9" * 5000), "line 2: 'input_ids' holds a number beyond 64 bits"),
+        (b"[" * 100_000, "line 2: broken JSON (nested too deeply)"),
+    ],
+)
+def test_a_line_that_json_reads_otherwise_than_it_was_meant(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"input_ids": [1, 2], "x": %s}\n%s\n' % (b"9" * 5000, line))
+    rows = iter_tokens(CorpusFile(url=str(path), name=path.name, size=1), V)
+    assert next(rows)[1].tolist() == [1, 2]
+    with pytest.raises(UserError, match=re.escape(message)):
+        next(rows)
+
+
+def test_columns_of_predictions_that_come_twice_are_named(tmp_path: Path) -> None:
+    ids = pa.array([[1, 2]])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([ids, ids], names=["input_ids", "input_ids"]), path)
+    with pytest.raises(
+        UserError, match=r"a\.parquet: several columns are called 'input_ids'; rename or remove all but"
+    ):
+        list(iter_tokens(CorpusFile(url=str(path), name=path.name, size=1), V))
