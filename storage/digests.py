@@ -6,25 +6,12 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from ddk.errors import UserError
 from storage import uri
-from storage.errors import StoreError
-from storage.sealed import Sealed
+from storage.remembered import recall, remember
 
 _CHUNK = 1 << 20
-DIGESTS = Sealed(what="memory of digests", version=2, remedy="nothing need be done: the files are hashed again")
-DIGESTS_OF = "the digests of files"
-
-
-class _Remembered(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int
-    files: dict[str, dict[str, Annotated[str, StringConstraints(max_length=300)]]]
 
 
 def digest(url: str) -> str:
@@ -69,13 +56,15 @@ class DigestCache:
         Raises:
             UserError: a file is not there, or changes while it is read.
         """
-        known, new, digests = self._load(), {}, {}
+        known = recall(self._url) if self._url is not None else {}
+        new: dict[str, dict[str, str]] = {}
+        digests: dict[str, str] = {}
         try:
             for file_url in file_urls:
                 stamp, settled = self._stamp(file_url)
                 entry = known.get(file_url)
-                if stamp is not None and entry is not None and entry.get("stamp") == stamp and "sha256" in entry:
-                    digests[file_url] = entry["sha256"]
+                if stamp is not None and isinstance(entry, dict) and entry.get("stamp") == stamp and "sha256" in entry:
+                    digests[file_url] = str(entry["sha256"])
                     continue
                 digests[file_url] = digest(file_url)
                 if self._stamp(file_url)[0] != stamp:
@@ -84,15 +73,8 @@ class DigestCache:
                     new[file_url] = {"stamp": stamp, "sha256": digests[file_url]}
         finally:
             if new and self._url is not None:
-                DIGESTS.write(self._url, {"files": self._load() | new}, DIGESTS_OF)
+                remember(self._url, new)
         return digests
-
-    def _load(self) -> dict[str, dict[str, str]]:
-        try:
-            content = DIGESTS.read(self._url, DIGESTS_OF) if self._url is not None else None
-            return _Remembered.model_validate(content).files if content is not None else {}
-        except (StoreError, ValidationError):
-            return {}
 
     def _stamp(self, url: str) -> tuple[str | None, bool]:
         """What tells one content from another, if anything does; and whether it can be relied on later."""

@@ -1,6 +1,4 @@
-"""Small facts that save work, kept in one JSON file: what is lost or damaged is found out again.
-
-    {"facts": {key: fact, ...}, "sha256": of the facts and of the file's name}
+"""Small facts that save work, kept in one sealed JSON file: what is lost or damaged is found out again.
 
 So a flipped digit is never taken for a fact, and neither is a file that belongs elsewhere. Two processes that write at
 once may lose each other's facts; that costs time only.
@@ -8,31 +6,43 @@ once may lose each other's facts; that costs time only.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from storage import uri
+from storage.errors import StoreError
+from storage.sealed import Sealed
+
+_MEMORY = Sealed(
+    what="memory of a root", version=1, remedy="nothing need be done: what it held is found out again when it is needed"
+)
 
 
 def recall(url: str) -> dict[str, Any]:
-    """The facts; none where there is no such file, or it is not as it was written."""
+    """The facts, by key; none where there is no such file, or it is not as it was written."""
     try:
-        content = uri.read_json(url)
-    except ValueError:
+        return facts_of(url)
+    except StoreError:
         return {}
-    if not isinstance(content, dict) or not isinstance(facts := content.get("facts"), dict):
-        return {}
-    return facts if content.get("sha256") == _sha256(url, facts) else {}
+
+
+def facts_of(url: str) -> dict[str, Any]:
+    """`recall`, with an error where the file is not as it was written.
+
+    Raises:
+        StoreDamagedError, FormatVersionError: it is not.
+    """
+    content = _MEMORY.read(url, _name(url))
+    facts = content.get("facts") if content is not None else {}
+    if not isinstance(facts, dict):
+        raise _MEMORY.damaged(url, "it holds no facts")
+    return facts
 
 
 def remember(url: str, facts: Mapping[str, Any]) -> None:
     """Add facts, or replace those of the same keys."""
-    known = uri.as_json({**recall(url), **facts})
-    uri.write_json(url, {"facts": known, "sha256": _sha256(url, known)})
+    _MEMORY.write(url, {"facts": {**recall(url), **facts}}, _name(url))
 
 
-def _sha256(url: str, facts: Mapping[str, Any]) -> str:
-    name = url.rstrip("/").rpartition("/")[2]
-    return hashlib.sha256(f"{name}\0{json.dumps(facts, sort_keys=True)}".encode(errors="replace")).hexdigest()
+def _name(url: str) -> str:
+    return f"the memory {uri.name_of(url)}"

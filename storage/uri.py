@@ -241,7 +241,7 @@ def parsed(url: str, content: bytes) -> Any:
     """
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise StoreDamagedError(f"{url} is not valid JSON ({error})") from None
     except RecursionError:
         raise StoreDamagedError(f"{url} is not valid JSON (it is nested too deeply)") from None

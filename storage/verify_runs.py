@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from storage import uri
 from storage.checkpoints import CheckpointFolder
 from storage.comparisons import ComparisonFolder
-from storage.digests import DIGESTS, DIGESTS_OF
 from storage.errors import StoreError
 from storage.evaluations import EvaluationFolder
 from storage.listing import Listing
 from storage.manifest import read_manifest
 from storage.mixtures import MixtureHistory, MixtureRecord
 from storage.paths import store_name
+from storage.remembered import facts_of
 from storage.runs import RunFolder
 
 _RETRAIN = "run the same `ddk train` again"
@@ -62,8 +62,10 @@ def comparison_findings(root: str, name: str, *, full: bool) -> list[Finding]:
 
 def memory_findings(root: str) -> list[Finding]:
     """What is wrong with the root's memory of its inputs, which is only ever a saving of time."""
-    audit, url = _Audit(full=True), uri.join(root, "digests.json")
-    audit.read(url, lambda: DIGESTS.read(url, DIGESTS_OF))
+    audit = _Audit(full=True)
+    for name in ("digests.json", "paths.json", "servers.json"):
+        url = uri.join(root, name)
+        audit.read(url, partial(facts_of, url))
     return audit.findings
 
 

@@ -69,7 +69,7 @@ def test_a_damaged_cache_costs_time_only(tmp_path: Path, content: bytes) -> None
     file = put(tmp_path / "a.txt", b"")
     cache = put(tmp_path / "digests.json", content.replace(b"FILE", file.encode()))
     assert DigestCache(cache, later).get(file) == EMPTY
-    assert json.loads(Path(cache).read_bytes())["files"][file]["sha256"] == EMPTY
+    assert json.loads(Path(cache).read_bytes())["facts"][file]["sha256"] == EMPTY
 
 
 def test_a_digit_changed_in_the_cache_is_not_believed(tmp_path: Path, hashed: list[str]) -> None:
