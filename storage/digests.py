@@ -69,7 +69,7 @@ class DigestCache:
                 digests[file_url] = digest(file_url)
                 if self._stamp(file_url)[0] != stamp:
                     raise UserError(f"{file_url} changed while it was read; run again once nothing writes to it")
-                if settled:
+                if settled and stamp is not None:
                     new[file_url] = {"stamp": stamp, "sha256": digests[file_url]}
         finally:
             if new and self._url is not None:
