@@ -40,7 +40,7 @@ SECONDS_OF_SILENCE = 3.0
 """Until a line says what is waited for."""
 SECONDS_BETWEEN_LINES = 60.0
 _ATTEMPTS = 3
-"""To start a server: another program may take the port in between."""
+"""To start a server, where another program takes the port in between."""
 _TIMEOUT = httpx.Timeout(10.0, connect=4.0)
 _SECRET = re.compile(r"://[^/@]*@")
 _OTHERWISE = "unset PREFECT_API_URL, and a server is started for the time of the run"
@@ -121,8 +121,12 @@ class OwnServer(SubprocessASGIServer):
         self.running = True
         try:
             with tempfile.TemporaryFile() as said:
-                if not any(self._comes_up(said) for _ in range(_ATTEMPTS)):
-                    raise UserError(_did_not_start(said))
+                attempts = 1
+                while not self._comes_up(said):
+                    lines = _lines(said)
+                    if attempts == _ATTEMPTS or not any("already in use" in line for line in lines):
+                        raise UserError(_did_not_start(lines))
+                    attempts += 1
         except BaseException:
             self.stop()
             raise
@@ -167,9 +171,12 @@ class OwnServer(SubprocessASGIServer):
         )
 
 
-def _did_not_start(said: IO[bytes]) -> str:
+def _lines(said: IO[bytes]) -> list[str]:
     said.seek(0)
-    lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+    return [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+
+
+def _did_not_start(lines: list[str]) -> str:
     why = f" ({' '.join(lines[-1].split())[:300]})" if lines else ""
     home = get_current_settings().home
     return (

@@ -30,6 +30,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ddk.errors import UserError
 from ddk.section import Section
 from storage import uri
+from storage.errors import explained
 
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst")
@@ -170,6 +171,10 @@ def _expand(pattern: str, domain: str) -> list[CorpusFile]:
         raise
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{place} cannot be listed ({error}); check the URL and the credentials") from error
+    except Exception as error:
+        if (known := explained(error, place)) is None:
+            raise
+        raise known from error
     files = {path: info for path, info in entries.items() if info["type"] == "file"}
     for found, info in entries.items():
         if info["type"] == "other":

@@ -237,7 +237,7 @@ def test_what_the_machine_lacks_is_no_bug(
     [
         ("config.yaml", "config.yaml is a file, or a link to nothing; name a folder"),
         ("config.yaml/below", "config.yaml/below lies below a file; name a folder"),
-        ("/proc/ddk", "the folder /proc/ddk cannot be made (No such file or directory); name another"),
+        ("/proc/ddk", "the folder /proc/ddk cannot be made (No such file or directory); name another, or make it"),
     ],
 )
 def test_a_root_that_is_no_folder(ddk_error: Any, tmp_path: Path, root: str, says: str) -> None:
@@ -254,7 +254,17 @@ def test_missing_credentials_are_explained(ddk_error: Any, tmp_path: Path, monke
     from storage.s3 import S3
 
     S3.clear_instance_cache()
-    assert "no credentials for S3 were found; set AWS_ACCESS_KEY_ID" in ddk_error(
-        "pack", config_with(tmp_path, root="s3://nowhere/ddk")
+    found = "no credentials for S3 were found; set AWS_ACCESS_KEY_ID"
+    assert f"s3://nowhere/ddk/digests.json: {found}" in ddk_error(
+        "plan", config_with(tmp_path, root="s3://nowhere/ddk")
     )
     S3.clear_instance_cache()
+    corpus = config_with(tmp_path, mine={"train": "s3://nowhere/*.jsonl"})
+    assert f"domain 'mine', pattern 's3://nowhere/*.jsonl': {found}" in ddk_error("plan", corpus)
+    S3.clear_instance_cache()
+
+
+def test_a_server_that_refuses_the_connection_is_named(ddk_error: Any) -> None:
+    message = ddk_error("inspect", "http://127.0.0.1:9/x.zarr")
+    assert "http://127.0.0.1:9/x.zarr/manifest.json: the server does not answer" in message
+    assert "there is no protocol 'foo://'" in ddk_error("verify", "foo://x")
