@@ -133,7 +133,7 @@ class Claims:
         number = 0
         while not self._ended.wait(SECONDS_BETWEEN_SIGNS):
             number += 1
-            with contextlib.suppress(OSError):  # the next one may get through; else others take over, and may
+            with contextlib.suppress(Exception):  # the next one may get through; else others take over, and may
                 self._write_sign(number)
 
     def _write_sign(self, number: int) -> None:
