@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from small_run import ASSETS, write_config
 
-from flows.__main__ import main
+from ddk.errors import LostPartError
+from flows.__main__ import _exit_code, main
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -243,6 +244,14 @@ def test_what_the_machine_lacks_is_no_bug(
 def test_a_root_that_is_no_folder(ddk_error: Any, tmp_path: Path, root: str, says: str) -> None:
     message = ddk_error("plan", config_with(tmp_path, root=root))
     assert message.replace(f"{tmp_path}/", "") == f"ddk: root: {says}"
+
+
+def test_the_loss_of_a_part_is_one_line_and_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    def lose() -> None:
+        raise LostPartError("the engine's process was killed by signal 9")
+
+    assert _exit_code(lose, debug=False) == 1
+    assert capsys.readouterr().err == "ddk: the engine's process was killed by signal 9\n"
 
 
 def test_missing_credentials_are_explained(ddk_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

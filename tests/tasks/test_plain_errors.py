@@ -9,7 +9,7 @@ import pytest
 from botocore.exceptions import ClientError
 from prefect import flow, task
 
-from ddk.errors import UserError
+from ddk.errors import LostPartError, UserError
 from tasks.plain_errors import plain_errors
 
 DENIED = ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "PutObject")
@@ -43,7 +43,12 @@ def fail(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "says"), [(UserError("teacher.k is 9; lower it"), "teacher.k is 9"), (DENIED, "AccessDenied")]
+    ("error", "says"),
+    [
+        (UserError("teacher.k is 9; lower it"), "teacher.k is 9"),
+        (LostPartError("the engine's process was killed by signal 9"), "killed by signal 9"),
+        (DENIED, "AccessDenied"),
+    ],
 )
 def test_a_mistake_is_one_line_for_the_task_and_one_for_the_flow(
     records: list[logging.LogRecord], error: Exception, says: str
