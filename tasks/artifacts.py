@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
@@ -54,12 +55,21 @@ def current_place() -> Place | None:
     return Place(flow_run_id=flow.flow_run.id) if flow is not None and flow.flow_run is not None else None
 
 
+_refused: set[str] = set()
+
+
 @contextmanager
 def showing(what: str) -> Iterator[None]:
-    """Whatever goes wrong in here becomes a warning."""
+    """Whatever goes wrong in here becomes a warning; a server that refuses every connection is one warning for each
+    thing that it cannot show."""
     try:
         yield
+        _refused.discard(what)
     except Exception as error:
+        if isinstance(error, httpx.ConnectError):
+            if what in _refused:
+                return
+            _refused.add(what)
         logger.warning("%s is not shown in Prefect's UI: %s", what, str(error) or type(error).__name__)
 
 

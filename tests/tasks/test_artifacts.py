@@ -191,6 +191,6 @@ def test_a_server_that_is_gone_costs_a_warning_and_not_the_work(prefect_server, 
     assert shown == [False] * 3
     assert seconds < 30, "Prefect itself would try for minutes"
     messages = [record.getMessage() for record in caplog.records if record.name == "ddk"]
-    assert len(messages) == 3
+    assert len(messages) == (3 if answers else 1), "that it is not there is said once"
     assert all(message.startswith("'ddk-gone' is not shown in Prefect's UI: ") for message in messages)
     assert stored("ddk-gone") == []
