@@ -89,18 +89,19 @@ def _passes(
         if alone is not None and alone.device.type != "meta":
             # NaN weights are somebody else's to find.
             seen["same"] &= torch.allclose(found, alone, rtol=1e-4, atol=1e-4, equal_nan=True)
+        put_in = hidden.to(found.dtype, copy=True)
         if isinstance(output, tuple):
-            return (hidden.to(found.dtype), *output[1:])
+            return (put_in, *output[1:])
         changed = copy.copy(output)
-        changed["last_hidden_state"] = hidden.to(found.dtype)
+        changed["last_hidden_state"] = put_in
         if changed.get("hidden_states") is not None:
-            changed["hidden_states"] = (*changed["hidden_states"][:-1], hidden.to(found.dtype))
+            changed["hidden_states"] = (*changed["hidden_states"][:-1], put_in)
         return changed
 
     def projected(given: Tensor) -> Tensor:
         seen["head"] += 1
         seen["same"] &= torch.equal(given.float(), hidden.to(given.dtype).float())
-        return logits.to(given.dtype)
+        return logits.to(given.dtype, copy=True)  # some models write into them
 
     with contextlib.ExitStack() as undo:
         hook = body.register_forward_hook(replaced, with_kwargs=True)

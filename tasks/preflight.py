@@ -192,12 +192,10 @@ def _check_names(config: StudentConfig, described: Any, model: Any, headers: Map
 
 def _check_saving(config: StudentConfig, model: Any, plan: Plan) -> None:
     """Save a copy without weights: what cannot be saved is better known before the training."""
-    if model.can_generate():
+    if model.can_generate() and os.path.exists(os.path.join(config.model, "generation_config.json")):
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(config.model)
-        except OSError:  # it has none, and one is made of its config
-            pass
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{FIELD} '{config.model}': its generation_config.json cannot be read ({_first(error)}); correct or "
                 f"remove it"
