@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from typing import Any
 
@@ -70,6 +71,20 @@ def _check_index(folder: str) -> None:
             raise UserError(f"{place} is no index of weights (it has no weight_map); fetch the model again")
         for file in {repr(file): file for file in files.values()}.values():  # many tensors lie in one file
             plain_name(file, place)
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two folders hold the same weight files, whatever is in their configs."""
+    found = [
+        {name: os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors")}
+        for folder in (one, other)
+    ]
+    if not found[0] or found[0].keys() != found[1].keys():
+        return False
+    pairs = [(path, found[1][name]) for name, path in found[0].items()]
+    return all(os.path.getsize(a) == os.path.getsize(b) for a, b in pairs) and all(
+        filecmp.cmp(a, b, shallow=False) for a, b in pairs
+    )
 
 
 def tokenizer_digests(folder: str, digests: DigestCache) -> dict[str, str]:

@@ -8,6 +8,7 @@ newest checkpoint.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ from storage.targets import teacher_perplexity
 from storage.uri import as_json, join
 from tasks.artifacts import artifact_key
 from tasks.events import say_event
-from tasks.models import weight_digests
+from tasks.models import same_weights, weight_digests
 from tasks.plan import Plan
 from tasks.preflight import StudentFacts, check_live_teacher, check_student
 from tasks.progress import logger, meter
@@ -55,6 +56,8 @@ _OPERATIONAL = {
     *("processes", "nodes", "rendezvous", "parallel", "compile"),
 }
 _DOMAINS_IN_A_LINE = 12
+_SAME_MODEL = 0.002
+"""Nats between the perplexities of teacher and student beyond which they are not one model."""
 # Added after runs had been started without them: with these values they are those runs' own.
 _ADDED_TO_LOSS = ("divergence", "beta", "mask_document_starts")
 _ADDED_TO_MIXTURE = ("evaluation", "level", "weights", "doremi_step", "doremi_smoothing", "reference_run")
@@ -377,10 +380,18 @@ def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, floa
     Raises:
         ValueError: a perplexity is not finite.
     """
+    same = step == 0 and same_weights(session.plan.teacher_folder, session.student.folder)
     gaps: dict[str, dict[str, float]] = {}
     for domain, student_ppl in session.training.perplexities().items():
         gap = domain_gap(domain, student_ppl, session.teacher_ppl[domain], step=step)
         gaps[domain] = {"student": gap.student_ppl, "teacher": gap.teacher_ppl}
+        if same and abs(math.log(gap.ratio)) > _SAME_MODEL:
+            logger.warning(
+                "gap at step 0: student and teacher are the same weights, and their perplexities on '%s' are %.5g and "
+                "%.5g; the targets were made by another model, by another dtype or quantisation, or the two forward "
+                "passes differ",
+                *(domain, gap.student_ppl, gap.teacher_ppl),
+            )
     return gaps
 
 

@@ -19,8 +19,9 @@ import transformers
 from lm_eval.models.utils import resolve_max_length
 from torch import Tensor
 
-from ddk.student import StudentConfig, load_student
+from ddk.student import StudentConfig, head_rows, load_student
 from tasks.harness_model import HarnessModel, Prompt, Scored
+from tasks.plan import vocabulary
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32_768
 """Of one forward pass, padding included."""
@@ -60,7 +61,9 @@ class TransformersModel(HarnessModel):
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__(tokenizer, trust_remote_code=config.trust_remote_code, on_progress=on_progress)
-        model: Any = load_student(config, self.vocab_size, dtype=dtype, field=field)
+        model: Any = load_student(config, vocabulary(self.tokenizer)[1], dtype=dtype, field=field)
+        # The tokenizer may have added tokens at its end that the model has no rows for, and no text becomes.
+        self.vocab_size = min(self.vocab_size, head_rows(model) or self.vocab_size)
         self.model: Any = model.to(device)
         self.max_length = resolve_max_length(self.model.config, self.tokenizer)
         self.judged_length = self.max_length + 1  # nothing is predicted from the last token

@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ddk.errors import LostPartError
+from ddk.errors import LostPartError, UserError
 from tasks.leftovers import EngineFolder
 from tasks.orphans import Descendants, changed_environment
-from tasks.teacher import TeacherConfig, on_gpu, resolved_dtype
+from tasks.teacher import TeacherConfig, load_model_config, on_gpu, resolved_dtype
 from tasks.watched_calls import ChildDiedError, WatchedCalls, ending
 
 _T = TypeVar("_T")
@@ -34,6 +34,11 @@ _UNKNOWN = "its last lines above say more, and so may `dmesg`"
 _GAVE_UP = f"its lines above say why, and where there are none, {_LIKELY[signal.SIGKILL]}"
 _FAILED_AT_START = re.compile(r"Failed core proc\(s\): \{[^}]*?: (-\d+)")
 """vLLM's words, with the exit code of the engine's process."""
+_ON_GPU_ALONE = {
+    *("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "falcon_h1"),
+    *("nemotron_h", "granitemoehybrid", "plamo2"),
+}
+"""Model types with Mamba layers, whose kernels are CUDA's and Triton's."""
 
 
 class Engine:
@@ -44,10 +49,14 @@ class Engine:
     Args:
         config: what to run.
         settings: of vLLM's `LLM`, besides those that follow from the configuration.
+
+    Raises:
+        UserError: the model does not run on this machine.
     """
 
     def __init__(self, config: TeacherConfig, **settings: Any) -> None:
         self.llm: Any = None
+        check_machine(config)
         self._processes = Descendants()
         self.folder = EngineFolder()
         self._calls = WatchedCalls()
@@ -138,6 +147,20 @@ def engine_died(exit_code: int) -> LostPartError:
     """What to say of an engine whose process has ended by itself."""
     likely = _LIKELY.get(signal.Signals(-exit_code), _UNKNOWN) if exit_code < 0 else _UNKNOWN
     return LostPartError(f"the engine's process {ending(exit_code)}; {likely}. {_AGAIN}")
+
+
+def check_machine(config: TeacherConfig) -> None:
+    """That vLLM's build for this machine runs the architecture; it would say so deep in a trace of its own.
+
+    Raises:
+        UserError: it does not.
+    """
+    kind = str(load_model_config(config).get_text_config().model_type)
+    if kind in _ON_GPU_ALONE and not on_gpu():
+        raise UserError(
+            f"'{config.model}' is a {kind} model, and vLLM has its state-space kernels (Mamba) for GPUs alone; use a "
+            f"machine with a GPU, or take its predictions from files (domains.*.targets: topk)"
+        )
 
 
 def cores() -> list[int]:

@@ -24,7 +24,7 @@ from tasks.teacher import TeacherConfig, check_fits, on_gpu
 from tasks.vllm_engine import Engine, cores
 from tasks.vllm_worker import LABEL_KEY, ROW_KEY, ResultBuffer
 
-WORKER_EXTENSION = "tasks.vllm_worker.CaptureExtension"
+WORKER_EXTENSION = "tasks.vllm_extension.CaptureExtension"
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 128 * 2**20, 256 * 2**20
 """Float32 logits reduced at a time. On a CPU each row passes through a core's cache by itself, and a chunk need only be
 long enough that starting the threads is nothing beside it (32 MiB cost a sixth of the speed at a vocabulary of

@@ -1,7 +1,8 @@
 """What runs inside vLLM's worker: reduces each prompt position's logits to the targets that are stored.
 
-vLLM mixes `CaptureExtension` into its worker class (`LLM(worker_extension_cls=...)`, an official mechanism) and
-calls its methods by `LLM.collective_rpc`. `ddk_install` then shadows two methods of the worker instance:
+vLLM mixes `CaptureExtension` into its worker class (`LLM(worker_extension_cls=...)`, an official mechanism, through
+`tasks.vllm_extension`) and calls its methods by `LLM.collective_rpc`. `ddk_install` then shadows two methods of the
+worker instance:
 
     execute_model(scheduler_output)   note which requests run, and how many tokens of each
     sample_tokens(...)                called right after, with the step's hidden states still there: project them to
@@ -20,7 +21,6 @@ temperatures, D random draws.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,20 +36,6 @@ ROW_KEY = "ddk_row"
 """In a request's `extra_args`: the block's row in the result buffer."""
 LABEL_KEY = "ddk_last_label"
 """Likewise: the token after the prompt's last, which the prompt itself does not hold."""
-
-
-def _correct_bloom() -> None:
-    """vLLM gives Bloom the exact GELU, where Bloom was trained with its tanh approximation: 1.8e-3 nat on two layers,
-    1e-5 with the right one."""
-    from vllm.model_executor.models import bloom
-
-    given = bloom.get_act_fn
-    bloom.get_act_fn = lambda name: given("gelu_pytorch_tanh" if name == "gelu" else name)
-
-
-if "vllm.v1.worker.worker_base" in sys.modules:
-    # This is the engine's worker, which imports its extension before it builds the model.
-    _correct_bloom()
 
 
 class ResultBuffer:

@@ -28,6 +28,7 @@ from tasks.plan import Plan, plan_stores
 from tasks.preflight import check_student
 from tasks.saved_student import check_saved_student, sample_of
 from tasks.teacher import TeacherConfig
+from tasks.vllm_engine import Engine
 
 L, BYTES = 10, 257
 SMALL: dict[str, Any] = {
@@ -191,6 +192,14 @@ def test_a_teacher_that_lacks_a_shard(models: Path, tmp_path: Path) -> None:
             PackingConfig(seq_len=L),
             TeacherConfig(model=str(teacher), k=8),
         )
+
+
+def test_a_teacher_that_vllm_runs_on_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at once and in one line, where no engine has been started."""
+    transformers.MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    monkeypatch.setattr("tasks.vllm_engine.on_gpu", lambda: False)
+    with pytest.raises(UserError, match="is a mamba model, and vLLM has its state-space kernels"):
+        Engine(TeacherConfig(model=str(tmp_path)))
 
 
 def test_vocabularies_in_any_form(models: Path, tmp_path: Path) -> None:
