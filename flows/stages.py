@@ -35,6 +35,7 @@ from tasks.pack_corpus import pack_corpus as pack_domain
 from tasks.pack_rows import pack_rows
 from tasks.plain_errors import plain_errors
 from tasks.plan import Plan, plan_stores
+from tasks.preflight import check_student_if_there
 from tasks.progress import logger
 from tasks.sharing import alone
 from tasks.sources import open_teacher
@@ -118,6 +119,7 @@ def pack_corpus(
     """
     use_storage_block(storage_block)
     plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else (), student)
+    check_student_if_there(student, plan)
     return [
         pack_rows(plan, domain) if plan[domain].corpus.imported else pack_domain(plan, domain)
         for domain in plan.domains
@@ -144,6 +146,7 @@ def cache_teacher(
     """
     use_storage_block(storage_block)
     plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else (), student)
+    check_student_if_there(student, plan)
     done = {domain: import_targets(plan, domain) for domain in plan.domains if plan[domain].corpus.imported}
     if len(done) == len(plan.domains):
         return list(done.values())

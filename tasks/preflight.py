@@ -79,6 +79,21 @@ def check_student(config: StudentConfig, plan: Plan) -> StudentFacts:
     return facts
 
 
+def check_student_if_there(config: StudentConfig | None, plan: Plan) -> None:
+    """`check_student` in a stage that does not need the student yet: one that is not there is looked at later.
+
+    Raises:
+        UserError: as `check_student`.
+    """
+    if config is None:
+        return
+    try:
+        local_folder(config.model, config.revision, FIELD, weights=False)
+    except UserError:  # `tasks.text_ends` says so
+        return
+    check_student(config, plan)
+
+
 def check_live_teacher(plan: Plan) -> None:
     """That a method which trains beside the live teacher can load it.
 
