@@ -65,7 +65,7 @@ def test_weights_gradients_and_moments_are_those_of_a_training(tied: bool) -> No
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Fake tensors hold no numbers: nothing can be compared with them.
-    monkeypatch.setattr(student, "_is_projection", lambda model: True)
+    monkeypatch.setattr(student, "is_projection", lambda model: True)
     monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", fused.CHUNK_BYTES["cuda"])
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
