@@ -22,7 +22,7 @@ from storage.documents import iter_documents
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
-    ".gz": lambda content: gzip.compress(content, 1),
+    ".gz": lambda content: gzip.compress(content, 1, mtime=0),
     ".zst": zstandard.compress,
 }
 
@@ -128,7 +128,7 @@ def test_documents_on_s3(s3_server: str, tmp_path: Path) -> None:
     root, fs = f"{s3_server}/documents", fsspec.filesystem("s3")
     contents = {
         "a.jsonl.zst": zstandard.compress(json_lines(["zero"])),
-        "b.jsonl.gz": gzip.compress(json_lines(["one", "two"])),
+        "b.jsonl.gz": gzip.compress(json_lines(["one", "two"]), mtime=0),
         "c.parquet": Path(put_table(tmp_path / "c.parquet", text=pa.array(["four", "five"])).url).read_bytes(),
         "d.txt": b"six",
     }
@@ -152,7 +152,7 @@ PROMPTED = [(0, "one", "a"), (1, "two", ""), (2, "three", ""), (5, "ü", " \n"),
 
 def test_prompts_of_json_lines(tmp_path: Path) -> None:
     content = "".join(json.dumps({"prompt": prompt, "id": 1, "text": text}) + "\n" for text, prompt in RECORDS)
-    file = put(tmp_path / "a.jsonl.gz", gzip.compress(content.encode()))
+    file = put(tmp_path / "a.jsonl.gz", gzip.compress(content.encode(), mtime=0))
     for start in range(8):
         expected = [document for document in PROMPTED if document[0] >= start]
         assert list(iter_documents(file, "text", start, prompt_field="prompt")) == expected
@@ -299,7 +299,7 @@ LINES = b'{"text": "a"}\n' * 60
 def test_a_file_of_another_kind_is_named(
     tmp_path: Path, content: bytes, what: str, remedy: str, name: str, packed
 ) -> None:
-    file = put(tmp_path / name, gzip.compress(content) if packed else content)
+    file = put(tmp_path / name, gzip.compress(content, mtime=0) if packed else content)
     message = error_of(file)
     assert message.startswith(f"FILE is {'decompressed once, ' if packed else ''}{what}, whatever its name says; ")
     assert remedy in message
@@ -307,7 +307,7 @@ def test_a_file_of_another_kind_is_named(
 
 
 def test_a_file_that_is_compressed_twice_is_named(tmp_path: Path) -> None:
-    twice = put(tmp_path / "a.jsonl.gz", gzip.compress(COMPRESSIONS[".zst"](LINES)))
+    twice = put(tmp_path / "a.jsonl.gz", gzip.compress(COMPRESSIONS[".zst"](LINES), mtime=0))
     assert error_of(twice) == "FILE is compressed twice; decompress it once (plain UTF-8, gzip and zstd are read)"
 
 
@@ -321,7 +321,7 @@ def test_text_that_begins_oddly_is_text(tmp_path: Path, text: str) -> None:
     ("content", "remedy"),
     [
         (LINES, "it begins as JSON does: give it a name that ends in .jsonl"),
-        (gzip.compress(LINES), "by its first bytes it is compressed: give it a name that ends in .jsonl.gz"),
+        (gzip.compress(LINES, mtime=0), "by its first bytes it is compressed: give it a name that ends in .jsonl.gz"),
         (b"PK\x03\x04" + LINES, "by its first bytes it is a zip archive: unpack it"),
         (b"", "fetch or write it again"),
     ],
