@@ -102,7 +102,7 @@ class Run:
         return self._site.run_of(self._id).state_name
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_cut_off_in_every_phase_and_started_anew(site: Site) -> None:
     root = site.folder / "root"
     run = root / "runs" / "small"

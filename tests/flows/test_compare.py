@@ -18,7 +18,7 @@ from storage.runs import RunFolder
 from tasks.compare_data import Comparison
 from tasks.compare_report import read_comparison
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for five runs
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for five runs
 
 RUNS = [f"small-{method}-s{seed}" for seed in (0, 1) for method in ("kd", "ddk")]
 BROKEN = "code only: mixture.weights={code: 1, math: 1}; method=kd"

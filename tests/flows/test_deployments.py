@@ -288,7 +288,7 @@ def ended(client: SyncPrefectClient, run: UUID, timeout: float = 90) -> FlowRun:
     raise AssertionError(f"{client.read_flow_run(run).state} after {timeout} s")
 
 
-def wait_for_an_engine(process_id: int, timeout: float = 60) -> list[psutil.Process]:
+def wait_for_an_engine(process_id: int, timeout: float = 300) -> list[psutil.Process]:
     """Until vLLM's engine runs somewhere below; returns all processes there."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

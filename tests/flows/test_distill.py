@@ -146,7 +146,7 @@ def test_the_student_loads_in_vllm(small_run: SmallRun, tmp_path: Path) -> None:
         [sys.executable, str(script), str(small_run.run / "student")],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

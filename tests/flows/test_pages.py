@@ -30,7 +30,7 @@ from small_run import ASSETS, DOMAINS, small_config, write_config
 
 DEPLOYMENTS = ["cache-teacher", "distill", "pack-corpus", "rebalance", "report", "train-student"]
 STEPS, INTERVAL = 24, 6
-pytestmark = pytest.mark.timeout(600)  # one of them waits for the run
+pytestmark = pytest.mark.timeout(1500)  # one of them waits for the run
 YAML = Path(__file__).parents[2] / "prefect.yaml"
 
 
