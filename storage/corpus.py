@@ -30,7 +30,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ddk.errors import UserError
 from ddk.section import Section
 from storage import uri
-from storage.errors import explained
+from storage.errors import StoreError, explained
 
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst")
@@ -167,6 +167,8 @@ def _expand(pattern: str, domain: str) -> list[CorpusFile]:
             entries = {path: info}
         # A listing does not follow links.
         entries = {path: fs.info(path) if info.get("islink") else info for path, info in entries.items()}
+    except StoreError as error:  # of the address itself
+        raise UserError(f"{place} cannot be listed: {error}") from error
     except UserError:
         raise
     except (OSError, ImportError, ValueError) as error:

@@ -61,14 +61,20 @@ def explained(error: BaseException, place: str | None = None) -> StoreError | No
     Args:
         place: URL that was asked for; the message begins with it.
     """
+    chain: list[BaseException] = []
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, UnreachableError):
             return StoreError(str(seen))
-        message = _explanation(seen)
-        if message is not None:
-            return StoreError(f"{place}: {message}" if place else message)
+        chain.append(seen)
         seen = seen.__cause__ or seen.__context__
+    # What a service said comes first: s3fs makes an OSError of it whose number (EIO, say) is a disk's.
+    of_services = [
+        one for one in chain if isinstance(one, botocore.exceptions.ClientError | botocore.exceptions.BotoCoreError)
+    ]
+    for one in (*of_services, *chain):
+        if (message := _explanation(one)) is not None:
+            return StoreError(f"{place}: {message}" if place else message)
     return None
 
 

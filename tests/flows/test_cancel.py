@@ -57,6 +57,13 @@ def site(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield site
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Run:
     """A deployment's run, and the processes that it has started: all have its id in their environment."""
 
@@ -84,8 +91,9 @@ class Run:
         assert len(before) > 1, "the flow's process, and what it has started"
         cause()
         deadline = time.monotonic() + SECONDS_TO_END
-        while left := {*self.processes(), *psutil.wait_procs(before, timeout=0)[1]}:
-            assert time.monotonic() < deadline, [(process, process.cmdline()) for process in left]
+        # One that has ended and whom a busy worker has not asked for its exit code yet is not there any more.
+        while left := [one for one in {*self.processes(), *psutil.wait_procs(before, timeout=0)[1]} if _runs(one)]:
+            assert time.monotonic() < deadline, left
             time.sleep(0.1)
         self.ends_as(state)
 

@@ -162,7 +162,7 @@ def test_a_pickled_model_is_not_read(ddk_error: Any, tmp_path: Path) -> None:
     shutil.copytree(ASSETS / "teacher", tmp_path / "pickled")
     for weights in (tmp_path / "pickled").glob("*.safetensors"):
         weights.rename(weights.with_name("pytorch_model.bin"))
-    assert "lacks config.json or *.safetensors" in ddk_error(
+    assert "lacks *.safetensors: its weights are in pytorch_model.bin" in ddk_error(
         "pack", config_with(tmp_path, teacher={"model": "./pickled"})
     )
 

@@ -19,8 +19,8 @@ from small_run import ASSETS, Ddk, Finished, write_config
 from ddk.errors import UserError
 from flows.config import load_config
 from flows.evaluate import evaluate, evaluation_config
+from storage.listing import records_of
 from storage.runs import RunFolder
-from storage.uri import write_json
 
 TASKS = "arc_easy,mmlu,mbpp@1,completion:code,completion:math"
 NAMES = {"arc_easy", "mmlu", "mbpp", "completion:code", "completion:math"}
@@ -59,8 +59,9 @@ def finished_run(root: Path, name: str) -> Path:
     """What `ddk distill` leaves, with the quickstart's student as if it had been trained."""
     folder = RunFolder(str(root), name)
     shutil.copytree(ASSETS / "student", root / "runs" / name / "student")
-    write_json(f"{folder.url}/config.json", {"method": "ddk", "student": {"model": "s"}, "teacher": {"model": "t"}})
-    folder.finish({"steps": 1})
+    folder.claim({"seed": 0}, {"method": "ddk", "student": {"model": "s"}, "teacher": {"model": "t"}})
+    folder.student_listing.write(records_of(folder.student_url))
+    folder.finish({"tokens_seen": 0})
     return root / "runs" / name
 
 

@@ -268,7 +268,7 @@ def test_a_silent_server_is_asked_again(folder: str, s3_proxy: S3Proxy) -> None:
 def test_a_request_has_one_deadline_in_whatever_phase_a_server_falls_silent(
     monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    monkeypatch.setattr("storage.deadlines.DEADLINE_S", 3.0)
+    monkeypatch.setattr("storage.deadlines.DEADLINE_S", 6.0)
     monkeypatch.setattr("storage.deadlines.SLOWEST", 16 * MIB)
     content = bytes(8 * MIB if phase == "body" else 100)
     call = partial(uri.read_bytes, "s3://ddk-tests/a")
@@ -281,7 +281,7 @@ def test_a_request_has_one_deadline_in_whatever_phase_a_server_falls_silent(
             began = time.monotonic()
             with pytest.raises(UnreachableError, match="broke again and again"):
                 call()
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 40
             assert server.connections > (0 if phase == "trickle" else 1), "it was tried again"
         finally:
             settings.use_options("s3", {})

@@ -37,7 +37,6 @@ from storage.errors import StoreDamagedError, StoreError, UnreachableError
 from storage.layout import array_specs, encode_shard
 from storage.shard_cache import NotWhatWasWrittenError, ShardCache, ShardObject, shared
 from storage.targets import open_targets
-from storage.verify import total_bytes
 
 ROOT = Path(__file__).parents[2]
 DIMS = {"seq_len": 6, "vocab_size": 152_064, "shard_blocks": 4, "k": 3}
@@ -666,7 +665,14 @@ def test_the_loader_finds_every_shard_here(
         stored.append(maker.write(f"{root}/blocks/{domain}", "blocks", block_dims, split))
         split = {part: maker.arrays("targets", dims, len(found["tokens"])) for part, found in split.items()}
         stored.append(maker.write(f"{root}/targets/{domain}", "targets", dims, split))
-    cache_of(sum(total_bytes(manifest) for manifest in stored) // 2)
+    sizes = (
+        record.bytes
+        for one in stored
+        for part in one.splits.values()
+        for shard in part.shards
+        for record in shard.objects.values()
+    )
+    cache_of(sum(sizes) // 2)
     for domain in sizes:
         blocks[domain] = open_blocks(f"{root}/blocks/{domain}")
         targets[domain] = open_targets(f"{root}/targets/{domain}")
