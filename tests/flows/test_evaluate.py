@@ -19,6 +19,7 @@ from small_run import ASSETS, Ddk, Finished, write_config
 from ddk.errors import UserError
 from flows.config import load_config
 from flows.evaluate import evaluate, evaluation_config
+from storage.evaluations import EvaluationFolder
 from storage.listing import records_of
 from storage.runs import RunFolder
 
@@ -130,7 +131,9 @@ def test_programs_are_executed_only_when_that_is_allowed_and_later_without_askin
     # In place of the model's programs a right and a wrong one: what is stored is what is executed.
     right = "def add_11(x):\n    return x + 11\n" + "\n".join(FILES["mbpp.jsonl"][4]["test_list"])
     changed = [{**answer, "program": program} for answer, program in zip(answers, (right, "1 / 0"), strict=True)]
-    samples.write_text("".join(json.dumps(answer) + "\n" for answer in changed))
+    folder = EvaluationFolder(str(case.run.parents[1]), "small")
+    name = path.removeprefix("student/").removesuffix(".json")
+    folder.write("student", name, record, changed)
     assert case.evaluate("mbpp@1", models="student", allow_code="isolated") == [(0, 1)]
     record = case.records()[path]
     assert record["metrics"]["pass@1"]["value"] == 0.5

@@ -665,14 +665,8 @@ def test_the_loader_finds_every_shard_here(
         stored.append(maker.write(f"{root}/blocks/{domain}", "blocks", block_dims, split))
         split = {part: maker.arrays("targets", dims, len(found["tokens"])) for part, found in split.items()}
         stored.append(maker.write(f"{root}/targets/{domain}", "targets", dims, split))
-    sizes = (
-        record.bytes
-        for one in stored
-        for part in one.splits.values()
-        for shard in part.shards
-        for record in shard.objects.values()
-    )
-    cache_of(sum(sizes) // 2)
+    stored_shards = [shard for one in stored for part in one.splits.values() for shard in part.shards]
+    cache_of(sum(record.bytes for shard in stored_shards for record in shard.objects.values()) // 2)
     for domain in sizes:
         blocks[domain] = open_blocks(f"{root}/blocks/{domain}")
         targets[domain] = open_targets(f"{root}/targets/{domain}")
