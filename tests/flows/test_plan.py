@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resealing import resealed
 from small_run import DOMAINS, SmallRun, files_below, small_config, write_config
 
 from flows.config import Config, load_config
@@ -76,7 +77,7 @@ def test_missing_and_unfinished(small_run: SmallRun, tmp_path: Path) -> None:
     (root / "runs" / "small" / "summary.json").unlink()
     store = next((root / "targets").glob("*/math.zarr"))
     manifest = (store / "manifest.json").read_text()
-    (store / "manifest.json").write_text(manifest.replace('"complete": true', '"complete": false'))
+    resealed(str(store / "manifest.json"), complete=False, splits={})
     found = planned(load_config(small_run.config, root=str(root)))
     assert found["cache math"].state == "unfinished"
     (store / "manifest.json").write_text(manifest)

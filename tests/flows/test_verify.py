@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from small_run import Ddk, SmallRun, files_below
+
+from storage.manifest import require_complete, write_manifest
 
 
 def test_a_flipped_byte_is_named_repaired_and_recaptured_alone(small_run: SmallRun, ddk: Ddk, tmp_path: Path) -> None:
@@ -53,12 +54,14 @@ def test_the_live_teacher_recognises_its_own_targets_and_no_others(
     assert "8 of 8 blocks are what the teacher says now" in held.out
 
     # A shard of another domain, with its sizes and digests: every byte is what the manifest says, and all is wrong.
-    manifests = {store: json.loads((store / "manifest.json").read_text()) for store in (math, code)}
-    for name, record in manifests[code]["splits"]["train"]["shards"][1]["objects"].items():
+    ours, theirs = (require_complete(str(store), "targets") for store in (math, code))
+    shards = list(ours.splits["train"].shards)
+    shards[1] = shards[1].model_copy(update={"objects": theirs.splits["train"].shards[1].objects})
+    for name in shards[1].objects:
         source = next(path for path in (code / "train" / name / "c" / "1").rglob("*") if path.is_file())
         shutil.copy(source, math / source.relative_to(code))
-        manifests[math]["splits"]["train"]["shards"][1]["objects"][name] = record
-    (math / "manifest.json").write_text(json.dumps(manifests[math]))
+    train = ours.splits["train"].model_copy(update={"shards": tuple(shards)})
+    write_manifest(str(math), ours.model_copy(update={"splits": {**ours.splits, "train": train}}))
     assert ddk("verify", str(math)).code == 0
     wrong = ddk("verify", str(math), *called[:-1], "46", "--repair")
     assert wrong.code == 1
