@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ddk.packing import PackingConfig
 from storage.corpus import DomainConfig
-from storage.uri import write_json
+from storage.remembered import remember
 from tasks.plan import Plan, plan_stores
 from tasks.server_teacher import ServerTeacher
 from tasks.sources import open_teacher
@@ -86,7 +86,7 @@ def test_a_servers_store_needs_no_weights_and_follows_the_revision(
     teacher = {"model": str(folder), "source": "server", "server_url": URL}
     urls = set()
     for server, revision in (("0.32.0", None), ("0.33.0", None), ("0.33.0", "second weights")):
-        write_json(str(tmp_path / "servers.json"), {URL: {"name": "tiny", "version": server}})
+        remember(str(tmp_path / "servers.json"), {URL: {"name": "tiny", "version": server}})
         urls.add(plan(tmp_path, corpus, **teacher, revision=revision)["math"].targets_url)
     assert len(urls) == 3
     with open_teacher(TeacherConfig(k=4, **teacher), seq_len=32, vocab_size=4090) as opened:
