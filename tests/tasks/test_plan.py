@@ -17,6 +17,7 @@ from ddk.packing import PackingConfig
 from ddk.student import StudentConfig
 from storage.corpus import DomainConfig
 from storage.fingerprint import fingerprint
+from storage.layout import FORMAT_VERSION
 from tasks.plan import StorePlan, plan_stores
 from tasks.teacher import TeacherConfig
 
@@ -52,22 +53,22 @@ def planner(tmp_path: Path, teacher_folder: str) -> Planner:
         ({"targets": "topk"}, "9d43fbcd395b2886"),
     ],
 )
-def test_stores_from_before_there_were_prompts_are_found(
+def test_what_a_domain_does_not_say_is_not_in_its_address(
     planner: Planner, domain: dict[str, Any], expected: str
 ) -> None:
-    """As version 0.1 computed them, but for the tokenizer's files, which are the quickstart's."""
+    """As before there were prompts, but for the tokenizer's files, which are the quickstart's, and the format."""
     inputs = planner(**domain).blocks_inputs
-    assert fingerprint({**inputs, "tokenizer": None}) == expected
-    assert inputs["format"] == 1
+    assert fingerprint({**inputs, "tokenizer": None, "format": 1}) == expected
+    assert inputs["format"] == FORMAT_VERSION
     assert "prompt" not in json.dumps(inputs)
 
 
-def test_a_prompt_makes_another_store_of_format_2(planner: Planner) -> None:
+def test_a_prompt_makes_another_store(planner: Planner) -> None:
     plain, marked, other = planner(), planner(prompt_field="prompt"), planner(prompt_field="question")
     assert len({store.blocks_url for store in (plain, marked, other)}) == 3
     assert len({store.targets_url for store in (plain, marked, other)}) == 3
     assert marked.blocks_inputs["corpus"]["prompt_field"] == "prompt"
-    assert (plain.blocks_inputs["format"], marked.blocks_inputs["format"]) == (1, 2)
+    assert ("marked" in plain.blocks_inputs, "marked" in marked.blocks_inputs) == (False, True)
     assert marked.blocks_dims == {**plain.blocks_dims, "marked": 1}
     # The teacher is asked at every position, whatever of it will count.
     assert marked.targets_dims == plain.targets_dims
@@ -103,14 +104,14 @@ def test_what_documents_begin_and_end_with_is_in_the_fingerprint_where_it_differ
         )["mine"]
         tokenizer = {name: value for name, value in store.blocks_inputs["tokenizer"].items() if name != "files"}
         blocks = fingerprint({**store.blocks_inputs, "tokenizer": tokenizer})
-        return blocks, f"format {store.blocks_inputs['format']}"
+        return blocks, "marked" if store.blocks_inputs.get("marked") else "plain"
 
     assert inputs(plain) == inputs(other)
     assert inputs(chat) == inputs(None)
     assert inputs(plain) != inputs(chat)
     assert inputs(plain, bos="<bos>") != inputs(plain)
-    assert inputs(plain)[1] == "format 1"
-    assert inputs(plain, bos="<bos>")[1] == "format 2"
+    assert inputs(plain)[1] == "plain"
+    assert inputs(plain, bos="<bos>")[1] == "marked"
     assert inputs(plain, special_tokens="control") != inputs(plain) == inputs(plain, special_tokens="text")
     rows = {"targets": "topk"}
     assert inputs(plain, bos="<bos>", **rows) == inputs(chat, **rows), "rows of tokens are read as they are"
