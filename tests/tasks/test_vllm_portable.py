@@ -87,14 +87,15 @@ def test_ids_and_logprobs_equal_a_plain_forward_pass(
     assert_same(
         captured, best.indices.numpy(), best.values.numpy(), truth.gather(-1, labels[..., None])[..., 0].numpy()
     )
-    np.testing.assert_allclose(captured.tail_mass, 1.0 - best.values.exp().sum(-1).numpy(), atol=1e-6, rtol=0)
+    # A sum over the tokens in float32: a processor without AVX-512 is 1e-6 off.
+    np.testing.assert_allclose(captured.tail_mass, 1.0 - best.values.exp().sum(-1).numpy(), atol=3e-6, rtol=0)
     assert captured.entropy is None
 
 
 def test_the_hook_in_the_worker_says_the_same(top: PortableTeacher, tokens: np.ndarray, hooked: SparseTargets) -> None:
     captured = top.capture(tokens)
     assert_same(captured, hooked.ids, hooked.logprobs, hooked.true_logprobs)
-    np.testing.assert_allclose(captured.tail_mass, hooked.tail_mass, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(captured.tail_mass, hooked.tail_mass, atol=3e-6, rtol=0)
 
 
 def test_the_whole_vocabulary(everything: SparseTargets, tokens: np.ndarray, truth: torch.Tensor) -> None:
