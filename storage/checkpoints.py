@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage import uri
 from storage.errors import StoreDamagedError
-from storage.listing import Difference, FileRecord
+from storage.listing import Difference, FileRecord, difference
 from storage.names import plain_name
 from storage.runs import run_key
 from storage.schema import Whole, first_problem
@@ -110,13 +110,9 @@ class CheckpointFolder:
         """
         for name, record in self._commit(step).files.items():
             url = uri.join(self.url(step), name)
-            size = uri.size_of(url)
-            if size is None:
-                yield Difference(url=url, what="missing")
-            elif size != record.bytes:
-                yield Difference(url=url, what=f"{size:,} bytes instead of {record.bytes:,}")
-            elif full and not self._is_sound(url, record):
-                yield Difference(url=url, what="its bytes are not those that were written (sha256 differs)")
+            found = difference(url, record, _sha256_at if full else None)
+            if found is not None:
+                yield found
 
     def unfinished(self) -> list[str]:
         """URLs of the folders without a `state.json`: of checkpoints that were being written when something ended."""
@@ -193,13 +189,13 @@ class CheckpointFolder:
     def _of(self, step: int) -> str:
         return f"the checkpoint of step {step} of run '{uri.name_of(self._run_url)}' ({run_key(self._run_url)})"
 
-    @staticmethod
-    def _is_sound(url: str, record: FileRecord) -> bool:
-        with uri.local_copy(url) as path:
-            return path is not None and _sha256(path) == record.sha256
-
     def _remedy(self, step: int) -> str:
         return _STATE.remedy.replace("{folder}", self.url(step))
+
+
+def _sha256_at(url: str) -> str | None:
+    with uri.local_copy(url) as path:
+        return None if path is None else _sha256(path)
 
 
 def _sha256(path: str) -> str:

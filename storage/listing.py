@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -108,13 +108,25 @@ class Listing:
         """
         for name, record in sorted((self.read() or {}).items()):
             url = uri.join(self.folder, name)
-            size = uri.size_of(url)
-            if size is None:
-                yield Difference(url=url, what="missing")
-            elif size != record.bytes:
-                yield Difference(url=url, what=f"{size:,} bytes instead of {record.bytes:,}")
-            elif full and (digests or DigestCache(None)).get(url) != record.sha256:
-                yield Difference(url=url, what="its bytes are not those that were written (sha256 differs)")
+            found = difference(url, record, (digests or DigestCache(None)).get if full else None)
+            if found is not None:
+                yield found
+
+
+def difference(url: str, record: FileRecord, sha256_of: Callable[[str], str | None] | None) -> Difference | None:
+    """What is wrong with one file; None where nothing is.
+
+    Args:
+        sha256_of: gives the digest of the file's content; None compares the size alone.
+    """
+    size = uri.size_of(url)
+    if size is None:
+        return Difference(url=url, what="missing")
+    if size != record.bytes:
+        return Difference(url=url, what=f"{size:,} bytes instead of {record.bytes:,}")
+    if sha256_of is not None and sha256_of(url) != record.sha256:
+        return Difference(url=url, what="its bytes are not those that were written (sha256 differs)")
+    return None
 
 
 def records_of(folder: str) -> dict[str, FileRecord]:

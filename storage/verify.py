@@ -184,17 +184,18 @@ def _objects(manifest: Manifest, shards: Shards) -> Iterator[tuple[Split, int, s
 
 def _manifest_damages(url: str) -> list[Damage]:
     """Of a complete store whose manifest could be read: from one of the two places, at least."""
-    damages = []
+    damages, found = [], []
     for name in (MANIFEST, COPY):
         what = None
         try:
-            if stored_manifest(url, name) is None:
+            found.append(stored_manifest(url, name))
+            if found[-1] is None:
                 what = "missing"
         except StoreDamagedError as error:
             what = str(error)
         if what is not None:
             damages.append(Damage(split=None, shard=None, path=name, what=what))
-    if not damages and stored_manifest(url, MANIFEST) != stored_manifest(url, COPY):
+    if not damages and found[0] != found[1]:
         damages.append(Damage(split=None, shard=None, path=COPY, what="not the same as the manifest"))
     return damages
 
