@@ -34,7 +34,7 @@ from ddk.methods.registry import METHODS, MethodName, check_method, effective_lo
 from ddk.mixture import MixtureConfig
 from ddk.packing import PackingConfig
 from ddk.paths import check_leaves, depth
-from ddk.redaction import holds_credentials
+from ddk.redaction import holds_credentials, redacted
 from ddk.section import Section
 from ddk.student import StudentConfig
 from ddk.ted import TedConfig
@@ -55,7 +55,6 @@ DomainName = Annotated[
 ]
 """Of domains: parts like the name of a run, with '/' between them."""
 
-_CREDENTIALS = re.compile(r"://[^/@]*@")
 _MOST_PROBLEMS = 8
 """Named in one line; the others are counted."""
 
@@ -331,7 +330,7 @@ def _problem(problem: ErrorDetails) -> str:
     elif problem["type"] in ("model_type", "dict_type"):
         message = "it must be a section with fields of its own" + (", and is empty" if given is None else "")
     elif isinstance(given, str | int | float | bool):
-        message = f"{message} (it is {shortened(_CREDENTIALS.sub('://…@', repr(given)))})"
+        message = f"{message} (it is {shortened(redacted(repr(given)))})"
         if problem["type"] == "string_type":
             message += "; write it in quotes if it is a name"
     elif given is None:

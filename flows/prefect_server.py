@@ -34,6 +34,7 @@ from prefect.settings import (
 )
 
 from ddk.errors import UserError
+from ddk.redaction import redacted
 from tasks.progress import logger
 
 SECONDS_OF_SILENCE = 3.0
@@ -42,7 +43,6 @@ SECONDS_BETWEEN_LINES = 60.0
 _ATTEMPTS = 3
 """To start a server, where another program takes the port in between."""
 _TIMEOUT = httpx.Timeout(10.0, connect=4.0)
-_SECRET = re.compile(r"://[^/@]*@")
 _OTHERWISE = "unset PREFECT_API_URL, and a server is started for the time of the run"
 
 
@@ -65,7 +65,7 @@ def reach() -> None:
 
 
 def _ask(url: str) -> None:
-    place = f"the Prefect server {_SECRET.sub('://…@', url)} (PREFECT_API_URL, or Prefect's profile)"
+    place = f"the Prefect server {redacted(url)} (PREFECT_API_URL, or Prefect's profile)"
     if not re.match(r"https?://[^/]", url):
         raise UserError(f"{place} is no URL of one; write http://HOST:4200/api")
     try:

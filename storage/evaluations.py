@@ -6,7 +6,7 @@
 
 The key is a fingerprint of the model's weights, the requests it was asked, how they are scored and what ran it. So an
 evaluation that is there is the one that is wanted, whoever made it: one of another run of the same root is taken over.
-A record is sealed to its name (`storage.sealed`), and holds the digest of the answers beside it.
+A record is sealed to its run and its name (`storage.sealed`), and holds the digest of the answers beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EvaluationFolder:
 
     def find(self, model: str, name: str) -> dict[str, Any] | None:
         """The record of that name, also where only another run of the root has it (it is copied then)."""
-        own = self._read(self.url, model, name)
+        own = self._read(model, name)
         if own is not None:
             return own
         for run in uri.list_names(uri.join(self._root, "runs")):
@@ -49,12 +49,12 @@ class EvaluationFolder:
             if run == self._run:
                 continue
             try:
-                record, samples = self._read(other.url, model, name), other.samples(model, name)
+                record, samples = other._read(model, name), other.samples(model, name)
             except StoreError:  # that run's own concern
                 continue
             if record is not None:
                 self.write(model, name, record, samples)
-                return self._read(self.url, model, name)
+                return self._read(model, name)
         return None
 
     def write(
@@ -66,7 +66,7 @@ class EvaluationFolder:
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples).encode()
             uri.write_bytes(uri.join(self.url, model, f"{name}.samples.jsonl"), lines)
             answers = {_ANSWERS: hashlib.sha256(lines).hexdigest()}
-        RECORD.write(uri.join(self.url, model, f"{name}.json"), {**record, **answers}, _record_of(model, name))
+        RECORD.write(uri.join(self.url, model, f"{name}.json"), {**record, **answers}, self._record_of(model, name))
 
     def samples(self, model: str, name: str) -> list[dict[str, Any]] | None:
         """The answers; None where there are none.
@@ -74,7 +74,7 @@ class EvaluationFolder:
         Raises:
             StoreDamagedError: they are not those that the record was made of.
         """
-        record = self._read(self.url, model, name)
+        record = self._read(model, name)
         url = uri.join(self.url, model, f"{name}.samples.jsonl")
         content = uri.read_bytes(url)
         if record is not None and content is not None and record.get(_ANSWERS) != hashlib.sha256(content).hexdigest():
@@ -93,7 +93,7 @@ class EvaluationFolder:
             for name in uri.list_names(uri.join(self.url, model))
             if name.endswith(".json")
         ]
-        found = (self._read(self.url, model, name) for model, name in names)
+        found = (self._read(model, name) for model, name in names)
         return [content for content in found if content is not None]
 
     def findings(self) -> Iterator[tuple[str, str]]:
@@ -101,9 +101,9 @@ class EvaluationFolder:
         for model in uri.list_names(self.url):
             for name in self._names_below(uri.join(self.url, model)):
                 try:
-                    self._read(self.url, model, name)
+                    self._read(model, name)
                     answers = self.samples(model, name)
-                    record = self._read(self.url, model, name) or {}
+                    record = self._read(model, name) or {}
                     if answers is None and _ANSWERS in record:
                         yield uri.join(self.url, model, f"{name}.samples.jsonl"), "missing; remove its record too"
                 except StoreError as error:
@@ -121,16 +121,14 @@ class EvaluationFolder:
                 names += [f"{name}/{part.removesuffix('.json')}" for part in parts if part.endswith(".json")]
         return names
 
-    @staticmethod
-    def _read(folder: str, model: str, name: str) -> dict[str, Any] | None:
+    def _read(self, model: str, name: str) -> dict[str, Any] | None:
         try:
-            return RECORD.read(uri.join(folder, model, f"{name}.json"), _record_of(model, name))
+            return RECORD.read(uri.join(self.url, model, f"{name}.json"), self._record_of(model, name))
         except FormatVersionError:
             return None
 
-
-def _record_of(model: str, name: str) -> str:
-    return f"the evaluation {name} of the {model}"
+    def _record_of(self, model: str, name: str) -> str:
+        return f"the evaluation {name} of the {model} of run '{self._run}'"
 
 
 def record_name(task: str, key: str, group: str | None = None) -> str:

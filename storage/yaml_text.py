@@ -22,6 +22,8 @@ MOST_CHARACTERS = 1 << 20
 MOST_VALUES = 100_000
 """With every alias unfolded."""
 MOST_LEVELS = 50
+MOST_DIGITS = 400
+"""Of a number: more than any float has before its point."""
 
 _PREFIX = "tag:yaml.org,2002:"
 _MEANS = {"bool": "true or false", "int": "a number", "float": "a number", "null": "nothing"}
@@ -65,7 +67,7 @@ def parse_yaml(text: str, place: str, *, lines: bool = True) -> Any:
         raise UserError(f"{place}: not valid YAML ({found} is no text); is it the right file?") from None
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{_at(place, error.problem_mark, lines)}: not valid YAML ({_problem(error)})") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of too many digits
+    except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{place}: not valid YAML ({_one_line(error)})") from None
@@ -120,6 +122,8 @@ class _Check:
             lines[key.value] = key.start_mark.line + 1
 
     def _scalar(self, node: yaml.ScalarNode) -> None:
+        if node.tag in (_PREFIX + "int", _PREFIX + "float") and len(node.value) > MOST_DIGITS:
+            raise self._error(node, f"a number has {len(node.value):,} digits ({MOST_DIGITS} at most)")
         if (
             node.style is None
             and node.tag in (_PREFIX + "int", _PREFIX + "float")

@@ -96,7 +96,7 @@ def test_a_server_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch)
         port = free.getsockname()[1]
     started = time.monotonic()
     message = refusal(f"http://me:secret@127.0.0.1:{port}/api")
-    assert f"http://…@127.0.0.1:{port}/api" in message
+    assert f"http://***@127.0.0.1:{port}/api" in message
     assert "secret" not in message
     assert "does not answer" in message
     assert "start it, or unset PREFECT_API_URL" in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from resealing import content_of
 from small_run import Ddk, SmallRun
 
 SCHEDULED = ("--set", "mixture.evaluation=scheduled")
@@ -16,7 +17,7 @@ def versions_used(run: Path, step: int) -> list[int]:
 
 
 def record(run: Path, version: int) -> dict[str, object]:
-    return dict(json.loads((run / "mixtures" / f"{version:05d}.json").read_text()))
+    return content_of(run / "mixtures" / f"{version:05d}.json")
 
 
 def test_an_evaluator_of_its_own_gives_the_same_equation(ddk: Ddk, small_run: SmallRun) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from resealing import content_of
 from safetensors.torch import load_file
 from small_run import Ddk, SmallRun
 
 from ddk.errors import LostPartError
+from storage.runs import RunFolder
 from tasks import train_processes
 
 TOLERANCE = 1e-4
@@ -30,11 +31,11 @@ Root Cause (first observed failure):
 
 
 def mixtures(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((run / "mixtures").iterdir())]
+    return [content_of(path) for path in sorted((run / "mixtures").iterdir())]
 
 
 def losses(run: Path) -> list[float]:
-    return [row["ce"] for path in sorted((run / "metrics").iterdir()) for row in json.loads(path.read_text())]
+    return [row["ce"] for row in RunFolder(str(run.parents[1]), run.name).metrics()]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -94,7 +95,7 @@ def test_what_does_not_fit_is_said(ddk: Ddk, small_run: SmallRun) -> None:
     assert "batch_size 8 cannot be shared equally by 3 processes" in refused.err
     with pytest.raises(LostPartError, match=r"^a training process was killed by signal 9; probably .* out of memory"):
         raise train_processes._lost(1, KILLED.splitlines())
-    with pytest.raises(LostPartError, match=r"^the training processes ended \(exit code 1\).*\n.*Signal 15"):
+    with pytest.raises(LostPartError, match=r"(?s)^the training processes ended \(exit code 1\).*Signal 15"):
         raise train_processes._lost(1, KILLED.replace("Signal 9 (SIGKILL) received by PID 17236", "").splitlines())
     nowhere = ddk("join", small_run.config, "--node-rank", "1")
     assert nowhere.code == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resealing import content_of
 from small_run import Ddk, SmallRun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -78,7 +79,7 @@ def test_a_killed_training_goes_on_in_the_same_run_of_every_tracker(
     assert sorted({row["optimizer_step"] for row in rows if "mixture/code" in row}) == [0, 2, 4, 6]
 
     # No tracker changes the student: the same run without any has the same mixture in the end.
-    ours, theirs = ((folder / "mixtures" / "00003.json").read_bytes() for folder in (run, small_run.run))
+    ours, theirs = (content_of(folder / "mixtures" / "00003.json") for folder in (run, small_run.run))
     assert ours == theirs
 
 

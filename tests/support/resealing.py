@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from storage import uri
@@ -17,3 +18,10 @@ def resealed(url: str, change: Callable[[dict[str, Any]], None] = lambda content
     change(content)
     content[_SEAL] = {"of": content[_SEAL]["of"], "sha256": _BLANK}
     uri.write_bytes(url, _with_digest(content))
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """What a sealed file says, without its digest and without which file it is."""
+    content: dict[str, Any] = json.loads(path.read_bytes())
+    del content[_SEAL]
+    return content

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from ddk.errors import UserError
 from ddk.types import SparseTargets
+from tasks import vllm_engine
 from tasks.teacher import TeacherConfig
 from tasks.vllm_teacher import VllmTeacher
 
@@ -94,13 +97,32 @@ def test_a_sliding_window_in_bfloat16(tmp_path: Path) -> None:
     assert far > 5 * near, "the test must notice a window that is not kept"
 
 
-def test_quantised_weights(tmp_path: Path) -> None:
+def test_quantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight-bit weights and activations, as compressed-tensors stores them."""
     model = save(tmp_path / "plain", transformers.Qwen2Config(**COMMON))
     quantised = quantise(model, tmp_path / "quantised")
-    captured = capture(quantised, dtype="bfloat16")
-    near = difference(captured, forward(model))
-    assert 1e-4 < near < 0.15, "not the same numbers as without quantisation, and not others altogether"
+    if vllm_engine._has_int8_products():
+        captured = capture(quantised, dtype="bfloat16")
+        near = difference(captured, forward(model))
+        assert 1e-4 < near < 0.15, "not the same numbers as without quantisation, and not others altogether"
+    monkeypatch.setattr(vllm_engine, "_has_int8_products", lambda: False)
+    with pytest.raises(UserError, match=r"quantised' multiplies activations of 8-bit integers.*without VNNI"):
+        capture(quantised, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("described", "int8"),
+    [
+        (None, False),
+        ({"quant_method": "gptq", "bits": 8}, False),  # weights alone
+        ({"config_groups": {"a": {"input_activations": None}}}, False),
+        ({"config_groups": {"a": {"input_activations": {"num_bits": 8, "type": "float"}}}}, False),
+        ({"config_groups": {"a": {}, "b": {"input_activations": {"num_bits": 8, "type": "int"}}}}, True),
+        ({"config_groups": ["a"]}, False),
+    ],
+)
+def test_which_quantisations_round_activations_to_integers(described: dict[str, Any] | None, int8: bool) -> None:
+    assert vllm_engine.activations_are_int8(SimpleNamespace(quantization_config=described)) is int8
 
 
 def quantise(model: str, folder: Path) -> str:
