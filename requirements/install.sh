@@ -27,20 +27,66 @@ wanted=$(cat "$lock" pyproject.toml "$0" | cksum)
 stamp=.venv/.ddk-installed
 [ "$(cat $stamp 2>/dev/null)" = "$accelerator $wanted" ] && exit 0
 
-echo "Installing the pinned $accelerator set into .venv (once; a few minutes)."
+echo "Installing the pinned $accelerator set into .venv (once; a minute or two)."
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip "$@" --disable-pip-version-check; }
 
+# uv installs the same lock file in a fraction of pip's time. It is taken from the PATH, or from the package index for
+# the time of this script; where neither has it, or DDK_INSTALLER=pip says so, pip does everything.
+uv_version=0.13.9
+uv_folder=$(mktemp -d)
+trap 'rm -rf "$uv_folder"' EXIT
+find_uv() {
+    [ "${DDK_INSTALLER:-uv}" = uv ] || return
+    command -v uv && return
+    pip install -qq --no-deps --target "$uv_folder" "uv==$uv_version" >/dev/null 2>&1 && echo "$uv_folder/bin/uv"
+}
+
+# uv does not read pip's configuration: where pip is told of an index, of folders or of a certificate, uv is told too.
+# Such a place may hold a few of the packages only, so that a version is looked for in all places, as pip does.
+as_pip_is_told() {
+    told() { # by PIP_… or by a configuration file, several lines as one
+        pip config list 2>/dev/null | sed -n "s/^\(global\|install\|:env:\.\?\)\.\?$1='\(.*\)'$/\2/p" | sed 's/\\n/ /g' | tr '\n' ' '
+    }
+    local index extra links cert
+    index=$(told index-url) extra=$(told extra-index-url) links=$(told find-links) cert=$(told cert)
+    # Its user's own UV_… settings stand.
+    [ -z "${index// /}" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-${index%% *}}"
+    [ -z "${extra// /}" ] || export UV_INDEX="${UV_INDEX:-${extra% }}"
+    [ -z "${links// /}" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$(echo "$links" | xargs -n1 | sort -u | paste -sd,)}"
+    [ -z "${cert// /}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-${cert%% *}}"
+    export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}"
+}
+
+install() { # arguments as of `pip install`
+    if [ -n "$uv" ]; then
+        "$uv" pip install --quiet --python .venv/bin/python --no-deps "$@"
+    else
+        pip install -qq --no-deps "$@"
+    fi
+}
+
 torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$lock")
-if [ "$accelerator" = cpu ] && [ "$(uname -s)" = Linux ]; then
+has_torch() {
+    .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch") != sys.argv[1])' "$1" 2>/dev/null
+}
+
+install_all() {
     # The default index holds the CUDA build of torch under this version (and gigabytes of libraries with it).
     # The CPU build is tried from wherever pip is configured to look, then from PyTorch's own index.
-    if ! .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch") != sys.argv[1])' \
-        "$torch+cpu" 2>/dev/null; then
-        pip install -qq --no-deps "torch==$torch+cpu" 2>/dev/null ||
-            PIP_INDEX_URL=https://download.pytorch.org/whl/cpu pip install -qq --no-deps "torch==$torch+cpu"
+    if [ "$accelerator" = cpu ] && [ "$(uname -s)" = Linux ] && ! has_torch "$torch+cpu"; then
+        install "torch==$torch+cpu" 2>/dev/null ||
+            install --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" || return
     fi
+    install --requirement "$lock" && install --no-build-isolation --editable .
+}
+
+uv=$(find_uv) || uv=
+[ -z "$uv" ] || as_pip_is_told
+if ! install_all; then
+    [ -n "$uv" ] || exit 1
+    echo "uv could not install the packages; pip tries." >&2
+    uv=
+    install_all
 fi
-pip install -qq --no-deps --requirement "$lock"
-pip install -qq --no-deps --no-build-isolation --editable .
 echo "$accelerator $wanted" >$stamp

@@ -21,6 +21,7 @@ from tasks.benchmarks import Role
 from tasks.models import local_folder, tokenizer_digests, weight_digests
 from tasks.teacher import TeacherConfig, engine_version, on_gpu, resolved_dtype
 from tasks.tokenizer_files import has_tokenizer
+from tasks.weights import check_weights
 
 Backend = Literal["hf", "vllm"]
 BACKENDS: tuple[Backend, ...] = ("hf", "vllm")
@@ -81,7 +82,7 @@ def evaluated_models(
     """Each model with its files on this machine; a student on S3 is copied for as long as the context lasts.
 
     Raises:
-        UserError: a model is not there.
+        UserError: a model is not there, or its weights are not whole.
     """
     digests = DigestCache(uri.join(root, "digests.json"))
     with ExitStack() as stack:
@@ -145,6 +146,7 @@ def _final_student(root: str, run: str) -> Iterator[str]:
 def _described(
     role: Role, engine: TeacherConfig, tokenizer: str, digests: DigestCache, field: str = "teacher.model"
 ) -> EvaluatedModel:
+    check_weights(engine.model, field)
     described = {
         "weights": weight_digests(engine.model, digests, field),
         "tokenizer": tokenizer_digests(tokenizer, digests),

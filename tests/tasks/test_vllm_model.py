@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from ddk.errors import UserError
 from ddk.student import StudentConfig
-from tasks.benchmark_models import EvaluatedModel, running
+from tasks.benchmark_models import EvaluatedModel, evaluated_models, running
 from tasks.teacher import TeacherConfig
 from tasks.transformers_model import TransformersModel
 
@@ -77,3 +79,19 @@ def test_where_vllm_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend("auto", generates=False, tensor_parallel_size=2) == "vllm"
     assert backend("auto", generates=False, quantization="fp8") == "vllm"
     assert backend("hf", generates=True) == "hf"
+
+
+@pytest.mark.parametrize("role", ["teacher", "before"])
+def test_weights_that_are_cut_are_named_before_a_question_is_made(
+    role: Any, tmp_path: Path, teacher_folder: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(teacher_folder, model)
+    weights = sorted(model.glob("*.safetensors"))[-1]
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config = {"student": StudentConfig(model=str(model)), "teacher": TeacherConfig(model=str(model))}
+    with (
+        pytest.raises(UserError, match=r"safetensors \((teacher|student)\.model\) has .* cut short"),
+        evaluated_models([role], root=str(tmp_path), run="none", **config),
+    ):
+        pass
