@@ -24,9 +24,9 @@ from capture_speed import SEQ_LEN, make_model, make_plan
 from harness import Row, row
 
 from ddk.data import TrainData
-from ddk.loss import LossConfig
-from ddk.student import StudentConfig, load_student
-from ddk.trainer import TrainConfig, Trainer
+from ddk.student import load_student
+from ddk.train_config import LossConfig, StudentConfig, TrainConfig
+from ddk.trainer import Trainer
 from ddk.types import Mixture, SparseTargets
 from storage.codec import CodecConfig, TargetFormat
 from storage.manifest import write_manifest

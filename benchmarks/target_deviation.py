@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ddk.fused import dense_loss
-from ddk.loss import LossConfig, teacher_of
-from ddk.student import StudentConfig, load_student
+from ddk.loss import teacher_of
+from ddk.student import load_student
+from ddk.train_config import LossConfig, StudentConfig
 from ddk.types import SparseTargets
 from storage.blocks import open_blocks
 from storage.targets import open_targets

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ddk.fused import fused_loss
-from ddk.loss import LossConfig, Teacher, teacher_side
+from ddk.loss import Teacher, teacher_side
+from ddk.train_config import LossConfig
 
 T, D, V, K = 2048, 512, 151_936, 64
 LOSS = LossConfig(gamma=0.2)

@@ -24,10 +24,10 @@ from harness import Row, row
 from training_loss import memory_kib
 
 from ddk.data import TrainData
-from ddk.loss import LossConfig
 from ddk.mixture import equal_mixture
-from ddk.student import StudentConfig, load_student
-from ddk.trainer import StepReport, TrainConfig, Trainer
+from ddk.student import load_student
+from ddk.train_config import LossConfig, StudentConfig, TrainConfig
+from ddk.trainer import StepReport, Trainer
 from ddk.types import SparseTargets
 from storage.blocks import open_blocks
 from storage.manifest import StoreWriter

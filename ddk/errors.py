@@ -23,3 +23,8 @@ class LostPartError(RuntimeError):
 
     The message names it, what has probably happened, and the remedy. What was complete is kept.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short: its first line, or what kind it is where it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ddk.loss import LossConfig, LossSums, Teacher, closed_form, has_closed_form, position_losses
+from ddk.loss import LossSums, Teacher, closed_form, has_closed_form, position_losses
+from ddk.train_config import LossConfig
 
 CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 """Of a chunk's logits in float32, by the device's type. Smaller saves memory, larger saves sweeps over [V, D]."""

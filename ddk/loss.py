@@ -37,66 +37,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from ddk.section import Section
+from ddk.train_config import LossConfig
 from ddk.types import SparseTargets
-
-Tail = Literal["bucket", "renormalise", "residual", "sampled"]
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 SMALLEST_TAIL = 1e-6
 """What a tail that was stored as 0 counts as in reverse_kl."""
 _NEVER = -1e30
 """Log-probability of what is no outcome: exp gives 0, and unlike −inf its differences are numbers."""
-
-
-class LossConfig(Section):
-    """CE + γ·divergence and its settings."""
-
-    gamma: float = Field(default=0.2, ge=0.0, le=1e6)
-    """Weight γ of the divergence; 0 trains on cross-entropy alone and reads no targets."""
-    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
-    """Temperature T of both distributions in the divergence. Other than 1, `teacher.tail_temperatures` must name it,
-    or `tail` must be 'renormalise'."""
-    divergence: Divergence = "forward_kl"
-    """'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or 'jensen_shannon'."""
-    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Of 'jensen_shannon': the teacher's share β of the mean of the two. Near 0 it is like forward_kl, near 1 like
-    reverse_kl."""
-    tail: Tail = "bucket"
-    """What becomes of the teacher's probability outside the stored tokens: 'bucket', 'renormalise', 'residual', or
-    'sampled' (random draws in place of the top k)."""
-    mask_document_starts: bool = False
-    """Whether the first token of a document, which nothing before it in the block foretells, carries no loss."""
-
-    @model_validator(mode="after")
-    def _is_known(self) -> LossConfig:
-        if self.tail == "residual" and self.divergence == "reverse_kl":
-            raise ValueError(
-                "divergence reverse_kl with tail 'residual' is infinite: it gives no probability to tokens outside the "
-                "stored ones; set tail: bucket"
-            )
-        if self.tail == "sampled" and (self.divergence != "forward_kl" or self.temperature != 1.0):
-            raise ValueError(
-                "tail 'sampled' is drawn at temperature 1 and estimates the forward KL alone; set divergence: "
-                "forward_kl and temperature: 1.0, or tail: bucket"
-            )
-        return self
-
-    @property
-    def tail_temperature(self) -> float | None:
-        """The temperature at which the tail's mass must be stored; None where that at 1 is enough."""
-        return self.temperature if self.temperature != 1.0 and self.tail != "renormalise" and self.gamma else None
-
-    @property
-    def needs_draws(self) -> bool:
-        return self.tail == "sampled" and self.gamma > 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,9 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ddk.fused import CHUNK_BYTES
-from ddk.loss import LossConfig
 from ddk.shape import ModelShape
-from ddk.trainer import TrainConfig
+from ddk.train_config import LossConfig, TrainConfig
 
 CONTEXT_BYTES = 3 * 2**29
 """Assumed: what CUDA, its libraries and NCCL take of a GPU before the first tensor (1.5 GiB)."""

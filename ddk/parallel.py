@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-Parallel = Literal["ddp", "fsdp"]
+from ddk.train_config import Parallel
+
 Precision = Literal["bf16", "fp32"]
 T = TypeVar("T")
 

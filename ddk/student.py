@@ -10,27 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ddk.errors import UserError
+from ddk.errors import UserError, first_line
 from ddk.fused import dense_loss, fused_loss
-from ddk.loss import LossConfig, Teacher
+from ddk.loss import Teacher
 from ddk.parallel import World, on_first
-from ddk.section import Section
 from ddk.structure import attention_of, is_projection
-
-
-class StudentConfig(Section):
-    """Which model is trained."""
-
-    model: str = Field(min_length=1)
-    """Folder of a Hugging Face model with safetensors weights, or its name on the hub."""
-    revision: str | None = Field(default=None, min_length=1)
-    """Commit, branch or tag, for a name on the hub."""
-    trust_remote_code: bool = False
-    """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
+from ddk.train_config import LossConfig, StudentConfig
 
 
 def load_student(
@@ -110,7 +98,7 @@ def load_config(config: StudentConfig, field: str = "student.model") -> Any:
 
 def cannot_be_loaded(config: StudentConfig, field: str, error: Exception) -> UserError:
     """What to say of an error in loading a model or its config."""
-    first = str(error).strip().partition("\n")[0]
+    first = first_line(error)
     if not os.path.isdir(config.model):
         first = f"there is no such folder, and from the hub: {first}"
     elif "trust_remote_code" in str(error):

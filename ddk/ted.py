@@ -31,33 +31,15 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ddk.errors import UserError
 from ddk.fused import fused_loss
-from ddk.loss import LossConfig, Teacher
-from ddk.section import MOST_STEPS, Section
+from ddk.loss import Teacher
 from ddk.student import StudentLoss, counted_rows, layers_of
+from ddk.train_config import LossConfig, TedConfig
 
 _CROSS_ENTROPY = LossConfig(gamma=0.0)
-
-
-class TedConfig(Section):
-    """Task-aware layer-wise distillation, for method ted."""
-
-    weight: float = Field(default=0.02, gt=0.0, le=1e6)
-    """Weight λ of the layers' distances, summed over the layers; a layer's is about 2 where student and teacher have
-    nothing in common, 0 where they agree."""
-    layers: int | None = Field(default=None, ge=1, le=10**5)
-    """Matched pairs of layers, spread evenly over both depths; the last is always matched. Default: as many as the
-    shallower model has."""
-    filter_steps: int = Field(default=500, ge=0, le=MOST_STEPS)
-    """Steps of stage 1, in which the filters are trained."""
-    filter_batch_size: int = Field(default=8, ge=1, le=10**6)
-    """Blocks a step of stage 1. A step projects twice as many hidden states as there are pairs onto the vocabulary."""
-    filter_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0)
-    """Adam's in stage 1, falling to 0 linearly. In stage 2 the student's filters train at the student's rate."""
 
 
 class TedStudent(StudentLoss):

@@ -17,102 +17,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from ddk.data import Batch, TrainData, prefetch
 from ddk.errors import UserError
 from ddk.gap import perplexity
-from ddk.loss import LossConfig, teacher_of
-from ddk.parallel import Parallel, Precision, World, spread, synchronise, whole
+from ddk.loss import teacher_of
+from ddk.parallel import Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
-from ddk.section import MOST_STEPS, Section
 from ddk.student import StudentLoss, layers_of
+from ddk.train_config import LossConfig, TrainConfig
 from ddk.types import BlockReader, BoolArray, Draw, Mixture
-
-
-class TrainConfig(Section):
-    """How the student is trained."""
-
-    steps: int = Field(ge=1, le=MOST_STEPS)
-    """Optimizer steps in all."""
-    batch_size: int = Field(ge=1, le=10**6)
-    """Blocks an optimizer step (over all devices)."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Blocks a forward and backward pass of one device; smaller needs less memory. Must divide a device's share of
-    batch_size. Default: all of that share."""
-    learning_rate: float = Field(default=3e-5, gt=0.0, le=10.0)
-    """Peak, reached after the warm-up."""
-    min_learning_rate: float = Field(default=3e-6, ge=0.0)
-    """Where the cosine ends, at the last step."""
-    warmup_steps: int = Field(default=1000, ge=0, le=MOST_STEPS)
-    """Steps of linear warm-up from 0."""
-    weight_decay: float = Field(default=0.1, ge=0.0, le=1e6)
-    """AdamW's, on matrices; biases and norms have none."""
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """AdamW's decay of the first moment."""
-    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """AdamW's decay of the second moment."""
-    gradient_clip: float | None = Field(default=1.0, gt=0.0)
-    """Largest norm of the gradient; null for no clipping."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """'auto' takes the GPU where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; weights and optimizer are always float32. 'auto': bf16 on a GPU that has it."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    processes: int | Literal["auto"] = "auto"
-    """Processes on this machine, one a device. 'auto': one for each GPU, or one where there is none. They must
-    divide batch_size."""
-    nodes: int = Field(default=1, ge=1, le=10**5)
-    """Machines, each with as many processes; see docs/training.md for how the others are started."""
-    rendezvous: str = "127.0.0.1:0"
-    """HOST:PORT at which the machines meet, for more than one: an address of the first that the others reach."""
-    parallel: Parallel = "ddp"
-    """With more than one process: 'ddp' (the whole student on each) or 'fsdp' (FSDP2: each holds a share of weights,
-    gradients and optimizer, for students that do not fit one device with theirs)."""
-    compile: bool = False
-    """Compile the decoder's layers with torch.compile: slower to start, faster steps on a GPU."""
-    keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
-    """How many of the newest checkpoints stay."""
-    shuffle_mib: int = Field(default=2048, ge=1, le=2**30)
-    """Data that is shuffled together, over all domains, in MiB (decoded; on S3 about a third of it). An epoch goes
-    through a domain's shards in random order, as many at a time as find room here, so that each is fetched once an
-    epoch. Domains that find room whole are shuffled as a whole."""
-    log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
-    """Steps between two lines of the log, besides the one at the end of each interval."""
-
-    @model_validator(mode="after")
-    def _micro_batches_divide(self) -> TrainConfig:
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        if self.processes != "auto" and self.processes < 1:
-            raise ValueError(f"processes is {self.processes}; it must be 'auto', or at least 1")
-        if self.processes != "auto":
-            self.share(self.processes * self.nodes)
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
-        return self
-
-    def share(self, ranks: int) -> int:
-        """Blocks of a step that each of so many ranks takes.
-
-        Raises:
-            ValueError: the batch cannot be cut into equal shares, or these into micro-batches.
-        """
-        share, rest = divmod(self.batch_size, ranks)
-        if rest:
-            raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {ranks} processes")
-        if self.micro_batch_size is not None and share % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide the {share} blocks of each of {ranks} "
-                f"processes"
-            )
-        return share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

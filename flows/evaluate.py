@@ -13,7 +13,7 @@ from prefect import flow
 from pydantic import ValidationError
 
 from ddk.errors import UserError
-from ddk.student import StudentConfig
+from ddk.train_config import StudentConfig
 from storage.corpus import DomainConfig
 from storage.evaluations import EvaluationFolder
 from storage.mixtures import MixtureHistory

@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from ddk.errors import UserError
+from ddk.errors import UserError, first_line
 from ddk.shape import ModelShape, shape_of
 
 BUNDLED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presets", "models")
@@ -39,7 +39,7 @@ def find_shape(model: str, revision: str | None, field: str) -> ModelShape:
     try:
         return shape_of(config)
     except (ValueError, AttributeError, ImportError) as error:
-        first = str(error).partition("\n")[0]
+        first = first_line(error)
         raise UserError(f"the size of {field} '{model}' cannot be worked out from its config: {first}") from error
 
 
@@ -54,7 +54,7 @@ def _find(model: str, revision: str | None) -> Any | None:
         except OSError:
             continue
         except ValueError as error:
-            first = str(error).partition("\n")[0]
+            first = first_line(error)
             raise UserError(
                 f"the config.json of '{place}' cannot be read, and a plan runs no code of a model's own: {first}"
             ) from error

@@ -20,7 +20,7 @@ from pydantic import Field
 from ddk.errors import UserError
 from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
-from ddk.student import StudentConfig
+from ddk.train_config import StudentConfig
 from flows.config import Config
 from flows.parts import capture_run_name, other_parts
 from storage.claims import remove_claims

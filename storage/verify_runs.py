@@ -157,7 +157,7 @@ class _RunAudit(_Audit):
             return
         for url in checkpoints.unfinished():
             self.add(uri.join(url, "state.json"), f"missing: the checkpoint does not count; remove {url}")
-        if self._steps not in steps:
+        if self._steps and self._steps not in steps:  # one that never trained is saved from the student it began with
             self.add(checkpoints.url(self._steps), "missing: the last checkpoint, from which the student can be saved")
 
     def _checkpoint(self, checkpoints: CheckpointFolder, step: int) -> None:

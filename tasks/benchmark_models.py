@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from ddk.errors import UserError
-from ddk.student import StudentConfig
+from ddk.train_config import StudentConfig
 from storage import uri
 from storage.digests import DigestCache
 from storage.runs import RunFolder

@@ -34,7 +34,7 @@ from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from ddk.errors import UserError
+from ddk.errors import UserError, first_line
 from tasks.benchmarks import COMPLETION, Benchmark
 from tasks.completions import MAX_TOKENS, Completion, edit_similarity, exact_match
 from tasks.local_benchmarks import FORMATS, DataFolder, LocalData, Row
@@ -324,7 +324,7 @@ def _reaching_hub(name: str, data_set: str, folder: DataFolder | None) -> Iterat
     except UserError:
         raise
     except Exception as error:
-        cause = "HF_HUB_OFFLINE is set, and the cache has none" if _offline() else _first_line(error)
+        cause = "HF_HUB_OFFLINE is set, and the cache has none" if _offline() else first_line(error)
         remedy = "fetch it where there is a network"
         if name in FORMATS:
             where = f"into {folder.url}" if folder is not None else "into a folder of yours"
@@ -338,11 +338,6 @@ def _reaching_hub(name: str, data_set: str, folder: DataFolder | None) -> Iterat
 def _offline() -> bool:
     values = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
     return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 # ---- questions
@@ -373,7 +368,7 @@ def _part(task: Any, benchmark: Benchmark, source: str, *, limit: int | None, se
     try:
         task.build_all_requests(limit=limit)
     except (AssertionError, ValueError) as error:
-        raise UserError(f"task '{benchmark}': its questions cannot be put together ({_first_line(error)})") from error
+        raise UserError(f"task '{benchmark}': its questions cannot be put together ({first_line(error)})") from error
     instances = task.instances
     return Part(
         name=str(task.task_name),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import transformers
 
-from ddk.errors import UserError
+from ddk.errors import UserError, first_line
 from ddk.methods.registry import METHODS
 from ddk.shape import ModelShape, shape_of
 from ddk.types import SPLITS
@@ -147,7 +147,7 @@ def _shape(model: str, revision: str | None) -> ModelShape | None:
         folder = local_folder(model, revision, "model", weights=False)
         return shape_of(transformers.AutoConfig.from_pretrained(folder))
     except (UserError, OSError, ValueError, KeyError, AttributeError) as error:
-        logger.info("the cost of %s is not known: %s", model, str(error).partition("\n")[0])
+        logger.info("the cost of %s is not known: %s", model, first_line(error))
         return None
 
 

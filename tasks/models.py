@@ -8,7 +8,7 @@ from typing import Any
 
 import huggingface_hub
 
-from ddk.errors import UserError
+from ddk.errors import UserError, first_line
 from ddk.student import load_tokenizer
 from storage.digests import DigestCache
 from storage.names import plain_name
@@ -39,7 +39,7 @@ def local_folder(model: str, revision: str | None, field: str, *, weights: bool 
         patterns = ["*.json", *FETCHED, *(["*.safetensors"] if weights else [])]
         return str(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         raise UserError(f"{field} is '{model}': no such folder, and not to be had from the hub ({first})") from error
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
 from ddk.paths import check_leaves
-from ddk.student import StudentConfig, load_tokenizer
+from ddk.student import load_tokenizer
+from ddk.train_config import StudentConfig
 from ddk.types import Split
 from storage import uri
 from storage.codec import TargetFormat

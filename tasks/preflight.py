@@ -18,11 +18,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from ddk.errors import UserError
+from ddk.errors import UserError, first_line
 from ddk.shape import longest_input
 from ddk.structure import attention_of, empty_model
 from ddk.student import (
-    StudentConfig,
     cannot_be_loaded,
     check_loading,
     head_rows,
@@ -31,6 +30,7 @@ from ddk.student import (
     save_student,
     saved_generation,
 )
+from ddk.train_config import StudentConfig
 from ddk.types import SPLITS
 from storage.blocks import open_blocks
 from storage.manifest import read_manifest
@@ -212,8 +212,8 @@ def _check_saving(config: StudentConfig, model: Any, plan: Plan) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(config.model)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{FIELD} '{config.model}': its generation_config.json cannot be read ({_first(error)}); correct or "
-                f"remove it"
+                f"{FIELD} '{config.model}': its generation_config.json cannot be read ({first_line(error)}); "
+                f"correct or remove it"
             ) from error
     changed = saved_generation(model)[1]
     if changed is not None:
@@ -232,13 +232,9 @@ def _check_saving(config: StudentConfig, model: Any, plan: Plan) -> None:
             raise
         except Exception as error:  # whatever a model's own code raises
             raise UserError(
-                f"{FIELD} '{config.model}' could be trained and not be saved: {type(error).__name__}: {_first(error)}; "
-                f"it must be a model that save_pretrained writes"
+                f"{FIELD} '{config.model}' could be trained and not be saved: {type(error).__name__}: "
+                f"{first_line(error)}; it must be a model that save_pretrained writes"
             ) from error
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ import torch
 from ddk.data import First
 from ddk.errors import UserError
 from ddk.gap import perplexity, plain_perplexity
-from ddk.loss import LossConfig
-from ddk.student import StudentConfig, StudentLoss, load_student
-from ddk.trainer import TrainConfig, resolve_device, resolve_precision
+from ddk.student import StudentLoss, load_student
+from ddk.train_config import LossConfig, StudentConfig, TrainConfig
+from ddk.trainer import resolve_device, resolve_precision
 from ddk.types import BlockReader
 from storage.blocks import open_blocks
 from tasks.progress import logger

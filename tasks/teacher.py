@@ -12,12 +12,10 @@ from importlib import metadata
 from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-import transformers
 from pydantic import Field, model_validator
 
-from ddk.errors import UserError
+from ddk.errors import UserError, first_line
 from ddk.section import Section
-from ddk.shape import longest_input
 from ddk.types import Int32Array, SparseTargets
 from storage.codec import CodecConfig, TargetFormat
 
@@ -185,6 +183,8 @@ def check_fits(config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
     Raises:
         UserError: it cannot; the field to change is named.
     """
+    from ddk.shape import longest_input  # torch and transformers, likewise
+
     text = _text_config(config)
     if config.k > vocab_size:
         raise UserError(f"teacher.k is {config.k} and the tokenizer has {vocab_size} tokens; lower teacher.k")
@@ -221,9 +221,11 @@ def load_model_config(config: TeacherConfig) -> Any:
     Raises:
         UserError: there is no such model.
     """
+    import transformers  # seconds, which a configuration that is only read need not take
+
     try:
         return transformers.AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"teacher.model '{config.model}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"teacher.model '{config.model}' cannot be loaded: {first_line(error)}") from error

@@ -14,7 +14,8 @@ from typing import Any
 
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
-from ddk.student import StudentConfig, load_tokenizer
+from ddk.student import load_tokenizer
+from ddk.train_config import StudentConfig
 from tasks.models import local_folder
 from tasks.tokenizer_files import has_tokenizer
 

@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from ddk.errors import LostPartError, UserError
-from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
+from ddk.train_config import TrainConfig
+from ddk.trainer import StepReport, TrainerState, resolve_device, resolve_processes
 from ddk.types import Mixture
 from storage.errors import PassingError
 from storage.settings import as_environment

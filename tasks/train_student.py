@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
@@ -23,14 +23,11 @@ from pydantic import BaseModel
 from ddk.data import TrainData
 from ddk.errors import UserError
 from ddk.gap import domain_gap
-from ddk.loss import LossConfig
-from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss, mixture_after
-from ddk.mixture import MixtureConfig
+from ddk.methods.registry import METHODS, check_method, effective_loss, mixture_after
 from ddk.parallel import World
 from ddk.paths import depth, rolled_up_mixture
-from ddk.student import StudentConfig
-from ddk.ted import TedConfig
-from ddk.trainer import StepReport, TrainConfig, TrainerState, resolve_device, resolve_processes
+from ddk.train_config import StudentConfig
+from ddk.trainer import StepReport, TrainerState, resolve_device, resolve_processes
 from ddk.types import DomainGap, Mixture
 from storage.blocks import open_blocks
 from storage.digests import DigestCache
@@ -46,7 +43,8 @@ from tasks.preflight import StudentFacts, check_live_teacher, check_student
 from tasks.progress import logger, meter
 from tasks.retries import RETRIES
 from tasks.run_artifacts import publish_measurement
-from tasks.tracking import Tracking, TrackingConfig, open_tracking
+from tasks.run_settings import RunSettings
+from tasks.tracking import Tracking, open_tracking
 from tasks.train_processes import TrainingProcesses
 from tasks.training import RankTraining, Training, TrainingJob, open_data
 
@@ -63,24 +61,6 @@ _ADDED_TO_LOSS = ("divergence", "beta", "mask_document_starts")
 _ADDED_TO_MIXTURE = ("evaluation", "level", "weights", "doremi_step", "doremi_smoothing", "reference_run")
 # These drew every domain equally once, and now in proportion to its size: not the same run.
 _MIXTURE_CHANGED = {"kd": "proportional", "cpt": "proportional"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSettings:
-    """Everything that a run's training is determined by, besides its stores."""
-
-    root: str
-    run: str
-    method: MethodName
-    seed: int
-    student: StudentConfig
-    loss: LossConfig
-    train: TrainConfig
-    mixture: MixtureConfig
-    ted: TedConfig
-    tracking: TrackingConfig
-    trust_teacher_code: bool
-    """`teacher.trust_remote_code`, for a method that loads the live teacher."""
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:

@@ -19,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ddk import saving
 from ddk.data import First, TrainData
 from ddk.known_targets import KnownTargets
-from ddk.loss import LossConfig
 from ddk.parallel import World
 from ddk.sampler import SamplerState
-from ddk.student import StudentConfig, StudentLoss, load_student, save_student, student_weights
-from ddk.ted import TedConfig, TedStudent
+from ddk.student import StudentLoss, load_student, save_student, student_weights
+from ddk.ted import TedStudent
 from ddk.ted_filters import train_filters
-from ddk.trainer import StepReport, TrainConfig, Trainer, TrainerState, resolve_precision
+from ddk.train_config import LossConfig, StudentConfig, TedConfig, TrainConfig
+from ddk.trainer import StepReport, Trainer, TrainerState, resolve_precision
 from ddk.types import BlockReader, Mixture, TargetReader
 from storage import uri
 from storage.blocks import open_blocks

@@ -19,7 +19,8 @@ import transformers
 from lm_eval.models.utils import resolve_max_length
 from torch import Tensor
 
-from ddk.student import StudentConfig, head_rows, load_student
+from ddk.student import head_rows, load_student
+from ddk.train_config import StudentConfig
 from tasks.harness_model import HarnessModel, Prompt, Scored
 from tasks.plan import vocabulary
 

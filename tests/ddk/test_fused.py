@@ -16,8 +16,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from ddk import fused
 from ddk.fused import dense_loss, fused_loss
-from ddk.loss import SMALLEST_TAIL, LossConfig, Teacher, sampled_side, teacher_of, teacher_side
+from ddk.loss import SMALLEST_TAIL, Teacher, sampled_side, teacher_of, teacher_side
 from ddk.student import StudentLoss
+from ddk.train_config import LossConfig
 from ddk.types import SampledTokens, SparseTargets
 
 KINDS = [

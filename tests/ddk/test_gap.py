@@ -10,9 +10,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ddk import gap
 from ddk.gap import domain_gap
-from ddk.loss import LossConfig
 from ddk.paths import rolled_up_ppl
 from ddk.student import StudentLoss
+from ddk.train_config import LossConfig
 
 V, PADDED, L, N = 50, 64, 12, 7
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ddk.fused import dense_loss, fused_loss
-from ddk.loss import LossConfig, LossSums, teacher_side
+from ddk.loss import LossSums, teacher_side
+from ddk.train_config import LossConfig
 
 TAILS = ("bucket", "renormalise", "residual")
 

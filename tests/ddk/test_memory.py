@@ -13,11 +13,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk import fused, student
-from ddk.loss import LossConfig, Teacher
+from ddk.loss import Teacher
 from ddk.memory import CONTEXT_BYTES, Part, activation_bytes, state_bytes, student_memory
 from ddk.shape import ModelShape, shape_of
 from ddk.student import StudentLoss
-from ddk.trainer import TrainConfig, Trainer
+from ddk.train_config import LossConfig, TrainConfig
+from ddk.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk.loss import LossConfig
 from ddk.methods.registry import MethodName, check_method, mixture_after
 from ddk.mixture import MixtureConfig, initial_mixture, update_mixture
 from ddk.paths import (
@@ -25,6 +24,7 @@ from ddk.paths import (
     rolled_up_ppl,
     spread_mixture,
 )
+from ddk.train_config import LossConfig
 from ddk.types import DomainGap, Mixture
 
 calm = settings(deadline=None, max_examples=60)

@@ -23,7 +23,8 @@ from transformers import (
 
 from ddk.errors import UserError
 from ddk.parallel import World
-from ddk.student import StudentConfig, load_student, load_tokenizer, save_student, student_weights
+from ddk.student import load_student, load_tokenizer, save_student, student_weights
+from ddk.train_config import StudentConfig
 
 V, PADDED = 257, 272
 SHAPE = {

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from ddk.errors import UserError
-from ddk.loss import LossConfig, teacher_side
+from ddk.loss import teacher_side
 from ddk.parallel import World, spread
 from ddk.student import StudentLoss, layers_of
-from ddk.ted import TedConfig, TedStudent, matched_layers
+from ddk.ted import TedStudent, matched_layers
+from ddk.train_config import LossConfig, TedConfig
 
 V, B, L = 61, 3, 9
 CE = LossConfig(gamma=0.0)

@@ -11,9 +11,9 @@ from torch.nn import functional
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ddk.data import TrainData
-from ddk.loss import LossConfig
-from ddk.ted import TedConfig, TedStudent
+from ddk.ted import TedStudent
 from ddk.ted_filters import train_filters
+from ddk.train_config import LossConfig, TedConfig
 
 V, L = 61, 12
 CPU = torch.device("cpu")

@@ -15,18 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ddk import saving
 from ddk.data import TrainData
-from ddk.loss import LossConfig
 from ddk.mixture import equal_mixture
 from ddk.sampler import SamplerState, draw, initial_state
-from ddk.trainer import (
-    StepReport,
-    TrainConfig,
-    Trainer,
-    TrainerState,
-    learning_rate,
-    resolve_device,
-    resolve_precision,
-)
+from ddk.train_config import LossConfig, TrainConfig
+from ddk.trainer import StepReport, Trainer, TrainerState, learning_rate, resolve_device, resolve_precision
 from ddk.types import Draw, Mixture
 
 

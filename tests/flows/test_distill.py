@@ -27,6 +27,7 @@ from storage.documents import iter_documents
 from storage.mixtures import MixtureHistory, MixtureRecord
 from storage.runs import RunFolder
 from storage.targets import open_targets, teacher_perplexity
+from storage.verify_runs import run_findings
 from tasks.plan import plan_stores
 
 SEQ_LEN, K, VOCAB = 96, 16, 4090
@@ -320,3 +321,4 @@ def test_it_stops_early_where_the_student_has_caught_up(small_run: SmallRun, ddk
     assert summary is not None
     assert summary["steps"] == 0
     assert summary["stopped_early"] == "every domain's ratio is at or below mixture.stop_ratio 99.0 at step 0"
+    assert run_findings(str(small_run.root), "early", full=True) == []

@@ -16,10 +16,10 @@ import torch
 from fake_data import MIXTURE, L, V, tiny_model, train_data
 
 from ddk import saving
-from ddk.loss import LossConfig
 from ddk.parallel import join_world, leave_world, whole
 from ddk.sampler import SamplerState
-from ddk.trainer import TrainConfig, Trainer, TrainerState
+from ddk.train_config import LossConfig, TrainConfig
+from ddk.trainer import Trainer, TrainerState
 
 
 def masked(data: Any) -> Any:

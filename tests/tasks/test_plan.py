@@ -14,7 +14,7 @@ from tiny_model import make_tiny_model
 
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
-from ddk.student import StudentConfig
+from ddk.train_config import StudentConfig
 from storage.corpus import DomainConfig
 from storage.fingerprint import fingerprint
 from storage.layout import FORMAT_VERSION

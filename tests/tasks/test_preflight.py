@@ -20,7 +20,8 @@ from tokenizers.models import BPE
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
 from ddk.parallel import World
-from ddk.student import StudentConfig, load_student, save_student, student_weights
+from ddk.student import load_student, save_student, student_weights
+from ddk.train_config import StudentConfig
 from storage.corpus import DomainConfig
 from tasks import preflight
 from tasks.pack_rows import pack_rows
@@ -305,7 +306,7 @@ def test_the_saved_student_computes_what_was_reported(
 ) -> None:
     """A student whose logits are scaled, taken for a plain one: what transformers computes of it is something else."""
     from ddk.gap import plain_perplexity
-    from ddk.trainer import TrainConfig
+    from ddk.train_config import TrainConfig
     from storage.blocks import open_blocks
 
     plan = planned(models, tmp_path / "root")

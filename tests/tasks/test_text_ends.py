@@ -14,7 +14,8 @@ from byte_tokenizers import END, byte_tokenizer
 
 from ddk.errors import UserError
 from ddk.packing import PackingConfig
-from ddk.student import StudentConfig, load_tokenizer
+from ddk.student import load_tokenizer
+from ddk.train_config import StudentConfig
 from storage.digests import DigestCache
 from tasks.models import tokenizer_digests
 from tasks.text_ends import TextEnds, text_ends

@@ -26,7 +26,8 @@ from ddk.types import DomainGap, Mixture
 from storage.mixtures import MixtureHistory, make_record
 from storage.runs import RunFolder
 from tasks import tracking, tracking_wandb
-from tasks.tracking import RunPoints, Tracking, TrackingConfig, open_tracking
+from tasks.tracking import RunPoints, Tracking, open_tracking
+from tasks.tracking_config import TrackingConfig
 from tasks.tracking_mlflow import flat
 
 GAMMA = 0.2
@@ -443,7 +444,8 @@ def test_wandb_without_a_key_is_said_before_anything_is_trained(tmp_path: Path) 
     code = f"""
 from ddk.errors import UserError
 from storage.runs import RunFolder
-from tasks.tracking import TrackingConfig, open_tracking
+from tasks.tracking import open_tracking
+from tasks.tracking_config import TrackingConfig
 try:
     open_tracking(TrackingConfig(wandb_project="p"), RunFolder({str(tmp_path)!r}, "a"), {{}}, 0.2).update(0)
 except UserError as error:

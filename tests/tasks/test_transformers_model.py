@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from tiny_model import make_tiny_model
 
 from ddk.errors import UserError
-from ddk.student import StudentConfig
+from ddk.train_config import StudentConfig
 from tasks.benchmark_tasks import build_measures
 from tasks.benchmarks import Benchmark, EvaluationConfig
 from tasks.evaluate_model import _answers

@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from ddk.errors import UserError
-from ddk.student import StudentConfig
+from ddk.train_config import StudentConfig
 from tasks.benchmark_models import EvaluatedModel, evaluated_models, running
 from tasks.teacher import TeacherConfig
 from tasks.transformers_model import TransformersModel

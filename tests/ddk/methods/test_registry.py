@@ -4,9 +4,9 @@ from typing import Any, get_args
 
 import pytest
 
-from ddk.loss import LossConfig
 from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss, mixture_after
 from ddk.mixture import MixtureConfig, equal_mixture, initial_mixture, update_mixture
+from ddk.train_config import LossConfig
 from ddk.types import DomainGap, Mixture
 
 GAPS = [
