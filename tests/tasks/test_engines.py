@@ -88,6 +88,19 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     check_exact(capture(model, dtype="float32"), forward(model))
 
 
+def test_an_activation_that_vllm_has_otherwise(tmp_path: Path) -> None:
+    """Bloom's GELU is the tanh form, and vLLM's the exact one (1.8e-3 nat): `tasks.vllm_extension` puts that right."""
+    config = transformers.BloomConfig(
+        **{name: COMMON[name] for name in ("vocab_size", "hidden_size", "initializer_range", "eos_token_id")},
+        n_layer=2,
+        n_head=4,
+    )
+    model = save(tmp_path, config)
+    captured, truth = capture(model, dtype="float32"), forward(model)
+    check_exact(captured, truth)
+    assert difference(captured, truth) < 2e-5
+
+
 def test_a_sliding_window_in_bfloat16(tmp_path: Path) -> None:
     model = save(tmp_path, transformers.MistralConfig(**COMMON, sliding_window=16))
     captured = capture(model, dtype="bfloat16")
