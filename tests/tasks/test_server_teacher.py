@@ -78,7 +78,7 @@ def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None:
         try:
             httpx.get(url, timeout=5)
