@@ -72,7 +72,7 @@ class Rehearsal:
         command = [sys.executable, "-m", "flows", "distill", self.config, "--root", str(self.reference)]
         environment = {name: value for name, value in self.site.environment.items() if name != "PREFECT_API_URL"}
         environment["PREFECT_HOME"] = str(self.reference.parent / "alone")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         self.say("uninterrupted `ddk distill`, to compare with")
 
