@@ -45,10 +45,11 @@ find_uv() {
 # uv does not read pip's configuration: where pip is told of an index, of folders or of a certificate, uv is told too.
 # Such a place may hold a few of the packages only, so that a version is looked for in all places, as pip does.
 as_pip_is_told() {
-    told() { # by PIP_… or by a configuration file, several lines as one
-        pip config list 2>/dev/null | sed -n "s/^\(global\|install\|:env:\.\?\)\.\?$1='\(.*\)'$/\2/p" | sed 's/\\n/ /g' | tr '\n' ' '
+    local configured index extra links cert
+    configured=$(pip config list 2>/dev/null || true) # from PIP_… and from files
+    told() { # several lines as one
+        sed -n "s/^\(global\|install\|:env:\)\.$1='\(.*\)'$/\2/p" <<<"$configured" | sed 's/\\n/ /g' | tr '\n' ' '
     }
-    local index extra links cert
     index=$(told index-url) extra=$(told extra-index-url) links=$(told find-links) cert=$(told cert)
     # Its user's own UV_… settings stand.
     [ -z "${index// /}" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-${index%% *}}"
@@ -73,10 +74,16 @@ has_torch() {
 
 install_all() {
     # The default index holds the CUDA build of torch under this version (and gigabytes of libraries with it).
-    # The CPU build is tried from wherever pip is configured to look, then from PyTorch's own index.
+    # The CPU build is tried from wherever pip is configured to look, then from PyTorch's own index, which uv knows.
     if [ "$accelerator" = cpu ] && [ "$(uname -s)" = Linux ] && ! has_torch "$torch+cpu"; then
-        install "torch==$torch+cpu" 2>/dev/null ||
-            install --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" || return
+        install "torch==$torch+cpu" 2>/dev/null || {
+            if [ -z "$uv" ]; then
+                echo "The CPU build of torch ($torch+cpu) is at no index that pip knows: have uv on the PATH, which finds" \
+                    "it by itself, or name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL." >&2
+                return 1
+            fi
+            install --torch-backend cpu "torch==$torch+cpu" || return
+        }
     fi
     install --requirement "$lock" && install --no-build-isolation --editable .
 }

@@ -98,7 +98,7 @@ def is_local(url: str) -> bool:
 
 
 def join(url: str, *parts: str) -> str:
-    """`join('s3://bucket/root/', 'runs', 'a')` → `'s3://bucket/root/runs/a'`."""
+    """`join('s3://bucket/data/', 'runs', 'a')` → `'s3://bucket/data/runs/a'`."""
     parts = tuple(part.strip("/") for part in parts)
     if url.endswith("://") or not url.rstrip("/"):  # `s3://` and `/` keep their slashes
         return url + "/".join(parts)
@@ -106,7 +106,7 @@ def join(url: str, *parts: str) -> str:
 
 
 def name_of(url: str) -> str:
-    """The last part of a URL: `'s3://bucket/root/math.zarr'` → `'math.zarr'`."""
+    """The last part of a URL: `'s3://bucket/data/math.zarr'` → `'math.zarr'`."""
     return url.rstrip("/").rsplit("/", 1)[-1]
 
 

@@ -29,7 +29,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ddk-faults-") as folder:
         root, corpus = make_root(Path(folder))
-        tallies = run_trials(root, corpus, seed=asked.seed, trials=asked.trials, say=print)
+        tallies = run_trials(root, corpus, seed=asked.seed, trials=asked.trials)
     print(table(tallies))
     print(f"{asked.trials} faults, seed {asked.seed}, {time.monotonic() - started:.0f} s")
     examples = [example for tally in tallies.values() for example in tally.examples]

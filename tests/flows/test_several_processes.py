@@ -95,7 +95,8 @@ def test_what_does_not_fit_is_said(ddk: Ddk, small_run: SmallRun) -> None:
     assert "batch_size 8 cannot be shared equally by 3 processes" in refused.err
     with pytest.raises(LostPartError, match=r"^a training process was killed by signal 9; probably .* out of memory"):
         raise train_processes._lost(1, KILLED.splitlines())
-    with pytest.raises(LostPartError, match=r"(?s)^the training processes ended \(exit code 1\).*Signal 15"):
+    ended = r"(?s)^the training processes ended \(exit code 1\).*Their last lines:\n.*Signal 15"
+    with pytest.raises(LostPartError, match=ended):
         raise train_processes._lost(1, KILLED.replace("Signal 9 (SIGKILL) received by PID 17236", "").splitlines())
     nowhere = ddk("join", small_run.config, "--node-rank", "1")
     assert nowhere.code == 2

@@ -19,10 +19,10 @@ def run(place: str) -> RunFolder:
 
 
 def test_where_things_lie() -> None:
-    run = RunFolder("s3://bucket/root/", "first")
-    assert run.url == "s3://bucket/root/runs/first"
-    assert run.student_url == "s3://bucket/root/runs/first/student"
-    assert run.report_url == "s3://bucket/root/runs/first/report"
+    run = RunFolder("s3://bucket/data/", "first")
+    assert run.url == "s3://bucket/data/runs/first"
+    assert run.student_url == "s3://bucket/data/runs/first/student"
+    assert run.report_url == "s3://bucket/data/runs/first/report"
 
 
 def test_a_run_is_claimed_and_gone_on_with(run: RunFolder, place: str) -> None:

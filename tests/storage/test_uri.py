@@ -21,8 +21,8 @@ from storage.errors import StoreDamagedError, StoreError, UnreachableError, expl
 @pytest.mark.parametrize(
     ("url", "parts", "joined"),
     [
-        ("s3://bucket/root", ("runs", "a"), "s3://bucket/root/runs/a"),
-        ("s3://bucket/root/", ("/runs/", "a.json"), "s3://bucket/root/runs/a.json"),
+        ("s3://bucket/data", ("runs", "a"), "s3://bucket/data/runs/a"),
+        ("s3://bucket/data/", ("/runs/", "a.json"), "s3://bucket/data/runs/a.json"),
         ("s3://bucket", ("a/b",), "s3://bucket/a/b"),
         ("s3://", ("bucket", "a"), "s3://bucket/a"),
         ("memory://", ("a",), "memory://a"),
@@ -30,7 +30,7 @@ from storage.errors import StoreDamagedError, StoreError, UnreachableError, expl
         ("/", ("a", "b"), "/a/b"),
         ("/tmp/", ("a",), "/tmp/a"),
         ("relative", ("a",), "relative/a"),
-        ("s3://bucket/root/", (), "s3://bucket/root"),
+        ("s3://bucket/data/", (), "s3://bucket/data"),
     ],
 )
 def test_join(url: str, parts: tuple[str, ...], joined: str) -> None:

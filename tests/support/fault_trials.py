@@ -295,9 +295,7 @@ class Tally:
     examples: list[str] = field(default_factory=list)
 
 
-def run_trials(
-    root: Path, corpus: Path, *, seed: int, trials: int, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Tally]:
+def run_trials(root: Path, corpus: Path, *, seed: int, trials: int) -> dict[str, Tally]:
     """So many faults, spread evenly over the kinds of files that the root holds.
 
     Args:
