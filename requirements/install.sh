@@ -85,7 +85,9 @@ install_all() {
             install --torch-backend cpu "torch==$torch+cpu" || return
         }
     fi
-    install --requirement "$lock" && install --no-build-isolation --editable .
+    # pip compiles what it installs, and uv where it is told to: where PYTHONDONTWRITEBYTECODE is set, as in many
+    # images, every start of Python would compile its imports anew (24 s instead of 9 s for vLLM's).
+    install ${uv:+--compile-bytecode} --requirement "$lock" && install --no-build-isolation --editable .
 }
 
 uv=$(find_uv) || uv=

@@ -43,6 +43,11 @@ _ON_GPU_ALONE = {
 """Model types with Mamba layers, whose kernels are CUDA's and Triton's."""
 
 
+SECONDS_TO_END = 1.0
+"""For the engine's processes to end by themselves; all that they had to say has been read by then. vLLM gives them 5 s,
+and on a CPU they take more: Python's last collection of garbage alone."""
+
+
 class Engine:
     """vLLM's `LLM`, from here until `close`; then its processes and their memory are gone.
 
@@ -76,6 +81,7 @@ class Engine:
                     enable_chunked_prefill=True,
                     enable_prefix_caching=False,
                     tensor_parallel_size=config.tensor_parallel_size,
+                    distributed_executor_backend=_executor(config),
                     gpu_memory_utilization=config.gpu_memory_utilization,
                     enforce_eager=not on_gpu(),
                     load_format="safetensors",
@@ -138,7 +144,7 @@ class Engine:
         try:
             if llm is not None and not self._calls.stuck:
                 with contextlib.suppress(ChildDiedError):  # then there is little left to end
-                    self._calls(llm.llm_engine.engine_core.shutdown)
+                    self._calls(llm.llm_engine.engine_core.shutdown, timeout=SECONDS_TO_END)
         finally:
             self._processes.close()
             self._calls.close()
@@ -213,6 +219,20 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def _executor(config: TeacherConfig) -> Any:
+    """On a CPU the engine's process computes by itself where one is enough, as on a GPU.
+
+    vLLM starts a process for the worker there, "as it is not possible to set the OMP environment correctly"
+    (vllm/platforms/cpu.py); `engine_environment` sets it. That process would import vLLM once more, which takes as long
+    as all else in the start of a small model.
+    """
+    if on_gpu() or config.tensor_parallel_size > 1:
+        return None
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    return UniProcExecutor
+
+
 @contextlib.contextmanager
 def engine_environment(config: TeacherConfig, folder: str) -> Iterator[None]:
     """What the engine's processes read from the environment when they start; put back afterwards.
@@ -241,7 +261,11 @@ def engine_environment(config: TeacherConfig, folder: str) -> Iterator[None]:
         ranks, ours = config.tensor_parallel_size, cores()
         shares = [ours[len(ours) * i // ranks : len(ours) * (i + 1) // ranks] or ours[-1:] for i in range(ranks)]
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+        if ranks == 1:  # see _executor; vLLM sets these for workers alone
+            places = ",".join(map(str, ours))
+            wanted |= {"OMP_NUM_THREADS": str(len(ours)), "OMP_PLACES": f"{{{places}}}", "OMP_PROC_BIND": "true"}
     # What the user has set stays, but for what capture cannot do without.
     forced = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_RPC_BASE_PATH", "TMPDIR"}
+    forced |= {"OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND"}
     with changed_environment({name: v for name, v in wanted.items() if name in forced or name not in os.environ}):
         yield

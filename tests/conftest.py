@@ -15,6 +15,10 @@ import zarr.core.sync
 
 from storage.s3 import S3
 
+# As the `ddk` command sets it for itself before Prefect is imported: its commands are called in this process too.
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

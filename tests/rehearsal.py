@@ -9,7 +9,7 @@ A real server, two workers on one GPU pool, every stage deployed, the quickstart
 5  one domain's data change: only its blocks and targets are made again
 
 What is asserted is read from the stores, not from Prefect: nothing committed was written again, and every byte of
-blocks, targets, mixtures and the final student is that of an uninterrupted `ddk distill`.
+blocks, targets, mixtures, checkpoints and the final student is that of an uninterrupted `ddk distill`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,11 @@ class Rehearsal:
         rewritten = [path for path, time_ns in written.items() if Path(path).stat().st_mtime_ns != time_ns]
         assert rewritten == [], "a committed shard is never captured again"
         compared = 0
-        for part in ("blocks", "targets", "runs/quickstart/mixtures", "runs/quickstart/student"):
+        for part in (
+            "blocks",
+            "targets",
+            *(f"runs/quickstart/{part}" for part in ("mixtures", "checkpoints", "student")),
+        ):
             ours, theirs = (_bytes(root / part) for root in (self.root, self.reference))
             assert ours.keys() == theirs.keys(), part
             assert [name for name in ours if ours[name] != theirs[name]] == [], part

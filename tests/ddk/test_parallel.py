@@ -1,4 +1,4 @@
-"""Real processes: a training on two ranks against the same one on one."""
+"""Real processes: trainings on two ranks against the same ones on one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,73 @@ from ddk.parallel import World, join_world, leave_world, spread, synchronise, wh
 SCRIPT = Path(__file__).parents[1] / "support" / "train_ranks.py"
 ROOT = str(Path(__file__).parents[2])
 TOLERANCE = 2e-5
-Train = Callable[..., dict[str, Any]]
+STEPS = 4
 
 
-@pytest.fixture
-def train(tmp_path: Path) -> Train:
-    def run(ranks: int, steps: int = 4, parallel: str = "ddp", **job: Any) -> dict[str, Any]:
-        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}.json"
-        changes = {"parallel": parallel, **job.pop("train", {})}
-        asked = {"steps": steps, "out": str(out), "train": changes, **job}
-        if ranks == 1:
-            train_ranks.main(asked)
-            return dict(json.loads(out.read_text()))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *torchrun, str(SCRIPT), json.dumps(asked)]
+class Trainings:
+    """What came out of trainings on one rank and on two; the two start once, for all of theirs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._on_two: list[dict[str, Any]] = []
+        torch.set_num_threads(1)
+
+    def on_one(self, name: str, **job: Any) -> None:
+        train_ranks.train(self._job(name, "ddp", job), World())
+
+    def on_two(self, name: str, parallel: str, **job: Any) -> None:
+        """Done with all others when `run` is called, in this order."""
+        self._on_two.append(self._job(name, parallel, job))
+
+    def run(self) -> None:
+        listed = self._folder / "jobs.json"
+        listed.write_text(json.dumps(self._on_two))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{SCRIPT.parent}"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, *torchrun, str(SCRIPT), str(listed)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,  # the output belongs in the message
+        )
         assert done.returncode == 0, done.stderr
-        return dict(json.loads(out.read_text()))
 
-    return run
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(self._out(name).read_text()))
+
+    def _job(self, name: str, parallel: str, job: dict[str, Any]) -> dict[str, Any]:
+        train = {"parallel": parallel, **job.pop("train", {})}
+        asked = {"steps": STEPS, "out": str(self._out(name)), "train": train, **job}
+        if "save" in asked:
+            asked["save"] = str(self._folder / asked["save"])
+        if "goes_on" in asked:
+            before = asked.pop("goes_on")
+            asked |= {"load": str(self._folder / before), "state_of": str(self._out(before))}
+        return asked
+
+    def _out(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    trainings = Trainings(tmp_path_factory.mktemp("trainings"))
+    trainings.on_one("in pairs", train={"micro_batch_size": 2})
+    trainings.on_one("first step", steps=1)
+    trainings.on_one("masked", masked=True)
+    trainings.on_one("six steps", steps=6)
+    trainings.on_one("one rank", steps=3, save="one rank")
+    for parallel in ("ddp", "fsdp"):
+        trainings.on_two(f"one by one, {parallel}", parallel, train={"micro_batch_size": 1})
+        trainings.on_two(f"masked, {parallel}", parallel, masked=True, train={"micro_batch_size": 1})
+        trainings.on_two(parallel, parallel, steps=3, save=parallel)
+    trainings.on_two("one rank, then fsdp", "fsdp", steps=3, goes_on="one rank")
+    trainings.on_two("ddp, then fsdp", "fsdp", steps=3, goes_on="ddp")
+    trainings.run()
+    trainings.on_one("fsdp, then one rank", steps=3, goes_on="fsdp")
+    return trainings
 
 
 def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -55,34 +101,26 @@ def everything_read(result: dict[str, Any]) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one(train: Train, parallel: str) -> None:
+def test_two_ranks_train_as_one(trainings: Trainings, parallel: str) -> None:
     """The same batches, in halves; micro-batches and accumulation on both."""
-    alone = train(1, train={"micro_batch_size": 2})
-    two = train(2, parallel=parallel, train={"micro_batch_size": 1})
+    alone, two = trainings["in pairs"], trainings[f"one by one, {parallel}"]
     assert_same_training(alone, two)
     assert everything_read(alone) == everything_read(two)
     assert [len(rank) for rank in two["reads"]] == [8, 8]
-    assert len({report["ce"] for report in alone["reports"]}) == 4
+    assert len({report["ce"] for report in alone["reports"]}) == STEPS
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_the_mean_is_per_token_of_all_ranks(train: Train, parallel: str) -> None:
+def test_the_mean_is_per_token_of_all_ranks(trainings: Trainings, parallel: str) -> None:
     """Complaint 13 of peers.md. Blocks with 10% to 100% of their positions: a mean of the ranks' means would differ."""
-    alone, two = train(1, masked=True), train(2, parallel=parallel, masked=True, train={"micro_batch_size": 1})
+    alone, two = trainings["masked"], trainings[f"masked, {parallel}"]
     assert_same_training(alone, two)
-    assert alone["reports"][0]["ce"] != pytest.approx(train(1, 1)["reports"][0]["ce"], rel=1e-3)
+    assert alone["reports"][0]["ce"] != pytest.approx(trainings["first step"]["reports"][0]["ce"], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [((1, "ddp"), (2, "fsdp")), ((2, "fsdp"), (1, "ddp")), ((2, "ddp"), (2, "fsdp"))]
-)
-def test_a_checkpoint_goes_on_at_another_number_of_ranks(
-    train: Train, tmp_path: Path, first: tuple[int, str], then: tuple[int, str]
-) -> None:
-    whole_run = train(1, 6)
-    folder = str(tmp_path / "checkpoint")
-    begun = train(first[0], 3, first[1], save=folder)
-    resumed = train(then[0], 3, then[1], load=folder, state=begun["state"])
+@pytest.mark.parametrize(("first", "then"), [("one rank", "fsdp"), ("fsdp", "one rank"), ("ddp", "fsdp")])
+def test_a_checkpoint_goes_on_at_another_number_of_ranks(trainings: Trainings, first: str, then: str) -> None:
+    whole_run, begun, resumed = trainings["six steps"], trainings[first], trainings[f"{first}, then {then}"]
     assert_same_training({**whole_run, "reports": whole_run["reports"][3:]}, resumed)
     assert sorted(everything_read(begun) + everything_read(resumed)) == everything_read(whole_run)
 

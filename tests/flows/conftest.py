@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+
 import pytest
-from small_run import Ddk, SmallRun, write_config
+from small_run import Ddk, Finished, SmallRun, write_config
 
 
 @pytest.fixture(scope="session")
@@ -13,9 +19,23 @@ def ddk(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Ddk:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    """An uninterrupted `ddk distill`, with no server to report to."""
-    folder = tmp_path_factory.mktemp("small")
-    config = write_config(folder)
-    output = Ddk(tmp_path_factory.mktemp("prefect"))("distill", config)
-    assert output.code == 0, output.err
-    return SmallRun(config, folder / "root", output)
+    """An uninterrupted `ddk distill`, with no server to report to, in a folder of this worker's own.
+
+    It is made once for all workers, and copied: a test may add a run to its root.
+    """
+    own = tmp_path_factory.mktemp("small")
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    made, said = common / "small-run", common / "small-run.json"
+    with open(f"{said}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            output = Ddk(tmp_path_factory.mktemp("prefect")).process("distill", write_config(made))
+            assert output.code == 0, output.err
+            said.write_text(json.dumps(dataclasses.asdict(output)))
+    shutil.copytree(made, own, dirs_exist_ok=True)
+    output = Finished(**json.loads(said.read_text().replace(str(made), str(own))))
+    return SmallRun(str(own / "config.yaml"), own / "root", output)

@@ -12,16 +12,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from benchmark_files import FILES, write_files
-from small_run import ASSETS, Ddk, Finished, write_config
+from lm_eval.api.instance import Instance
+from small_run import ASSETS, Ddk, Finished, SmallRun, write_config
 
 from ddk.errors import UserError
+from ddk.train_config import StudentConfig
 from flows.config import load_config
 from flows.evaluate import evaluate, evaluation_config
 from storage.evaluations import EvaluationFolder
 from storage.listing import records_of
 from storage.runs import RunFolder
+from tasks.benchmark_models import EvaluatedModel, running
+from tasks.teacher import TeacherConfig
+from tasks.transformers_model import TransformersModel
 
 TASKS = "arc_easy,mmlu,mbpp@1,completion:code,completion:math"
 NAMES = {"arc_easy", "mmlu", "mbpp", "completion:code", "completion:math"}
@@ -73,8 +80,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def output(case: Case, ddk: Ddk) -> Finished:
-    """Of the command, in a process of its own."""
-    output = ddk(*case.arguments("--tasks", TASKS, "--allow-code"), timeout=600)
+    """Of the command."""
+    output = ddk(*case.arguments("--tasks", TASKS, "--allow-code"))
     assert output.code == 0, output.err
     return output
 
@@ -257,3 +264,49 @@ def test_help_stays_quick_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "--allow-code" in done.stdout
+
+
+@pytest.mark.filterwarnings("default")  # vLLM's own warnings are not ours to mend
+def test_vllm_answers_as_transformers_does_and_leaves_nothing_running(small_run: SmallRun) -> None:
+    """The student that was saved, so that vLLM is seen to load it. The same questions, the same answers."""
+    engine = TeacherConfig(model=str(small_run.run / "student"), dtype="float32", max_batch_tokens=512)
+    model = EvaluatedModel(role="student", engine=engine, tokenizer=engine.model, digests={"weights": {}})
+    choices = [
+        ("Question: What is 2 + 2?\nAnswer:", " 4"),
+        ("Question: What is 2 + 2?\nAnswer:", " five"),
+        ("def add(a, b):", " return a + b"),
+        ("word " * 900, "end"),
+    ]
+    prompts = ["def add(a, b):\n    return", "Once upon a time", "x = 1\n" * 400]
+    options = {"until": ["\n\n"], "max_gen_toks": 16, "do_sample": False}
+    requests = {
+        "loglikelihood": [_request("loglikelihood", *pair) for pair in choices],
+        "generate_until": [_request("generate_until", prompt, options) for prompt in prompts],
+    }
+    with running(model, "vllm", seed=1, on_progress=lambda _: None) as lm:
+        found = {kind: getattr(lm, kind)(asked) for kind, asked in requests.items()}
+        engines = [child for child in psutil.Process().children(recursive=True) if "VLLM::" in _command(child)]
+        assert engines
+    _, alive = psutil.wait_procs(engines, timeout=60)
+    assert not alive
+    plain = TransformersModel(
+        StudentConfig(model=engine.model), tokenizer=engine.model, dtype=torch.float32, device="cpu", field="x"
+    )
+    expected = {kind: getattr(plain, kind)(asked) for kind, asked in requests.items()}
+    plain.close()
+    # vLLM counts the 70 rows of padding of this model's vocabulary among its tokens, and reads one token less.
+    for (logprob, greedy), (other, same) in zip(found["loglikelihood"], expected["loglikelihood"], strict=True):
+        assert logprob == pytest.approx(other, abs=0.15)
+        assert greedy == same
+    assert found["generate_until"] == expected["generate_until"]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _request(kind: str, *arguments: Any) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("test", 0, 1))

@@ -52,7 +52,7 @@ def test_a_killed_training_goes_on_in_the_same_run_of_every_tracker(
     train = ("train", small_run.config, "--run", "tracked", *(part for one in sets for part in ("--set", one)))
     run = small_run.root / "runs" / "tracked"
     ddk.kill_when((run / "mixtures" / "00001.json").exists, *train)
-    done = ddk(*train, "--set", "tracking.wandb_entity=team")  # no matter to the student: the run goes on
+    done = ddk.process(*train, "--set", "tracking.wandb_entity=team")  # no matter to the student: the run goes on
     assert done.code == 0, done.err
     assert "resumed from the checkpoint" in done.err
     assert "tracking: run " in done.err

@@ -29,7 +29,7 @@ def make_root(folder: Path) -> tuple[Path, Path]:
         files = {split: f"./{domain}-{split}.parquet" for split in ("train", "validation")}
         domains[domain] = {**files, "targets": "topk", "max_train_blocks": None, "max_validation_blocks": None}
     config = write_config(folder, domains=domains)
-    done = Ddk(folder / "prefect")("distill", config)
+    done = Ddk(folder / "prefect").process("distill", config)
     if done.code != 0:
         raise RuntimeError(done.err)
     enrich(folder / "root")

@@ -1,16 +1,21 @@
-"""A small run as a user starts it: the real command in a process of its own, the real engine, real files."""
+"""A small run as a user starts it: the real command, the real engine, real files."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import yaml
@@ -27,10 +32,12 @@ class Finished:
 
 
 class Ddk:
-    """Runs `ddk`, with a Prefect home of its own.
+    """Runs `ddk`: in this process where the test reads what it says and does, in one of its own where it is killed, or
+    where the process itself is looked at. An own process takes ten seconds more, to import what this one has.
 
     Args:
-        api_url: of a server to report to; without one every call starts its own for its time, as for a newcomer.
+        home: of Prefect, for processes.
+        api_url: of a server to report to; without one every process starts its own for its time, as for a newcomer.
     """
 
     def __init__(self, home: Path, api_url: str | None = None) -> None:
@@ -46,7 +53,31 @@ class Ddk:
             start_new_session=True,  # so that a kill takes the engine and the ephemeral server along
         )
 
-    def __call__(self, *arguments: str, timeout: float = 400) -> Finished:
+    def __call__(self, *arguments: str) -> Finished:
+        """The command in this process; what it changes of the process is put back."""
+        from flows.__main__ import main
+
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        ours = logging.getLogger("ddk")
+        handlers, level, raises = list(ours.handlers), ours.level, logging.raiseExceptions
+        with (
+            mock.patch.dict(os.environ),
+            mock.patch.object(sys, "argv", ["ddk", *arguments]),
+            warnings.catch_warnings(action="ignore"),  # as PYTHONWARNINGS has it, which the command sets for itself
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                main()
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+            finally:
+                ours.handlers[:], logging.raiseExceptions = handlers, raises
+                ours.setLevel(level)
+        return Finished(code, out.getvalue(), err.getvalue())
+
+    def process(self, *arguments: str, timeout: float = 400) -> Finished:
+        """The command in a process of its own, to its end."""
         process = self.start(*arguments)
         try:
             out, err = process.communicate(timeout=timeout)

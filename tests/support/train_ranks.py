@@ -1,6 +1,7 @@
-"""A rank of a training on fake data: `torchrun … train_ranks.py JSON`; rank 0 writes what came out as JSON.
+"""A rank of trainings on fake data, one after the other: `torchrun … train_ranks.py FILE`, where the file lists them;
+rank 0 writes what came out of each as JSON.
 
-Alone (without torchrun) it is the training in one process that the others are compared with.
+Without torchrun, `train` is the training in one process that the others are compared with.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from fake_data import MIXTURE, L, V, tiny_model, train_data
 
 from ddk import saving
-from ddk.parallel import join_world, leave_world, whole
+from ddk.parallel import World, join_world, leave_world, whole
 from ddk.sampler import SamplerState
 from ddk.train_config import LossConfig, TrainConfig
 from ddk.trainer import Trainer, TrainerState
@@ -30,9 +31,13 @@ def masked(data: Any) -> Any:
     return data
 
 
-def main(job: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    world = join_world("cpu")
+def train(job: dict[str, Any], world: World) -> None:
+    """One training.
+
+    Args:
+        job: "out", the file for what came out; "steps"; "train", settings of `TrainConfig`; "masked"; "save", a folder
+            for a checkpoint of the end; "load", one to begin at, and "state_of", what came out of its training.
+    """
     data = masked(train_data()) if job.get("masked") else train_data()
     reads: list[tuple[str, int]] = []
     for domain, reader in data.blocks.items():
@@ -51,7 +56,8 @@ def main(job: dict[str, Any]) -> None:
         world=world,
     )
     if "load" in job:
-        stored = job["state"]
+        with open(job["state_of"], encoding="utf-8") as file:
+            stored = json.load(file)["state"]
         state = TrainerState(sampler=SamplerState(**stored["sampler"]), mixture_versions=())
         saving.load(trainer, state, job["load"])
     reports: list[Any] = []
@@ -72,9 +78,14 @@ def main(job: dict[str, Any]) -> None:
         }
         with open(job["out"], "w", encoding="utf-8") as file:
             json.dump(result, file)
-    leave_world(world)
+    world.wait_for_all()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    all_ranks = join_world("cpu")
+    with open(sys.argv[1], encoding="utf-8") as jobs:
+        for one in json.load(jobs):
+            train(one, all_ranks)
+    leave_world(all_ranks)
     os._exit(0)  # see leave_world

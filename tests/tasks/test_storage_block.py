@@ -99,7 +99,7 @@ def test_a_run_has_its_credentials_from_the_block_and_shows_them_nowhere(
     root = f"{s3_server}/packed"
     only_math = {"code": None, "zh_books": None}
     config = write_config(tmp_path, root=root, storage_block="run-s3", domains=only_math)
-    done = Ddk(tmp_path / "prefect", prefect_server)("--debug", "pack", config)
+    done = Ddk(tmp_path / "prefect", prefect_server).process("--debug", "pack", config)
     assert done.code == 0, done.err
     assert "storage: s3 is opened with the Prefect block 'run-s3'" in done.err
     assert {request.access_key for request in proxy.requests} == {"by-run"}

@@ -666,9 +666,9 @@ def test_a_package_that_is_missing_is_named_at_once(field: str, package: str, mo
 
 def test_a_folder_of_that_name_is_no_package(tmp_path: Path) -> None:
     (tmp_path / "wandb").mkdir()  # the client's own, where one has run before
-    code = "from tasks.tracking import _is_installed; assert not _is_installed('wandb')"
+    code = "from tasks.tracking_config import _is_installed; assert not _is_installed('wandb')"
     blocked = f"import sys; sys.path = [{str(tmp_path)!r}, *(p for p in sys.path if 'site-packages' not in p)]; "
-    preload = "import tasks.tracking; "
+    preload = "import tasks.tracking_config; "
     done = subprocess.run([sys.executable, "-c", preload + blocked + code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""The vLLM backend against transformers: the same questions, the same answers; and its end."""
+"""When benchmarks are put to vLLM, and which models are refused. What it answers: tests/flows/test_evaluate.py."""
 
 from __future__ import annotations
 
@@ -6,62 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import torch
-from lm_eval.api.instance import Instance
 
 from ddk.errors import UserError
 from ddk.train_config import StudentConfig
-from tasks.benchmark_models import EvaluatedModel, evaluated_models, running
+from tasks.benchmark_models import EvaluatedModel, evaluated_models
 from tasks.teacher import TeacherConfig
-from tasks.transformers_model import TransformersModel
-
-pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings are not ours to mend
-
-
-def test_vllm_answers_as_transformers_does_and_leaves_nothing_running(teacher_folder: str) -> None:
-    engine = TeacherConfig(model=str(Path(teacher_folder).resolve()), dtype="float32", max_batch_tokens=512)
-    model = EvaluatedModel(role="teacher", engine=engine, tokenizer=engine.model, digests={"weights": {}})
-    choices = [
-        ("Question: What is 2 + 2?\nAnswer:", " 4"),
-        ("Question: What is 2 + 2?\nAnswer:", " five"),
-        ("def add(a, b):", " return a + b"),
-        ("word " * 900, "end"),
-    ]
-    prompts = ["def add(a, b):\n    return", "Once upon a time", "x = 1\n" * 400]
-    options = {"until": ["\n\n"], "max_gen_toks": 16, "do_sample": False}
-    requests = {
-        "loglikelihood": [_request("loglikelihood", *pair) for pair in choices],
-        "generate_until": [_request("generate_until", prompt, options) for prompt in prompts],
-    }
-    with running(model, "vllm", seed=1, on_progress=lambda _: None) as lm:
-        found = {kind: getattr(lm, kind)(asked) for kind, asked in requests.items()}
-        engines = [child for child in psutil.Process().children(recursive=True) if "VLLM::" in _command(child)]
-        assert engines
-    _, alive = psutil.wait_procs(engines, timeout=60)
-    assert not alive
-    plain = TransformersModel(
-        StudentConfig(model=engine.model), tokenizer=engine.model, dtype=torch.float32, device="cpu", field="x"
-    )
-    expected = {kind: getattr(plain, kind)(asked) for kind, asked in requests.items()}
-    plain.close()
-    # vLLM counts the 70 rows of padding of this model's vocabulary among its tokens, and reads one token less.
-    for (logprob, greedy), (other, same) in zip(found["loglikelihood"], expected["loglikelihood"], strict=True):
-        assert logprob == pytest.approx(other, abs=0.15)
-        assert greedy == same
-    assert found["generate_until"] == expected["generate_until"]
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def _request(kind: str, *arguments: Any) -> Instance:
-    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("test", 0, 1))
 
 
 def test_where_vllm_pays(monkeypatch: pytest.MonkeyPatch) -> None:

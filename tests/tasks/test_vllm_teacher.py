@@ -41,9 +41,39 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (6, SEQ_LEN + 1)).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Before:
+    """What there was before the engine."""
+
+    processes: set[int]
+    files: set[str]
+    environment: dict[str, str | None]
+
+
 @pytest.fixture(scope="module")
-def engine(config: TeacherConfig) -> Iterator[VllmTeacher]:
+def before() -> Before:
+    resource_tracker.ensure_running()  # which stays
+    return Before(processes(), shared_files(), environment())
+
+
+def environment() -> dict[str, str | None]:
+    """What the engine's processes read."""
+    names = ("TMPDIR", "VLLM_RPC_BASE_PATH", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
+    return {name: os.environ.get(name) for name in (*names, "VLLM_WORKER_MULTIPROC_METHOD", "MALLOC_TRIM_THRESHOLD_")}
+
+
+def processes() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != "zombie"}
+
+
+def shared_files() -> set[str]:
+    return set(glob.glob("/dev/shm/ddk-capture-*"))
+
+
+@pytest.fixture(scope="module")
+def engine(config: TeacherConfig, before: Before) -> Iterator[VllmTeacher]:
     with VllmTeacher(config, seq_len=SEQ_LEN, vocab_size=VOCAB) as teacher:
+        assert processes() == before.processes, "an engine that is not needed must not start"
         yield teacher
 
 
@@ -101,41 +131,6 @@ def test_a_missed_position_is_an_error_not_a_zero(
     monkeypatch.setattr(engine, "_generate", lambda prompts, parameters: original(prompts[:-1], parameters[:-1]))
     with pytest.raises(RuntimeError, match=f"missed {SEQ_LEN} of {6 * SEQ_LEN} positions; nothing was stored"):
         engine.capture(tokens)
-
-
-def test_all_of_an_engine_ends_with_the_context_and_its_death_is_noticed(
-    config: TeacherConfig, tokens: np.ndarray
-) -> None:
-    def engines() -> set[int]:
-        return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != "zombie"}
-
-    def files() -> set[str]:
-        return set(glob.glob("/dev/shm/ddk-capture-*"))
-
-    resource_tracker.ensure_running()  # which stays
-    before, others = engines(), files()
-    environment = dict(os.environ)
-    with VllmTeacher(config, seq_len=SEQ_LEN, vocab_size=VOCAB) as teacher:
-        assert engines() == before, "an engine that is not needed must not start"
-        teacher.capture(tokens[:1])
-        assert engines() - before
-        folder = teacher._running.folder.path
-        (engine,) = (child for child in psutil.Process().children() if child.pid in set(teacher._running.children))
-        # As the kernel does where memory is short; while the front end waits for its answer.
-        threading.Timer(0.5, engine.kill).start()
-        killed = time.monotonic() + 0.5
-        with pytest.raises(LostPartError, match="killed by signal 9; probably the machine was out of memory"):
-            _ = [teacher.capture(tokens) for _ in range(1000)]
-        assert time.monotonic() - killed < 10
-    assert not os.path.exists(folder), "its sockets"
-    psutil.wait_procs([psutil.Process(pid) for pid in engines() - before], timeout=20)
-    assert engines() <= before
-    for _ in range(100):  # tests beside this one have theirs for a moment
-        if not (left := files() - others):
-            break
-        time.sleep(0.1)
-    assert not left
-    assert dict(os.environ) == environment
 
 
 FRONT_END = """
@@ -200,3 +195,28 @@ def test_what_is_no_distribution_is_not_stored(captured: SparseTargets, field: s
     broken.flat[7] = value
     with pytest.raises((RuntimeError, UserError)):
         check_distribution(dataclasses.replace(captured, **{name: broken}))
+
+
+def test_its_death_is_noticed_and_all_of_it_ends_with_the_context(
+    engine: VllmTeacher, captured: SparseTargets, tokens: np.ndarray, before: Before
+) -> None:
+    """The last test of this file: it kills the engine that the others share."""
+    assert processes() - before.processes
+    folder = engine._running.folder.path
+    (process,) = (child for child in psutil.Process().children() if child.pid in set(engine._running.children))
+    # As the kernel does where memory is short; while the front end waits for its answer.
+    threading.Timer(0.5, process.kill).start()
+    killed = time.monotonic() + 0.5
+    with pytest.raises(LostPartError, match="killed by signal 9; probably the machine was out of memory"):
+        _ = [engine.capture(tokens) for _ in range(1000)]
+    assert time.monotonic() - killed < 10
+    engine.close()
+    assert not os.path.exists(folder), "its sockets"
+    psutil.wait_procs([psutil.Process(pid) for pid in processes() - before.processes], timeout=20)
+    assert processes() <= before.processes
+    for _ in range(100):  # tests beside this one have theirs for a moment
+        if not (left := shared_files() - before.files):
+            break
+        time.sleep(0.1)
+    assert not left
+    assert environment() == before.environment
