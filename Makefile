@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make quickstart` and `make test`. Each makes .venv first (once).
-.PHONY: setup quickstart test rehearsal faults lint format lock bench results reference recipes help
+.PHONY: setup quickstart test test-quick rehearsal faults lint format lock bench results reference recipes help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -19,6 +19,9 @@ quickstart: setup ## Distil a small student from a small teacher, five domains, 
 # that wait for each other let others have theirs.
 test: setup       ## Every test, the end-to-end run with the real engine among them
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: setup ## Those that need no engine, server or browser: for the working day
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not server and not browser"
 
 rehearsal: setup  ## A real server and two workers, killed in capture and in training; asserted from the stores
 	@.venv/bin/python tests/rehearsal.py

@@ -19,6 +19,21 @@ from storage.s3 import S3
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 
+MARKS = {
+    "prefect_server": "server",
+    "s3_server": "server",
+    "server": "server",
+    "small_run": "engine",
+    "browser": "browser",
+}
+"""Of whoever takes a fixture. Others that start an engine, a server or a browser are marked by hand."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in MARKS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKS[fixture])
+
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

@@ -111,6 +111,7 @@ class Run:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.engine
 def test_cut_off_in_every_phase_and_started_anew(site: Site) -> None:
     root = site.folder / "root"
     run = root / "runs" / "small"

@@ -300,6 +300,7 @@ def wait_for_an_engine(process_id: int, timeout: float = 300) -> list[psutil.Pro
     raise AssertionError("no engine was started")
 
 
+@pytest.mark.engine
 def test_serve_runs_every_stage_from_one_process_and_leaves_none_behind(
     client: SyncPrefectClient, ddk: Ddk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

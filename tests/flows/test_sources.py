@@ -15,6 +15,7 @@ from storage.targets import open_targets
 
 
 @pytest.mark.filterwarnings("default")  # vLLM's own warnings are not ours to mend
+@pytest.mark.engine
 def test_cache_by_prompt_logprobs(ddk: Ddk, tmp_path: Path, teacher_folder: str) -> None:
     """The quickstart's teacher, whose vocabulary is padded."""
     config = write_config(

@@ -77,12 +77,14 @@ def check_exact(captured: SparseTargets, truth: torch.Tensor) -> None:
     np.testing.assert_allclose(captured.logprobs, truth.topk(K).values.numpy(), atol=2e-4)
 
 
+@pytest.mark.engine
 def test_a_mixture_of_experts_tensor_parallel_on_two_processes(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
     model = save(tmp_path, config)
     check_exact(capture(model, dtype="float32", tensor_parallel_size=2), forward(model))
 
 
+@pytest.mark.engine
 def test_an_activation_that_vllm_has_otherwise(tmp_path: Path) -> None:
     """Bloom's GELU is the tanh form, and vLLM's the exact one (1.8e-3 nat): `tasks.vllm_extension` puts that right."""
     config = transformers.BloomConfig(
@@ -96,6 +98,7 @@ def test_an_activation_that_vllm_has_otherwise(tmp_path: Path) -> None:
     assert difference(captured, truth) < 2e-5
 
 
+@pytest.mark.engine
 def test_a_sliding_window_in_bfloat16(tmp_path: Path) -> None:
     model = save(tmp_path, transformers.MistralConfig(**COMMON, sliding_window=16))
     captured = capture(model, dtype="bfloat16")
@@ -105,6 +108,7 @@ def test_a_sliding_window_in_bfloat16(tmp_path: Path) -> None:
     assert far > 5 * near, "the test must notice a window that is not kept"
 
 
+@pytest.mark.engine
 def test_quantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight-bit weights and activations, as compressed-tensors stores them."""
     model = save(tmp_path / "plain", transformers.Qwen2Config(**COMMON))

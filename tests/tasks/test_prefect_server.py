@@ -129,6 +129,7 @@ going_on_without_its_server(lambda: (
 """
 
 
+@pytest.mark.server
 def test_a_server_that_a_command_has_started_ends_with_it_when_that_is_killed() -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

@@ -20,7 +20,10 @@ from tasks.teacher import TeacherConfig
 from tasks.vllm_portable import PortableTeacher
 
 SEQ_LEN, VOCAB, K = 200, 512, 16
-pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings are not ours to mend
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("default"),  # vLLM's own warnings are not ours to mend
+]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,10 @@ from tasks.teacher import TeacherConfig
 from tasks.vllm_teacher import VllmTeacher
 
 SEQ_LEN, VOCAB, K = 200, 4090, 16
-pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings are not ours to mend
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("default"),  # vLLM's own warnings are not ours to mend
+]
 
 
 @pytest.fixture(scope="module")
