@@ -85,9 +85,10 @@ install_all() {
             install --torch-backend cpu "torch==$torch+cpu" || return
         }
     fi
-    # pip compiles what it installs, and uv where it is told to: where PYTHONDONTWRITEBYTECODE is set, as in many
-    # images, every start of Python would compile its imports anew (24 s instead of 9 s for vLLM's).
-    install ${uv:+--compile-bytecode} --requirement "$lock" && install --no-build-isolation --editable .
+    # Python compiles what it imports, once. Where it may not write that down, every start would compile anew (24 s
+    # instead of 9 s for vLLM's imports): there it is done now, for a minute, as pip does anyway.
+    install ${uv:+${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}} --requirement "$lock" &&
+        install --no-build-isolation --editable .
 }
 
 uv=$(find_uv) || uv=
