@@ -51,7 +51,7 @@ results: setup    ## benchmarks/RESULTS.md from benchmarks/out/*.json
 	.venv/bin/python benchmarks/write_results.py
 
 reference: setup  ## docs/configuration.md from the docstrings of the configuration's fields
-	.venv/bin/python -m flows.reference
+	.venv/bin/python -m flows.pages.reference
 
 recipes: setup    ## The table of docs/recipes.md, what each preset will take
-	.venv/bin/python -m flows.recipes
+	.venv/bin/python -m flows.pages.recipes

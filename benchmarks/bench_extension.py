@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tasks.vllm_worker import CaptureExtension
+from tasks.teachers.vllm_worker import CaptureExtension
 
 
 class BenchExtension(CaptureExtension):

@@ -34,8 +34,8 @@ from harness import Row, publish, row
 from target_deviation import deviations
 
 from flows.config import load_config
-from tasks.compare_data import Comparison, Measure, by_seed
-from tasks.compare_report import read_comparison
+from tasks.comparing.data import Comparison, Measure, by_seed
+from tasks.comparing.report import read_comparison
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRESETS = os.path.join(CHECKOUT, "flows", "presets")

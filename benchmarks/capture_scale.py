@@ -27,14 +27,14 @@ from ddk.data import TrainData
 from ddk.student import load_student
 from ddk.train_config import LossConfig, StudentConfig, TrainConfig
 from ddk.trainer import Trainer
-from ddk.types import Mixture, SparseTargets
-from storage.codec import CodecConfig, TargetFormat
-from storage.manifest import write_manifest
-from storage.schema import Manifest, ObjectRecord, ShardRecord, SplitManifest
+from ddk.values import Mixture, SparseTargets
+from storage.stores.codec import CodecConfig, TargetFormat
+from storage.stores.manifest import write_manifest
+from storage.stores.schema import Manifest, ObjectRecord, ShardRecord, SplitManifest
 from storage.targets import TargetWriter, open_targets
-from tasks.cache_targets import cache_targets
-from tasks.teacher import TeacherConfig
-from tasks.vllm_teacher import VllmTeacher
+from tasks.capture.cache_targets import cache_targets
+from tasks.teachers.config import TeacherConfig
+from tasks.teachers.engine_teacher import VllmTeacher
 
 FORM = TargetFormat(codec=CodecConfig(), entropy=True, draws=0, temperatures=())
 READ_K, READ_SHARD, COPIES = 32, 64, 24

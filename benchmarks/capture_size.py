@@ -1,10 +1,10 @@
 """Bytes a position and distortion of the compact codec, beside DistillKit's two documented configurations.
 
 On the quickstart teacher's real distributions over the validation texts of its five domains, in float32 by a plain
-transformers forward. DistillKit's byte format is `storage.distillkit`, which the tests hold against an independent
-reader. Both are judged alike: KL(true ‖ stored) over the k captured tokens and one bucket for all others. DistillKit
-stores no tail, so that its tail is what its k leave of 1; where they sum to more than 1, they are taken as they are
-used, normalised, with a tail of 1e-4 (a smaller one would make its divergence larger still).
+transformers forward. DistillKit's byte format is `storage.exchange.distillkit`, which the tests hold against an
+independent reader. Both are judged alike: KL(true ‖ stored) over the k captured tokens and one bucket for all others.
+DistillKit stores no tail, so that its tail is what its k leave of 1; where they sum to more than 1, they are taken as
+they are used, normalised, with a tail of 1e-4 (a smaller one would make its divergence larger still).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import transformers
 from harness import Row, row
 from zstandard import ZstdDecompressor
 
-from ddk.types import SampledTokens, SparseTargets
-from storage import distillkit
-from storage.codec import CodecConfig, Distortion, TargetFormat, divergences, encode
-from storage.layout import array_specs, encode_shard
-from tasks.reduction import reduce_logits
-from tasks.vllm_teacher import counted
+from ddk.values import SampledTokens, SparseTargets
+from storage.exchange import distillkit
+from storage.stores.codec import CodecConfig, Distortion, TargetFormat, divergences, encode
+from storage.stores.layout import array_specs, encode_shard
+from tasks.teachers.engine_teacher import counted
+from tasks.teachers.reduction import reduce_logits
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "flows", "presets", "quickstart")
 SEQ_LEN, BLOCKS = 512, 8

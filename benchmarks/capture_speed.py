@@ -29,14 +29,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
 
-from storage.manifest import StoreWriter
-from tasks import vllm_teacher
-from tasks.cache_targets import cache_targets
-from tasks.plan import Plan, StorePlan
-from tasks.teacher import TeacherConfig, target_format
-from tasks.vllm_engine import engine_environment
-from tasks.vllm_portable import PortableTeacher
-from tasks.vllm_teacher import VllmTeacher
+from storage.stores.manifest import StoreWriter
+from tasks.capture.cache_targets import cache_targets
+from tasks.planning.store_plan import Plan, StorePlan
+from tasks.teachers import engine_teacher as vllm_teacher
+from tasks.teachers.config import TeacherConfig, target_format
+from tasks.teachers.engine_teacher import VllmTeacher
+from tasks.teachers.prompt_teacher import PortableTeacher
+from tasks.teachers.vllm_engine import engine_environment
 
 SEQ_LEN, K = 512, 64
 SHAPES = {
@@ -128,7 +128,7 @@ class Paths:
     def _prefill(self, mode: str) -> int:
         from vllm import SamplingParams
 
-        from tasks.vllm_worker import LABEL_KEY, ROW_KEY
+        from tasks.teachers.vllm_worker import LABEL_KEY, ROW_KEY
 
         llm, rows = self.whole._llm, self.whole.config.shard_blocks
         llm.collective_rpc("ddk_set_mode", args=(mode,))

@@ -21,10 +21,10 @@ from ddk.fused import dense_loss
 from ddk.loss import teacher_of
 from ddk.student import load_student
 from ddk.train_config import LossConfig, StudentConfig
-from ddk.types import SparseTargets
+from ddk.values import SparseTargets
 from storage.blocks import open_blocks
 from storage.targets import open_targets
-from tasks.compare_data import Comparison
+from tasks.comparing.data import Comparison
 
 BLOCKS = 4
 """Of each domain."""

@@ -28,9 +28,9 @@ from ddk.mixture import equal_mixture
 from ddk.student import load_student
 from ddk.train_config import LossConfig, StudentConfig, TrainConfig
 from ddk.trainer import StepReport, Trainer
-from ddk.types import SparseTargets
+from ddk.values import SparseTargets
 from storage.blocks import open_blocks
-from storage.manifest import StoreWriter
+from storage.stores.manifest import StoreWriter
 from storage.targets import TargetWriter, open_targets
 
 SEQ_LEN, BATCH, MICRO, SHARD, STEPS = 256, 16, 4, 64, 30  # the last: of an interval, as the quickstart has

@@ -10,9 +10,9 @@ from typing import Any
 
 from harness import OUT
 
-from tasks.compare_data import COMPARED, ComparedVariant, Comparison, Measure, by_seed, ratios
-from tasks.compare_page import in_words, render_markdown, signed
-from tasks.compare_statistics import paired_difference
+from tasks.comparing.data import COMPARED, ComparedVariant, Comparison, Measure, by_seed, ratios
+from tasks.comparing.page import in_words, render_markdown, signed
+from tasks.comparing.spreads import paired_difference
 
 SHOWN = ("train.steps", "train.batch_size", "packing.seq_len", "train.learning_rate", "mixture.interval", "loss.gamma")
 """Settings that stand above a comparison's tables, where all of its runs share them."""

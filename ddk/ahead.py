@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from ddk.types import Draw
+from ddk.values import Draw
 
 _AT_ONCE = 8
 """Fetches at the same time."""

@@ -1,7 +1,7 @@
 """From draws to batches: reads the drawn blocks and their targets, ahead of the training step.
 
 One thread reads and decodes the next batches while the current one trains; where blocks and targets lie far away,
-others bring them near for the steps after that (`ddk.ahead`). The readers are Protocols (`ddk.types`), so that this
+others bring them near for the steps after that (`ddk.ahead`). The readers are Protocols (`ddk.values`), so that this
 package does not know where blocks and targets are stored.
 """
 
@@ -21,7 +21,16 @@ import numpy.typing as npt
 from ddk.ahead import FetchAhead, FetchesAhead
 from ddk.errors import LostPartError
 from ddk.sampler import Window
-from ddk.types import BlockReader, BoolArray, Draw, Float32Array, Int32Array, SampledTokens, SparseTargets, TargetReader
+from ddk.values import (
+    BlockReader,
+    BoolArray,
+    Draw,
+    Float32Array,
+    Int32Array,
+    SampledTokens,
+    SparseTargets,
+    TargetReader,
+)
 
 _PATIENCE_S = 1.0
 _Order = np.ndarray[tuple[int], np.dtype[np.int64]]

@@ -11,7 +11,7 @@ import torch
 from ddk.data import loss_mask
 from ddk.errors import UserError
 from ddk.parallel import World
-from ddk.types import BlockReader, DomainGap
+from ddk.values import BlockReader, DomainGap
 
 _ROWS = 512
 """Of logits that are normalised at once."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddk.types import BoolArray, Float32Array, SampledTokens, SparseTargets, TargetReader
+from ddk.values import BoolArray, Float32Array, SampledTokens, SparseTargets, TargetReader
 
 
 class KnownTargets:

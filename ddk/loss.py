@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from ddk.train_config import LossConfig
-from ddk.types import SparseTargets
+from ddk.values import SparseTargets
 
 SMALLEST_TAIL = 1e-6
 """What a tail that was stored as 0 counts as in reverse_kl."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ddk.section import MOST_STEPS, Section
-from ddk.types import DomainGap, Mixture
+from ddk.values import DomainGap, Mixture
 
 NamedWeights = Literal["equal", "proportional"]
 """A fixed mixture that needs no numbers: every domain equally often, or each by its number of blocks."""

@@ -35,7 +35,7 @@ import numpy as np
 from pydantic import Field
 
 from ddk.section import Section
-from ddk.types import BoolArray, Int32Array
+from ddk.values import BoolArray, Int32Array
 
 Key = TypeVar("Key")
 

@@ -25,7 +25,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ddk.types import Draw, Mixture
+from ddk.values import Draw, Mixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from ddk.parallel import Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
 from ddk.student import StudentLoss, layers_of
 from ddk.train_config import LossConfig, TrainConfig
-from ddk.types import BlockReader, BoolArray, Draw, Mixture
+from ddk.values import BlockReader, BoolArray, Draw, Mixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
     except BaseException as error:  # what a library of Rust panics with is no Exception
         from ddk.errors import LostPartError
         from ddk.redaction import redacted
-        from tasks.plain_errors import user_error
+        from tasks.running.plain_errors import user_error
 
         if debug:
             raise

@@ -28,21 +28,21 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from ddk.domain_tree import check_leaves, depth
 from ddk.errors import UserError
 from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss
 from ddk.mixture import MixtureConfig
 from ddk.packing import PackingConfig
-from ddk.paths import check_leaves, depth
 from ddk.redaction import holds_credentials, redacted
 from ddk.section import Section
 from ddk.train_config import LossConfig, StudentConfig, TedConfig, TrainConfig
-from storage.corpus import DomainConfig
-from storage.root import check_root
-from storage.uri import NO_CREDENTIALS, absolute
-from storage.yaml_text import MOST_CHARACTERS, parse_yaml
-from tasks.run_settings import RunSettings
-from tasks.teacher import TeacherConfig
-from tasks.tracking_config import TrackingConfig
+from storage.corpus.domain import DomainConfig
+from storage.files.root import check_root
+from storage.files.uri import NO_CREDENTIALS, absolute
+from storage.files.yaml_text import MOST_CHARACTERS, parse_yaml
+from tasks.teachers.config import TeacherConfig
+from tasks.training.run_settings import RunSettings
+from tasks.training.tracking.config import TrackingConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """Of runs: they become names of files."""

@@ -1,6 +1,6 @@
 """The flow `evaluate`: a run's three models put to benchmarks, and the page that shows them beside the perplexities.
 
-One task run a model. What was answered before is found and not asked again (`tasks.evaluate_model`).
+One task run a model. What was answered before is found and not asked again (`tasks.evaluation.evaluate_model`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pydantic import ValidationError
 
 from ddk.errors import UserError
 from ddk.train_config import StudentConfig
-from storage.corpus import DomainConfig
-from storage.evaluations import EvaluationFolder
-from storage.mixtures import MixtureHistory
-from storage.runs import RunFolder
-from storage.uri import absolute
-from tasks.benchmark_models import evaluated_models, require_harness
-from tasks.benchmarks import EvaluationConfig, wanted_benchmarks
-from tasks.completions import Completion, draw_completions
-from tasks.finish_run import report_run
-from tasks.local_benchmarks import DataFolder
-from tasks.storage_block import use_storage_block
-from tasks.teacher import TeacherConfig
-from tasks.validation_texts import ValidationTexts
+from storage.corpus.domain import DomainConfig
+from storage.files.uri import absolute
+from storage.runs.evaluations import EvaluationFolder
+from storage.runs.folder import RunFolder
+from storage.runs.mixtures import MixtureHistory
+from tasks.evaluation.completions import Completion, draw_completions
+from tasks.evaluation.local_files import DataFolder
+from tasks.evaluation.models import evaluated_models, require_harness
+from tasks.evaluation.names import EvaluationConfig, wanted_benchmarks
+from tasks.evaluation.validation_texts import ValidationTexts
+from tasks.running.storage_block import use_storage_block
+from tasks.teachers.config import TeacherConfig
+from tasks.training.finish import report_run
 
 VALIDATION_DOCUMENTS = 500
 """Of a domain, from which lines to complete are drawn: as many as the paper measures perplexities on."""
@@ -53,9 +53,9 @@ def evaluate(
     use_storage_block(storage_block)
     require_harness()
     # Heavy, and the harness may be missing.
-    from tasks.benchmark_tasks import build_measures
-    from tasks.evaluate_model import Evaluation, evaluate_model
-    from tasks.evaluation_report import report_evaluation
+    from tasks.evaluation.evaluate_model import Evaluation, evaluate_model
+    from tasks.evaluation.questions import build_measures
+    from tasks.reporting.scores import report_evaluation
 
     folder = DataFolder(evaluation.data) if evaluation.data is not None else None
     texts = ValidationTexts(root, domains)
@@ -108,7 +108,7 @@ def show_scores(config: Any, report: dict[str, str], say: Callable[[str], None])
 
     from rich.console import Console
 
-    from tasks.evaluation_report import evaluation_rows, terminal_scores
+    from tasks.reporting.scores import evaluation_rows, terminal_scores
 
     rows = evaluation_rows(EvaluationFolder(config.root, config.run).records())
     Console(width=None if sys.stdout.isatty() else 200).print(terminal_scores(rows))

@@ -21,27 +21,27 @@ from ddk.errors import UserError
 from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
 from ddk.train_config import StudentConfig
+from flows.capture_parts import capture_run_name, other_parts
 from flows.config import Config
-from flows.parts import capture_run_name, other_parts
-from storage.claims import remove_claims
-from storage.corpus import DomainConfig
-from storage.mixtures import MixtureRecord
-from storage.runs import name_to_make_again
-from tasks.cache_targets import cache_targets
-from tasks.finish_run import report_run, save_final_student
-from tasks.import_targets import import_targets
-from tasks.loopback import loopback_past_proxies
-from tasks.pack_corpus import pack_corpus as pack_domain
-from tasks.pack_rows import pack_rows
-from tasks.plain_errors import plain_errors
-from tasks.plan import Plan, plan_stores
-from tasks.preflight import check_student_if_there
-from tasks.progress import logger
-from tasks.sharing import alone
-from tasks.sources import open_teacher
-from tasks.storage_block import use_storage_block
-from tasks.teacher import TeacherConfig
-from tasks.train_student import (
+from storage.corpus.domain import DomainConfig
+from storage.files.claims import remove_claims
+from storage.runs.folder import name_to_make_again
+from storage.runs.mixtures import MixtureRecord
+from tasks.capture.cache_targets import cache_targets
+from tasks.capture.import_targets import import_targets
+from tasks.packing.pack_corpus import pack_corpus as pack_domain
+from tasks.packing.pack_rows import pack_rows
+from tasks.planning.preflight import check_student_if_there
+from tasks.planning.store_plan import Plan, plan_stores
+from tasks.running.loopback import loopback_past_proxies
+from tasks.running.plain_errors import plain_errors
+from tasks.running.sharing import alone
+from tasks.running.storage_block import use_storage_block
+from tasks.showing.progress import logger
+from tasks.teachers.config import TeacherConfig
+from tasks.teachers.sources import open_teacher
+from tasks.training.finish import report_run, save_final_student
+from tasks.training.session import (
     StudentSession,
     check_leaves_of_mixture,
     check_run,
@@ -115,7 +115,7 @@ def pack_corpus(
     Documents end with the student's end of text, unless `packing` names it; without a student, with the teacher's.
 
     Returns:
-        What `tasks.pack_corpus.pack_corpus` says of each domain.
+        What `tasks.packing.pack_corpus.pack_corpus` says of each domain.
     """
     use_storage_block(storage_block)
     plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else (), student)
@@ -142,7 +142,7 @@ def cache_teacher(
     With `teacher.workers` above 1 it starts further runs of its deployment, which share the shards with it.
 
     Returns:
-        What `tasks.cache_targets.cache_targets` says of each domain.
+        What `tasks.capture.cache_targets.cache_targets` says of each domain.
     """
     use_storage_block(storage_block)
     plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else (), student)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ddk.types import Split
-from storage.views import BlockView
+from ddk.values import Split
+from storage.reading.views import BlockView
 
 
 def open_blocks(url: str, split: Split = "train") -> BlockView:

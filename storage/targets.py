@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ddk.types import SPLITS, SparseTargets, Split
+from ddk.values import SPLITS, SparseTargets, Split
 from storage.blocks import open_blocks
-from storage.codec import Distortion, TargetFormat, encode
 from storage.errors import StoreDamagedError, StoreMissingError
-from storage.manifest import StoreWriter, require_complete
-from storage.schema import Manifest, ShardRecord
-from storage.views import BlockView, TargetView
+from storage.reading.views import BlockView, TargetView
+from storage.stores.codec import Distortion, TargetFormat, encode
+from storage.stores.manifest import StoreWriter, require_complete
+from storage.stores.schema import Manifest, ShardRecord
 
 _BLOCKS_AT_ONCE = 256
 _MOST_NATS = 700.0
@@ -112,7 +112,7 @@ class TargetWriter:
     Args:
         url: the store's folder.
         inputs: everything that determines the store's bytes.
-        dims: see `storage.manifest.Manifest.dims`.
+        dims: see `storage.stores.manifest.Manifest.dims`.
         form: what is kept of a position, and how.
 
     Raises:

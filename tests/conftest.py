@@ -13,7 +13,7 @@ import pytest
 import s3fs
 import zarr.core.sync
 
-from storage.s3 import S3
+from storage.files.s3 import S3
 
 # As the `ddk` command sets it for itself before Prefect is imported: its commands are called in this process too.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ddk.mixture import MixtureConfig
-from ddk.types import Mixture
+from ddk.values import Mixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Method:
     reads_reference: bool = False
     """Whether the mixture depends on `Measured.reference_ppl`."""
     needs_teacher: bool = False
-    """Whether the teacher itself takes part in training (`ddk.ted`), not only its stored targets."""
+    """Whether the teacher itself takes part in training (`ddk.ted.student`), not only its stored targets."""
 
     @property
     def reads_targets(self) -> bool:

@@ -37,7 +37,7 @@ from ddk.mixture import (
     exponentiated_mixture,
     weighted_mixture,
 )
-from ddk.types import Mixture
+from ddk.values import Mixture
 
 
 def doremi_mixture(

@@ -13,7 +13,7 @@ from typing import Literal
 
 from ddk.methods.base import Measured, Method, NextMixture
 from ddk.mixture import MixtureConfig, fixed_mixture
-from ddk.types import Mixture
+from ddk.values import Mixture
 
 
 def fixed(default: Literal["equal", "proportional"]) -> NextMixture:

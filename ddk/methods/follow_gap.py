@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ddk.methods.base import Measured, Method
 from ddk.mixture import MixtureConfig, initial_mixture, update_mixture
-from ddk.types import Mixture
+from ddk.values import Mixture
 
 
 def _smoothed(previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:

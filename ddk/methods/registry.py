@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from ddk.domain_tree import cut, rolled_up_counts, rolled_up_gaps, rolled_up_mixture, rolled_up_ppl, spread_mixture
 from ddk.methods.base import Measured, Method
 from ddk.methods.doremi import CPT_DOREMI
 from ddk.methods.fixed import CPT, DDK_EQUAL, KD
@@ -17,9 +18,8 @@ from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
 from ddk.methods.minillm import MINILLM
 from ddk.methods.ted import TED
 from ddk.mixture import MixtureConfig, fixed_mixture, proportional_mixture
-from ddk.paths import cut, rolled_up_counts, rolled_up_gaps, rolled_up_mixture, rolled_up_ppl, spread_mixture
 from ddk.train_config import LossConfig
-from ddk.types import DomainGap, Mixture
+from ddk.values import DomainGap, Mixture
 
 MethodName = Literal["ddk", "ddk_no_smoothing", "ddk_equal", "kd", "cpt", "minillm", "cpt_doremi", "ted"]
 

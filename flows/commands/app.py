@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tasks.loopback import loopback_past_proxies
+from tasks.running.loopback import loopback_past_proxies
 
 # Everything heavy (torch, vLLM, Prefect) is imported inside the commands: `ddk --help` answers at once.
 
@@ -73,14 +73,14 @@ def reach_prefect() -> None:
     Raises:
         UserError: there is none.
     """
-    from flows.prefect_server import reach
+    from flows.operating.prefect_server import reach
 
     interruptible(reach)
 
 
 def use_block(name: str | None) -> None:
-    """`tasks.storage_block.use_storage_block`, outside a flow."""
-    from tasks.storage_block import use_storage_block
+    """`tasks.running.storage_block.use_storage_block`, outside a flow."""
+    from tasks.running.storage_block import use_storage_block
 
     if name is not None:
         reach_prefect()
@@ -89,7 +89,7 @@ def use_block(name: str | None) -> None:
 
 def interruptible(call: Callable[[], Any]) -> Any:
     """Run a flow, which goes on where it stopped when it is called again."""
-    from tasks.prefect_server import going_on_without_its_server
+    from tasks.running.prefect_server import going_on_without_its_server
 
     try:
         return going_on_without_its_server(call)
@@ -118,7 +118,7 @@ def set_up(debug: bool) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "ddk")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")  # a quarter of a minute: see tasks.prefect_server
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")  # a quarter of a minute: see tasks.running.prefect_server
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not debug:
         logging.raiseExceptions = False  # what cannot be logged to a server is no news on the terminal

@@ -100,9 +100,9 @@ def compare(
 
     Exits with 1 where runs have failed; the others are compared all the same.
     """
-    from flows import compare as comparing
-    from flows.variants import request, whole_numbers
-    from tasks.compare_report import write_comparison
+    from flows.comparing import compare as comparing
+    from flows.comparing.variants import request, whole_numbers
+    from tasks.comparing.report import write_comparison
 
     loaded = load(config, overrides, root, None)
     asked = request(
@@ -131,8 +131,8 @@ def _show_comparison(root: str, name: str) -> bool:
     """The table, what failed, and where the report lies. Returns whether nothing failed."""
     from rich.console import Console
 
-    from tasks.compare_page import in_words, terminal_comparison
-    from tasks.compare_report import comparison_url, read_comparison
+    from tasks.comparing.page import in_words, terminal_comparison
+    from tasks.comparing.report import comparison_url, read_comparison
 
     folder = comparison_url(root, name)
     comparison = read_comparison(root, name)

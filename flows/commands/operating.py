@@ -16,7 +16,7 @@ def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, ru
     No work pool and no worker is needed. Start runs in Prefect's UI, or with `prefect deployment run distill/dev`.
     """
     loaded = load(config, overrides, root, run)
-    from flows import serve as serving
+    from flows.operating import serve as serving
 
     reach_prefect()
     serving.serve(loaded, say)
@@ -43,7 +43,7 @@ def automations(
     A second call changes nothing. The default is three times Prefect's own pace, 180 s; the deployments of prefect.yaml
     send a heartbeat every 30 s, so that where there are no other runs --within 90 will do.
     """
-    from flows import automations as made
+    from flows.operating import automations as made
 
     done = made.remove() if remove else made.set_up(silence, deployment if rebalance else None)
     for one in done:
@@ -62,7 +62,7 @@ def join(
 ) -> None:
     """On every machine but the first, where train.nodes is above 1: help with the training that `ddk train` leads."""
     from flows.stages import open_session
-    from tasks.train_processes import join_training
+    from tasks.training.processes import join_training
 
     loaded = load(config, overrides, root, run)
     use_block(loaded.storage_block)

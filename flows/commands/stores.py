@@ -24,9 +24,9 @@ def import_caches(
     tokenizer only.
     """
     loaded = load(config, overrides, root, None)
-    from flows.exchange import imported_only
+    from flows.stores.exchange import imported_only
 
-    for done in run_flow("import_caches", imported_only(loaded, domains or ()), module="flows.exchange"):
+    for done in run_flow("import_caches", imported_only(loaded, domains or ()), module="flows.stores.exchange"):
         say(
             f"{done['domain']}: {done['shards_written']} shards written, teacher perplexity "
             f"{done['teacher_ppl']:.3f}, {100 * done['retained_mass']:.2f}% of its probability kept  {done['url']}"
@@ -46,7 +46,7 @@ def export(
     split: Annotated[str, typer.Option("--split", help="'train' or 'validation'.")] = "train",
 ) -> None:
     """Write a targets store and its blocks as Parquet files with a card; goes on where it stopped."""
-    from flows.exchange import export_targets
+    from flows.stores.exchange import export_targets
 
     export_targets(url, folder, row_format=row_format, config=config, split=split, say=say)
 
@@ -54,7 +54,7 @@ def export(
 @app.command()
 def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr) or of a run.")]) -> None:
     """Say what a store or a run holds: dimensions, blocks, bytes, inputs."""
-    from flows.inspect import describe
+    from flows.stores.describe import describe
 
     for line in describe(url):
         say(line)
@@ -79,7 +79,7 @@ def verify(
     With --repair the damaged shards are taken out, so that the next `ddk pack` or `ddk cache` makes these again and
     no others. With --replay the live teacher says whether the numbers are its own.
     """
-    from flows.verify import replay_all, verify_all
+    from flows.stores.verify import replay_all, verify_all
 
     if not verify_all(url, full=not fast, repair=repair, say=say):
         raise typer.Exit(1)

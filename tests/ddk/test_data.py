@@ -12,7 +12,7 @@ from ddk.ahead import FetchesAhead
 from ddk.data import Batch, TrainData, prefetch
 from ddk.errors import LostPartError
 from ddk.sampler import Window
-from ddk.types import Draw, SparseTargets
+from ddk.values import Draw, SparseTargets
 
 L, K = 3, 2
 

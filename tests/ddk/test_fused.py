@@ -19,7 +19,7 @@ from ddk.fused import dense_loss, fused_loss
 from ddk.loss import SMALLEST_TAIL, Teacher, sampled_side, teacher_of, teacher_side
 from ddk.student import StudentLoss
 from ddk.train_config import LossConfig
-from ddk.types import SampledTokens, SparseTargets
+from ddk.values import SampledTokens, SparseTargets
 
 KINDS = [
     (divergence, tail)

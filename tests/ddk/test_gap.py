@@ -9,8 +9,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ddk import gap
+from ddk.domain_tree import rolled_up_ppl
 from ddk.gap import domain_gap
-from ddk.paths import rolled_up_ppl
 from ddk.student import StudentLoss
 from ddk.train_config import LossConfig
 

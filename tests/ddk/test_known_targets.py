@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ddk.known_targets import known
-from ddk.types import SampledTokens, SparseTargets
+from ddk.values import SampledTokens, SparseTargets
 
 
 def test_a_token_without_a_row_joins_the_tail() -> None:

@@ -19,7 +19,7 @@ from ddk.mixture import (
     proportional_mixture,
     update_mixture,
 )
-from ddk.types import DomainGap, Mixture
+from ddk.values import DomainGap, Mixture
 
 TOLERANCE = 1e-12
 calm = settings(deadline=None, max_examples=60)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ddk.mixture import equal_mixture
 from ddk.sampler import SamplerState, Window, _systematic_counts, draw, draws_at, initial_state
-from ddk.types import Draw, Mixture
+from ddk.values import Draw, Mixture
 
 
 @st.composite

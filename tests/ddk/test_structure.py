@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from ddk.shape import longest_input
+from ddk.cost.shape import longest_input
 from ddk.structure import attention_of, is_projection
 
 SMALL: dict[str, Any] = {

@@ -19,7 +19,7 @@ from ddk.mixture import equal_mixture
 from ddk.sampler import SamplerState, draw, initial_state
 from ddk.train_config import LossConfig, TrainConfig
 from ddk.trainer import StepReport, Trainer, TrainerState, learning_rate, resolve_device, resolve_precision
-from ddk.types import Draw, Mixture
+from ddk.values import Draw, Mixture
 
 
 def with_dropout() -> GPT2LMHeadModel:

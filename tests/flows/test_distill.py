@@ -17,16 +17,16 @@ from small_run import ASSETS, DOMAINS, Ddk, SmallRun, files_below, write_config
 
 from ddk.mixture import initial_mixture, update_mixture
 from flows.config import load_config
-from flows.plan import plan_stages
-from storage import uri
+from flows.stores.stage_states import plan_stages
 from storage.blocks import open_blocks
-from storage.corpus import CorpusFile
-from storage.documents import iter_documents
-from storage.mixtures import MixtureHistory, MixtureRecord
-from storage.runs import RunFolder
+from storage.checking.verify_runs import run_findings
+from storage.corpus.documents import iter_documents
+from storage.corpus.domain import CorpusFile
+from storage.files import uri
+from storage.runs.folder import RunFolder
+from storage.runs.mixtures import MixtureHistory, MixtureRecord
 from storage.targets import open_targets, teacher_perplexity
-from storage.verify_runs import run_findings
-from tasks.plan import plan_stores
+from tasks.planning.store_plan import plan_stores
 
 SEQ_LEN, K, VOCAB = 96, 16, 4090
 LEAVES = ("C & C++", "school/maths")

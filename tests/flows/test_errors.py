@@ -225,7 +225,7 @@ def test_what_the_machine_lacks_is_no_bug(
     def broken(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("flows.inspect.describe", broken)
+    monkeypatch.setattr("flows.stores.describe.describe", broken)
     code, err = call(capsys, monkeypatch, "inspect", "x")
     assert code == expected
     assert says in err
@@ -260,7 +260,7 @@ def test_missing_credentials_are_explained(ddk_error: Any, tmp_path: Path, monke
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    from storage.s3 import S3
+    from storage.files.s3 import S3
 
     S3.clear_instance_cache()
     found = "no credentials for S3 were found; set AWS_ACCESS_KEY_ID"

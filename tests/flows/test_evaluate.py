@@ -23,12 +23,12 @@ from ddk.errors import UserError
 from ddk.train_config import StudentConfig
 from flows.config import load_config
 from flows.evaluate import evaluate, evaluation_config
-from storage.evaluations import EvaluationFolder
-from storage.listing import records_of
-from storage.runs import RunFolder
-from tasks.benchmark_models import EvaluatedModel, running
-from tasks.teacher import TeacherConfig
-from tasks.transformers_model import TransformersModel
+from storage.runs.evaluations import EvaluationFolder
+from storage.runs.folder import RunFolder
+from storage.runs.listing import records_of
+from tasks.evaluation.models import EvaluatedModel, running
+from tasks.evaluation.transformers_model import TransformersModel
+from tasks.teachers.config import TeacherConfig
 
 TASKS = "arc_easy,mmlu,mbpp@1,completion:code,completion:math"
 NAMES = {"arc_easy", "mmlu", "mbpp", "completion:code", "completion:math"}

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from ddk.shape import shape_of
+from ddk.cost.shape import shape_of
 from flows.config import load_config
-from flows.cost import Cost, estimate
-from flows.cost_run import Assumptions
-from flows.model_configs import BUNDLED
-from flows.recipes import PAGE, PRESETS, page, preset_path
+from flows.costing.estimate import Cost, estimate
+from flows.costing.model_configs import BUNDLED
+from flows.costing.run_size import Assumptions
+from flows.pages.recipes import PAGE, PRESETS, page, preset_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

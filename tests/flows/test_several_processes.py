@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from small_run import Ddk, SmallRun
 
 from ddk.errors import LostPartError
-from storage.runs import RunFolder
-from tasks import train_processes
+from storage.runs.folder import RunFolder
+from tasks.training import processes as train_processes
 
 TOLERANCE = 1e-4
 KILLED = """Failures:

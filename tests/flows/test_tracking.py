@@ -13,7 +13,7 @@ from resealing import content_of
 from small_run import Ddk, SmallRun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from storage.runs import RunFolder
+from storage.runs.folder import RunFolder
 
 
 def tensorboard(run: Path) -> EventAccumulator:

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from s3_proxy import S3Proxy
 
-from storage import settings
-from storage.layout import Kind
-from storage.manifest import StoreWriter
-from storage.s3 import S3
-from storage.schema import Manifest
+from storage.files import settings
+from storage.files.s3 import S3
+from storage.stores.layout import Kind
+from storage.stores.manifest import StoreWriter
+from storage.stores.schema import Manifest
 
 REPOSITORY = Path(__file__).parents[2]
 Arrays = Mapping[str, np.ndarray]
@@ -129,8 +129,8 @@ _DRIVER = """
 import os
 import signal
 
-import storage.checkpoints
-import storage.manifest
+import storage.runs.checkpoints
+import storage.stores.manifest
 
 code = compile(open(sys.argv[1]).read(), sys.argv[1], "exec")
 replace = os.replace

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from ddk.data import MarkedBlocks
-from ddk.types import SparseTargets
+from ddk.values import SparseTargets
 from storage import targets as storage_targets
-from storage import uri
 from storage.blocks import open_blocks
-from storage.codec import CodecConfig, TargetFormat
+from storage.checking.verify_store import uncommit, verify
 from storage.errors import StoreDamagedError, StoreMissingError
+from storage.files import uri
 from storage.fingerprint import fingerprint
-from storage.manifest import StoreWriter, read_manifest
+from storage.stores.codec import CodecConfig, TargetFormat
+from storage.stores.manifest import StoreWriter, read_manifest
 from storage.targets import TargetWriter, teacher_perplexity
-from storage.verify import uncommit, verify
 
 DIMS = {"seq_len": 6, "vocab_size": 500, "shard_blocks": 4}
 MARKED = {**DIMS, "marked": 1}

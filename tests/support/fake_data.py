@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ddk.data import TrainData
-from ddk.types import Mixture, SparseTargets
+from ddk.values import Mixture, SparseTargets
 
 V, PADDED, L, K = 50, 64, 8, 5
 SIZES = {"code": 9, "web": 14}

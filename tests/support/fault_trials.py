@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 
 from ddk.errors import UserError
-from ddk.types import SPLITS
-from flows.verify import verify_all
+from ddk.values import SPLITS
+from flows.stores.verify import verify_all
 from storage.blocks import open_blocks
-from storage.checkpoints import CheckpointFolder
-from storage.comparisons import ComparisonFolder
-from storage.digests import DigestCache
-from storage.evaluations import EvaluationFolder
-from storage.mixtures import MixtureHistory
-from storage.runs import RunFolder
+from storage.files.digests import DigestCache
+from storage.runs.checkpoints import CheckpointFolder
+from storage.runs.comparisons import ComparisonFolder
+from storage.runs.evaluations import EvaluationFolder
+from storage.runs.folder import RunFolder
+from storage.runs.mixtures import MixtureHistory
 from storage.targets import open_targets, teacher_perplexity
 
 Fault = Callable[[random.Random, Path, list[Path]], str | None]

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 from foreign_rows import topk_rows
 from small_run import Ddk, write_config
 
-from ddk.types import DomainGap, Mixture
-from storage.comparisons import ComparisonFolder
-from storage.evaluations import EvaluationFolder
-from storage.mixtures import MixtureHistory, make_record
-from storage.runs import RunFolder
+from ddk.values import DomainGap, Mixture
+from storage.runs.comparisons import ComparisonFolder
+from storage.runs.evaluations import EvaluationFolder
+from storage.runs.folder import RunFolder
+from storage.runs.mixtures import MixtureHistory, make_record
 
 DOMAINS = ("math", "code")
 

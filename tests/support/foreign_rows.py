@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.distillkit import CompressionConfig, encode
+from storage.exchange.distillkit import CompressionConfig, encode
 
 V = 4090
 """Of the quickstart's tokenizer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 
-from storage.distillkit import CompressionConfig
+from storage.exchange.distillkit import CompressionConfig
 
 
 def plain_unpack(row: bytes, bits: int, count: int) -> list[int]:

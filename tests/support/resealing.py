@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from storage import uri
-from storage.sealed import _BLANK, _SEAL, _with_digest
+from storage.files import uri
+from storage.files.sealed import _BLANK, _SEAL, _with_digest
 
 
 def resealed(url: str, change: Callable[[dict[str, Any]], None] = lambda content: None, **fields: Any) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from ddk.methods.registry import METHODS
-from ddk.types import DomainGap, Mixture
-from storage.mixtures import make_record
-from tasks.compare_data import ComparedRun, ComparedVariant, Comparison
-from tasks.report_data import IntervalRecord, RunSummary
+from ddk.values import DomainGap, Mixture
+from storage.runs.mixtures import make_record
+from tasks.comparing.data import ComparedRun, ComparedVariant, Comparison
+from tasks.reporting.records import IntervalRecord, RunSummary
 
 MakeRecords = Callable[..., list[IntervalRecord]]
 

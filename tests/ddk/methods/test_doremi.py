@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ddk.methods.doremi import average_mixture, doremi_mixture
 from ddk.methods.registry import mixture_after
 from ddk.mixture import MixtureConfig, equal_mixture
-from ddk.types import DomainGap, Mixture
+from ddk.values import DomainGap, Mixture
 
 calm = settings(deadline=None, max_examples=60)
 

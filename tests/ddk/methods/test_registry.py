@@ -7,7 +7,7 @@ import pytest
 from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss, mixture_after
 from ddk.mixture import MixtureConfig, equal_mixture, initial_mixture, update_mixture
 from ddk.train_config import LossConfig
-from ddk.types import DomainGap, Mixture
+from ddk.values import DomainGap, Mixture
 
 GAPS = [
     DomainGap(domain="math", student_ppl=12.0, teacher_ppl=4.0),

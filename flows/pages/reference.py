@@ -1,0 +1,96 @@
+"""Writes the reference of the configuration from its typed sections: `make reference`.
+
+The text of each field is the docstring under it, so the reference cannot disagree with the code; a test keeps
+`docs/configuration.md` up to date.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from flows.config import Config
+
+PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "configuration.md")
+
+HEAD = """# Configuration
+
+Written by `make reference` from the code. One YAML file describes a run; an unknown field, or a value out of range, is
+refused before anything starts, by its name. Relative paths are relative to the file. `--set section.field=value`
+replaces one field in a call. Secrets have no place here: credentials come from the environment, or from a Prefect
+block ([storage](storage.md)).
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *_section("The file", Config), *_sections()])
+
+
+def _sections() -> Iterator[str]:
+    for name, field in Config.model_fields.items():
+        model = _model_of(field.annotation)
+        if model is not None:
+            title = f"`{name}.<domain>`" if get_origin(field.annotation) is dict else f"`{name}`"
+            yield from _section(title, model)
+
+
+def _section(title: str, model: type[BaseModel]) -> Iterator[str]:
+    yield f"## {title}\n"
+    if model is not Config and model.__doc__:
+        yield f"{model.__doc__.strip().splitlines()[0]}\n"
+    yield "| field | type | default | |"
+    yield "|---|---|---|---|"
+    for name, field in model.model_fields.items():
+        text = " ".join((field.description or "").split()).replace("|", "\\|")
+        yield f"| `{name}` | {_type(field)} | {_default(field)} | {text} |"
+    yield ""
+
+
+def _type(field: FieldInfo) -> str:
+    section = _model_of(field.annotation)
+    if section is not None:
+        return "sections" if get_origin(field.annotation) is dict else "section"
+    return _named(field.annotation).replace("|", "\\|")
+
+
+def _named(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, str | int):
+        return f"`{annotation}`"
+    if get_origin(annotation) in (list, tuple, Annotated):
+        each = _named(get_args(annotation)[0])
+        return each if get_origin(annotation) is Annotated else f"list of {each}"
+    if get_origin(annotation) is dict:
+        return "number by name"
+    if get_args(annotation):
+        return " or ".join(_named(part) for part in get_args(annotation))
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    value = list(value) if isinstance(value, tuple) else value
+    return "null" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section behind a field, also where it is one a domain."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+if __name__ == "__main__":
+    with open(PATH, "w", encoding="utf-8") as file:
+        file.write(render())

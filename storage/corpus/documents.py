@@ -1,0 +1,297 @@
+"""Reading a domain's documents: from one file to a stream of texts, each with its record number.
+
+`iter_documents` streams one file, whatever its suffix says is in it (see `storage.corpus.domain`). The **record
+number** is the index, from 0, of the line on which the document begins, or of the row: an error that names line 7 means
+record 6, and reading can go on at the record where it stopped. Blank lines count. Documents of white space alone are
+left out. Memory is bounded by the longest document, not by the file. `iter_filed` gives the paths as well, of a domain
+whose records have them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ddk.errors import UserError
+from storage.corpus.domain import CorpusFile, check_fields, file_format
+from storage.corpus.file_bytes import MAX_DOCUMENT_BYTES, OnBytes, first_bytes, opened, stored_lines
+from storage.corpus.json_lines import comes_twice, parsed
+from storage.corpus.magic import if_no_parquet
+from storage.corpus.record_paths import record_path
+
+_NUL = (
+    "it holds NUL bytes, so it is no text, or the file is damaged (as one is whose download broke off); fetch it again"
+)
+
+
+class Text(NamedTuple):
+    """One document."""
+
+    record: int
+    text: str
+    prompt: str
+    """What comes before the text; empty where there is none, or no field for it."""
+
+
+def iter_documents(
+    file: CorpusFile,
+    text_field: str,
+    start: int = 0,
+    on_bytes: OnBytes | None = None,
+    prompt_field: str | None = None,
+) -> Iterator[Text]:
+    """Every document whose record number is at least `start`.
+
+    What lies before `start` is passed over unparsed: lines are only counted, Parquet row groups not even read.
+    `on_bytes` hears how many stored bytes were read since its last call (a Parquet file is not read whole, so their
+    sum may differ from the file's size). Where the text is white space alone, its prompt is left out with it.
+
+    Raises:
+        UserError: with file and line or row: broken JSON, no object, a missing field or column, a field that is no
+            text, not UTF-8, a truncated or corrupt file, a file that is no longer there, a prompt's field of a text
+            file.
+    """
+    for _, document in _iter(file, _Fields(text_field, prompt_field), start, on_bytes):
+        yield document
+
+
+def iter_filed(
+    file: CorpusFile,
+    text_field: str,
+    path_field: str,
+    on_bytes: OnBytes | None = None,
+    prompt_field: str | None = None,
+) -> Iterator[tuple[str, Text]]:
+    """As `iter_documents`, each with the path that its record has (`storage.corpus.record_paths.record_path`).
+
+    Raises:
+        UserError: besides, a record without a path, or with a value that is none.
+    """
+    yield from _iter(file, _Fields(text_field, prompt_field, path_field), 0, on_bytes)
+
+
+def _iter(file: CorpusFile, fields: _Fields, start: int, on_bytes: OnBytes | None) -> Iterator[tuple[str, Text]]:
+    """Path and document; the path is empty where there is no field for it."""
+    check_fields(file, fields.prompt, path_field=fields.path)
+    kind, compression = file_format(file)
+    with opened(file, on_bytes) as stored:
+        if kind == "parquet":
+            documents = _parquet_rows(stored, file, fields, start)
+        elif kind == "json":
+            documents = _json_records(stored_lines(stored, file, compression), file, fields, start)
+        else:
+            documents = _paragraphs(stored_lines(stored, file, compression), file, start)
+        for path, document in documents:
+            if document.text and not document.text.isspace():
+                yield path, document
+
+
+class _Fields(NamedTuple):
+    """Names of JSON fields or Parquet columns."""
+
+    text: str
+    prompt: str | None = None
+    path: str | None = None
+
+    def settings(self) -> Iterator[tuple[str, str]]:
+        """Each name, and what it is called in the configuration."""
+        for name, setting in ((self.text, "text_field"), (self.prompt, "prompt_field"), (self.path, "path_field")):
+            if name is not None:
+                yield name, setting
+
+
+def _path(value: str, field: str, place: str) -> str:
+    try:
+        return record_path(value)
+    except ValueError as error:
+        raise UserError(
+            f"{place}: field '{field}' holds {value!r}, which is no path ({error}); write parts with '/' between them, "
+            f"such as 'algebra/linear'"
+        ) from None
+
+
+def _json_records(
+    records: Iterator[tuple[int, bytes]], file: CorpusFile, fields: _Fields, start: int
+) -> Iterator[tuple[str, Text]]:
+    for number, line in records:
+        if number >= start and not line.isspace():
+            place = _place(file, number)
+            record = _json_record(_decode(line, file, number), place, fields)
+            text = _json_text(record, place, fields.text)
+            # null: there is no prompt.
+            has_prompt = fields.prompt is not None and record[fields.prompt] is not None
+            prompt = _json_text(record, place, str(fields.prompt)) if has_prompt else ""
+            path = _path(_json_text(record, place, fields.path), fields.path, place) if fields.path is not None else ""
+            yield path, Text(number, text, prompt)
+
+
+def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
+    """A JSON object that has the fields."""
+    remedy = "each line must be one JSON object (`jq -c '.[]' array.json > lines.jsonl` turns an array into lines)"
+    try:
+        record = parsed(line)
+    except ValueError as error:
+        if "\0" in line:
+            raise UserError(f"{place}: {_NUL}") from None
+        raise UserError(f"{place}: broken JSON ({error}); {remedy}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: not a JSON object but {_named(record)}; {remedy}")
+    for name, setting in fields.settings():
+        if name not in record:
+            also = {
+                "prompt_field": ", or give the record one (null for no prompt)",
+                "path_field": ", or give the record one",
+            }.get(setting, "")
+            there = _listed(record)
+            raise UserError(f"{place}: no field '{name}'; set {setting} to one that is there{also}: {there}")
+        if comes_twice(line, name):
+            raise UserError(f"{place}: field '{name}' comes twice, and one of them would be lost; mend the record")
+    return record
+
+
+def _json_text(record: dict[str, Any], place: str, name: str) -> str:
+    text = record[name]
+    if not isinstance(text, str):
+        raise UserError(f"{place}: field '{name}' is not a string but {_named(text)}; mend or remove the record")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud800"
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise UserError(f"{place}: field '{name}' holds {half}, half a character; mend the record") from None
+    return text
+
+
+def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int) -> Iterator[tuple[str, Text]]:
+    first = 0
+    document: list[str] = []
+    inside, size = False, 0
+    for number, line in lines:
+        if line.isspace():
+            if document:
+                yield "", Text(first, "\n".join(document), "")
+            document, inside, size = [], False, 0
+            continue
+        if not inside:
+            first, inside = number, True
+        if first >= start:
+            text = _decode(line, file, number).rstrip("\r\n")
+            if "\0" in text:
+                raise UserError(f"{_place(file, number)}: {_NUL}")
+            size += len(line)
+            if size > MAX_DOCUMENT_BYTES:
+                raise UserError(
+                    f"{_place(file, first)}: a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB begins here; "
+                    f"one ends at a blank line: put some in"
+                )
+            document.append(text)
+    if document:
+        yield "", Text(first, "\n".join(document), "")
+
+
+def _parquet_rows(stored: io.RawIOBase, file: CorpusFile, fields: _Fields, start: int) -> Iterator[tuple[str, Text]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [name for name, _ in fields.settings()]
+    try:
+        parquet = pq.ParquetFile(io.BufferedReader(stored))
+        for name, setting in fields.settings():
+            _check_column(parquet.schema_arrow, file, name, setting)
+        _check_lengths(parquet.metadata, file, columns)
+        row, groups = 0, list(range(parquet.num_row_groups))
+        while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= start:
+            row += parquet.metadata.row_group(groups.pop(0)).num_rows
+        # Few rows a batch: a row may be a whole book.
+        for batch in parquet.iter_batches(batch_size=64, row_groups=groups, columns=columns):
+            for cells in zip(*(batch.column(name) for name in columns), strict=True):
+                if row >= start:
+                    yield _row_text(row, cells, _place(file, row, "row"), fields)
+                row += 1
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        cause = " ".join(str(error).split())
+        raise UserError(
+            f"{file.url} is not a readable Parquet file ({cause}); {if_no_parquet(first_bytes(stored))}"
+        ) from error
+
+
+def _check_lengths(metadata: Any, file: CorpusFile, columns: Sequence[str]) -> None:
+    """That no row group's strings are that long on average: a few stored bytes may stand for any number of them."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            most = MAX_DOCUMENT_BYTES * max(1, group.num_rows)
+            if chunk.path_in_schema in columns and chunk.total_uncompressed_size > most:
+                raise UserError(
+                    f"{file.url}: column '{chunk.path_in_schema}' holds strings of more than "
+                    f"{MAX_DOCUMENT_BYTES >> 20} MiB, which are no documents; split them, or mend the file"
+                )
+
+
+def _check_column(schema: Any, file: CorpusFile, column: str, setting: str) -> None:
+    import pyarrow.types as pt
+
+    if column not in schema.names:
+        raise UserError(
+            f"{file.url}: no column '{column}'; set {setting} to one that is there: {_listed(schema.names)}"
+        )
+    if (times := schema.names.count(column)) > 1:
+        raise UserError(f"{file.url}: {times} columns are called '{column}'; rename or remove all but the one meant")
+    kind = schema.field(column).type
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    if pt.is_null(kind) and setting == "prompt_field":  # no row has a prompt
+        return
+    if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)):
+        raise UserError(f"{file.url}: column '{column}' holds {kind}, not strings; name a text column as {setting}")
+
+
+def _row_text(row: int, cells: Sequence[Any], place: str, fields: _Fields) -> tuple[str, Text]:
+    """Path and document of a row.
+
+    Args:
+        cells: of the columns that `fields` names, in its order.
+    """
+    found = {name: _cell_text(cell, place, name) for (name, _), cell in zip(fields.settings(), cells, strict=True)}
+    for name in (fields.text, fields.path):
+        if name is not None and found[name] is None:
+            raise UserError(f"{place}: column '{name}' is null; fill or remove such rows")
+    path = "" if fields.path is None else _path(str(found[fields.path]), fields.path, place)
+    prompt = None if fields.prompt is None else found[fields.prompt]
+    return path, Text(row, str(found[fields.text]), prompt or "")
+
+
+def _cell_text(cell: Any, place: str, column: str) -> str | None:
+    try:
+        text = cell.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: column '{column}' is not UTF-8 at byte {error.start}; mend the row") from None
+    return None if text is None else str(text)
+
+
+def _decode(line: bytes, file: CorpusFile, number: int) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{_place(file, number)}: not UTF-8 at byte offset {error.start} of the line "
+            f"(0x{line[error.start]:02x}); convert the file from the encoding that it is in (`file FILE` guesses it): "
+            f"`iconv -f ENCODING -t utf-8 FILE > NEW`"
+        ) from None
+
+
+def _place(file: CorpusFile, number: int, unit: str = "line") -> str:
+    return f"{file.url}, {unit} {number + 1}"
+
+
+def _named(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _listed(names: Any) -> str:
+    shown = [f"'{name}'" for name in names]
+    return ", ".join(shown[:20]) + (", …" if len(shown) > 20 else "") if shown else "(none)"

@@ -1,0 +1,51 @@
+"""Stores that were made again on purpose, beside the ones that were there.
+
+    <root>/targets/3f2a…/math.zarr      as it was made first
+    <root>/targets/3f2a….2/math.zarr    made again (`--force`), of the same inputs
+
+The newest complete one is what later stages read. Nothing is ever made over another, and nothing is removed.
+"""
+
+from __future__ import annotations
+
+from storage.files import uri
+from storage.stores.manifest import read_manifest
+
+
+def newest_complete(url: str) -> str:
+    """The store to read, and to complete where there is no complete one: then the first.
+
+    Args:
+        url: of the first.
+    """
+    newest, number = url, 2
+    while _begun(url, number):
+        if _complete(generation(url, number)):
+            newest = generation(url, number)
+        number += 1
+    return newest
+
+
+def to_make_again(url: str) -> str:
+    """The store to write where what is there is not to be used. One that was begun so, and not completed, goes on."""
+    if read_manifest(url) is None:
+        return url
+    number = 2
+    while _begun(url, number) and (_complete(generation(url, number)) or _begun(url, number + 1)):
+        number += 1
+    return generation(url, number)
+
+
+def generation(url: str, number: int) -> str:
+    """`('r/targets/3f2a/math.zarr', 2)` → `'r/targets/3f2a.2/math.zarr'`."""
+    folder, name = url.rsplit("/", 1)
+    return f"{folder}.{number}/{name}"
+
+
+def _begun(url: str, number: int) -> bool:
+    return uri.size_of(uri.join(generation(url, number), "manifest.json")) is not None
+
+
+def _complete(url: str) -> bool:
+    manifest = read_manifest(url)
+    return manifest is not None and manifest.complete

@@ -1,0 +1,136 @@
+"""The README.md beside the final student's weights: what it was made from, how, and what was measured.
+
+States what this run was given and what it measured; nothing is estimated and nothing is taken from the paper.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from tasks.reporting.records import IntervalRecord, RunSummary, domains_of, flat_settings
+from tasks.reporting.tree import tree_table
+from tasks.showing.formats import count, escape, gap_cells, markdown_table, percent
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+
+RECIPE: Mapping[str, str] = {
+    "gamma": "weight of the divergence (γ)",
+    "divergence": "divergence from the teacher",
+    "temperature": "temperature",
+    "tail": "treatment of the tail",
+    "alpha": "smoothing of the mixture (α)",
+    "interval": "steps in an interval",
+    "learning_rate": "learning rate",
+    "min_learning_rate": "learning rate at the end",
+    "warmup_steps": "warm-up steps",
+    "steps": "planned steps",
+    "batch_size": "blocks in a batch",
+    "weight_decay": "weight decay",
+    "gradient_clip": "gradient clipping",
+    "seed": "seed",
+}
+"""A setting's name, in whichever section it stands → what the card calls it."""
+
+
+def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) -> str:
+    """README.md of the student's Hugging Face folder: YAML front matter, then Markdown.
+
+    Raises:
+        ValueError: as `report_data.domains_of`.
+    """
+    gaps, leaves = tree_table(records), set(domains_of(records))
+    rolled_up = " A domain in italics is rolled up from its leaves, which follow it." if len(gaps) > len(leaves) else ""
+    origin = "distilled domain by domain from" if distils(summary.method) else "trained without targets, compared with"
+    parts = [
+        f"---\n{yaml.safe_dump(front_matter(summary), sort_keys=False, allow_unicode=True)}---",
+        f"# {escape(summary.name)}",
+        f"{escape(summary.student)}, {origin} {escape(summary.teacher)}, by method “{escape(summary.method)}” of the "
+        "ddk project, after “DDK: Distilling Domain Knowledge for Efficient Large "
+        "Language Models” (arXiv 2407.16154).",
+        "## Data",
+        f"The student read {count(summary.tokens_seen)} tokens in {count(summary.steps)} optimizer steps, as blocks of "
+        f"{count(summary.seq_len)} predictions. Blocks repeat where a domain's data ran out."
+        f"{rolled_up}",
+        markdown_table(
+            ("domain", "blocks read", "tokens read", "share of tokens"),
+            [
+                (
+                    _name(row["domain"], leaves),
+                    count(row["blocks_drawn"]),
+                    count(row["blocks_drawn"] * summary.seq_len),
+                    percent(row["token_share"]),
+                )
+                for row in gaps
+            ],
+        ),
+        "## Recipe",
+        markdown_table(("setting", "value"), [("method", escape(summary.method)), *_recipe(summary)], left=2),
+    ]
+    if summary.stopped_early is not None:
+        parts.append(f"Training ended before its budget was used up: {escape(summary.stopped_early)}")
+    parts += [
+        "## Results",
+        "Perplexity on each domain's validation blocks; ratio = student ÷ teacher, and 1 means that the student has "
+        "caught up. The domain that lagged most comes first.",
+        markdown_table(
+            ("domain", "teacher", "student before", "student after", "ratio before", "ratio after"),
+            [
+                (
+                    _name(row["domain"], leaves),
+                    *gap_cells(row),
+                )
+                for row in gaps
+            ],
+        ),
+        "## Limits",
+        "- The numbers are perplexities on the validation blocks of the domains listed above, measured by the run that "
+        "trained this model. No benchmark or task was run.\n"
+        "- They say nothing about other domains, about instructions or chat, or about safety.\n"
+        "- What the teacher or the training data get wrong, the student may have learnt.\n"
+        "- The licences of the teacher, of the original student and of the data apply; see where they come from.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _name(domain: str, leaves: Collection[str]) -> str:
+    return escape(domain) if domain in leaves else f"*{escape(domain)}*"
+
+
+def front_matter(summary: RunSummary) -> dict[str, Any]:
+    """What the Hugging Face hub reads. `base_model` is the student before training, if that is on the hub."""
+    matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if is_hub_id(summary.student):
+        matter["base_model"] = summary.student
+    return matter | {"tags": ["distillation", "ddk"] if distils(summary.method) else ["ddk"]}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads as `owner/model` and is no path on this machine."""
+    return HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
+def distils(method: str) -> bool:
+    """Whether the method trains on the teacher's targets; a method that this version does not know is taken to."""
+    from ddk.methods.registry import METHODS  # brings torch, which nothing else here needs
+
+    return all(known.reads_targets for name, known in METHODS.items() if name == method)
+
+
+def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
+    """What `RECIPE` names of this run's settings; where two sections have one name, with the sections' names."""
+    # What the configuration holds but the method does not use would be a false statement here.
+    unused = set() if distils(summary.method) else {"gamma", "divergence", "temperature", "tail"}
+    unused |= set() if summary.method == "ddk" else {"alpha"}
+    settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in flat_settings(summary.settings)]
+    names = [name for _, name, _ in settings]
+    return [
+        (RECIPE[wanted] + (f" ({escape(key)})" if names.count(name) > 1 else ""), escape(value))
+        for wanted in RECIPE
+        for key, name, value in settings
+        if name == wanted and name not in unused
+    ]

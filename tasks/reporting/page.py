@@ -1,0 +1,185 @@
+"""A run on one page: HTML that needs nothing but itself, and the same tables for a terminal.
+
+The page holds its plots as data URIs, runs no script and loads nothing, so that it can be mailed, put on S3 or
+opened years later. The template is `templates/report.html.j2`; every value that it shows is escaped by jinja2.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import jinja2
+from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
+
+from tasks.reporting.plots import DARK, LIGHT, mixture_plot, ratio_plot
+from tasks.reporting.records import (
+    IntervalRecord,
+    Row,
+    RunSummary,
+    domains_of,
+    flat_settings,
+    gap_table,
+    render_csv,
+    render_rows,
+    worst_domain,
+)
+from tasks.reporting.tree import overview, rollup_rows, tree_table, weakest
+from tasks.showing.formats import count, duration, gap_cells, percent, ppl, ratio
+
+__all__ = ["gap_table", "mixture_path", "render_csv", "render_page", "render_rows", "terminal_table"]
+
+
+def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluation: Markup | None = None) -> str:
+    """The whole report as one HTML document, for a finished run or one still going.
+
+    Args:
+        evaluation: sections with the benchmarks' scores.
+
+    Raises:
+        ValueError: as `report_data.domains_of`.
+    """
+    rows, table, shown, few = render_rows(records), tree_table(records), overview(records), weakest(records)
+    leaves = domains_of(records)
+    template = environment().get_template("report.html.j2")
+    return template.render(
+        run=summary,
+        evaluation=evaluation,
+        settings=list(flat_settings(summary.settings)),
+        table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
+        leaves=leaves,
+        worst_before=records[0].gap(worst_domain(records[0])),
+        worst_after=records[-1].gap(worst_domain(records[-1])),
+        intervals=_by_domain([*rows, *rollup_rows(records)], table),
+        versions=len(records),
+        plots=[
+            {
+                "title": "Gap",
+                "alt": _alt("Line plot of student over teacher perplexity", len(shown[0].gaps)),
+                "caption": "Perplexity of the student divided by the teacher's, on each domain's validation blocks. "
+                f"At 1 (dotted) the student has caught up.{_rolled_up(shown, records)}",
+                **_images(ratio_plot, shown),
+            },
+            *(
+                [
+                    {
+                        "title": f"Gap of the {len(few)} weakest",
+                        "alt": _alt("Line plot of student over teacher perplexity", len(few)),
+                        "caption": f"The same, of the {len(leaves)} leaves for those whose gap is largest now.",
+                        **_images(partial(ratio_plot, domains=few), records),
+                    }
+                ]
+                if few
+                else []
+            ),
+            {
+                "title": "Mixture",
+                "alt": _alt("Step plot of sampling probability", len(shown[0].gaps)),
+                "caption": "Probability that a training block is drawn from a domain; it changes where the gap was "
+                f"measured and holds until the next measurement.{_rolled_up(shown, records)}",
+                **_images(mixture_plot, shown),
+            },
+        ],
+    )
+
+
+def _alt(what: str, lines: int) -> str:
+    return (
+        f"{what} against tokens seen, a line for each of {lines} domains. The numbers are in the tables of this page."
+    )
+
+
+def _rolled_up(shown: Sequence[IntervalRecord], records: Sequence[IntervalRecord]) -> str:
+    if domains_of(shown) == domains_of(records):
+        return ""
+    return f" The {len(records[0].gaps)} leaves are rolled up to {len(shown[0].gaps)} domains."
+
+
+def _by_domain(rows: Sequence[Row], table: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each domain, in the table's order."""
+    found: dict[str, list[Row]] = {row["domain"]: [] for row in table}
+    for row in rows:
+        found[row["domain"]].append(row)
+    return found
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _images(plot: Callable[..., bytes], records: Sequence[IntervalRecord]) -> dict[str, str]:
+    """The plot in both themes, for a wide screen and for a phone."""
+    return {
+        f"{shape}_{name}": data_uri(plot(records, theme=replace(theme, narrow=shape == "narrow")))
+        for shape in ("wide", "narrow")
+        for name, theme in (("light", LIGHT), ("dark", DARK))
+    }
+
+
+def environment(*packages: str) -> jinja2.Environment:
+    """Jinja2 with escaping on; `PackageLoader` finds a template in a checkout, a wheel and an editable install.
+
+    Args:
+        packages: that have templates of their own, besides those of this one.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package) for package in (*packages, "tasks.reporting")]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"ppl": ppl, "ratio": ratio, "percent": percent, "count": count, "duration": duration}
+    return environment
+
+
+def terminal_table(records: Sequence[IntervalRecord]) -> Table:
+    """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold.
+
+    Where domains have paths, a row above the leaves' says what they roll up to.
+    """
+    table = Table(title="Gap to the teacher, before → after", title_justify="left")
+    table.add_column("domain", no_wrap=True)
+    for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    worst, rows, leaves = worst_domain(records[-1]), tree_table(records), domains_of(records)
+    for row in rows:
+        table.add_row(
+            Text(_branch(row["domain"]) if len(rows) > len(leaves) else row["domain"]),  # no str: '[red]' is no markup
+            *gap_cells(row),
+            percent(row["token_share"]),
+            style="bold" if row["domain"] == worst else None if row["domain"] in leaves else "dim",
+        )
+    return table
+
+
+def _branch(domain: str) -> str:
+    """A row's name below that of the domain which it lies in: 'math/algebra/linear' → '    linear'."""
+    *above, name = domain.split("/")
+    return "  " * len(above) + name
+
+
+def mixture_path(records: Sequence[IntervalRecord]) -> Table:
+    """The sampling probabilities in percent: a row per version of the mixture, a column per domain.
+
+    Leaves that are too many for columns are rolled up.
+    """
+    records = overview(records)
+    table = Table(title="Mixture, in % of the blocks drawn", title_justify="left")
+    for heading in ("t", "step", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    domains = domains_of(records)
+    for domain in domains:
+        table.add_column(Text(domain), justify="right", overflow="fold")
+    for record in records:
+        table.add_row(
+            str(record.t),
+            count(record.step),
+            count(record.tokens_seen),
+            *(f"{100 * record.mixture.probabilities[domain]:.1f}" for domain in domains),
+        )
+    return table

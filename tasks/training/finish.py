@@ -1,0 +1,89 @@
+"""Stage 5: the report of a run, at any time; and at its end the student as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ddk.student import load_tokenizer
+from storage.files.uri import put_folder
+from storage.runs.folder import RunFolder
+from storage.runs.listing import records_of
+from tasks.planning.tokenizer_files import has_tokenizer
+from tasks.reporting.model_card import render_model_card
+from tasks.reporting.run_artifacts import publish_report
+from tasks.reporting.run_summary import interval_records, summarise
+from tasks.reporting.scores import evaluation_section
+from tasks.reporting.write_report import write_report
+from tasks.running.retries import RETRIES
+from tasks.showing.progress import logger
+from tasks.training.saved_student import check_saved_student, sample_of
+from tasks.training.session import StudentSession
+
+
+@task(task_run_name="report {run}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
+def report_run(root: str, run: str) -> dict[str, str]:
+    """Write the report of a run, finished or not, and publish it as artifacts. What `ddk eval` found is in it.
+
+    Returns:
+        The URL of each file by its name, `index.html` among them.
+
+    Raises:
+        UserError: there is no such run, or nothing has been measured in it.
+    """
+    folder = RunFolder(root, run)
+    records = interval_records(folder)
+    summary = summarise(folder, records)
+    urls = write_report(summary, records, folder.report_url, evaluation_section(root, run), folder.report_listing)
+    publish_report(folder, summary, records, urls)
+    logger.info("report: %s", urls["index.html"])
+    return urls
+
+
+@task(task_run_name="save student {session.run.name}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
+def save_final_student(session: StudentSession, stopped_early: str | None) -> str:
+    """Write the trained student, its tokenizer and its model card; the run is complete when this returns.
+
+    Returns:
+        The folder's URL.
+    """
+    folder = session.run
+    settings, own = session.settings, session.student.folder
+    tokenizer = (
+        load_tokenizer(own, trust_remote_code=settings.student.trust_remote_code)
+        if has_tokenizer(own)
+        else session.plan.tokenizer()
+    )
+    step, blocks = session.step, session.job.blocks
+    summary = {
+        "steps": step,
+        "tokens_seen": session.tokens_seen,
+        "stopped_early": stopped_early,
+        "training_seconds": round(sum(row["seconds"] for row in folder.metrics()), 3),
+    }
+    with tempfile.TemporaryDirectory(prefix="ddk-student-") as local:
+        measured = session.training.perplexities(sample_of(blocks))
+        session.training.export(local)
+        tokenizer.save_pretrained(local)
+        session.let_go()  # two students need not find room at once
+        check_saved_student(
+            local,
+            measured,
+            blocks,
+            vocab_size=session.student.vocab_size,
+            train=session.settings.train,
+            trust_remote_code=session.settings.student.trust_remote_code,
+        )
+        records = interval_records(folder)
+        card = render_model_card(summarise(folder, records, summary), records)
+        with open(os.path.join(local, "README.md"), "w", encoding="utf-8") as file:
+            file.write(card)
+        put_folder(local, folder.student_url)
+        folder.student_listing.write(records_of(local))
+    session.tracking.finish(step, summary)
+    folder.finish(summary)
+    logger.info("student: %s", folder.student_url)
+    return folder.student_url

@@ -1,0 +1,107 @@
+"""The rooms of the house: every package with its modules, and the imports between packages.
+
+`python tests/support/rooms.py` writes the table of docs/architecture.md anew; tests/test_rooms.py keeps it true.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = REPOSITORY / "docs" / "architecture.md"
+TABLE = re.compile(r"(?<=<!-- rooms -->\n).*?(?=\n<!-- /rooms -->)", re.DOTALL)
+PACKAGES = ("ddk", "storage", "tasks", "flows")
+HOLDS = {
+    "ddk": "the method itself; start with `mixture.py` (Equations 1 and 2), `loss.py` and `sampler.py`",
+    "ddk.cost": "what a model takes: operations and memory, worked out from its shape",
+    "ddk.methods": "DDK and the methods it is compared with: how each one mixes the domains",
+    "ddk.ted": "task-aware layer-wise distillation (TED): filters and the student that uses them",
+    "storage": "the doors: `targets.py` and `blocks.py` open a store; errors and fingerprints",
+    "storage.checking": "`ddk verify`: every byte of stores, and what a run holds",
+    "storage.corpus": "the documents of a domain: files, records, leaves",
+    "storage.exchange": "caches in other people's formats, read and written",
+    "storage.files": "bytes at a URL (disk, S3), and what makes small files trustworthy",
+    "storage.reading": "blocks out of shards, on disk, from copies, by ranges",
+    "storage.runs": "a run's folder: checkpoints, mixture history, evaluations, comparisons",
+    "storage.stores": "a store's layout, codec and manifest; what counts as written",
+    "tasks.capture": "targets into stores: captured, imported, captured again to compare",
+    "tasks.comparing": "several runs beside each other: data, page, plots",
+    "tasks.evaluation": "benchmarks: questions, models that answer, the sandbox for programs",
+    "tasks.packing": "documents into token blocks",
+    "tasks.planning": "which stores a configuration means, and whether its models fit",
+    "tasks.reporting": "a run's report, model card and artifacts",
+    "tasks.running": "what every task needs: retries, errors, claims, child processes, Prefect's server",
+    "tasks.showing": "progress, the log, Prefect's artifacts and events",
+    "tasks.teachers": "the teacher: vLLM's engine, prompt log-probabilities, a server",
+    "tasks.training": "the student's training: the run, its intervals, one process or many",
+    "tasks.training.tracking": "a run's metrics in TensorBoard, Weights & Biases, MLflow",
+    "flows": "the flows, the configuration, the entry point of `ddk`",
+    "flows.commands": "the `ddk` commands",
+    "flows.comparing": "`ddk compare`: variants, and the flow that runs them",
+    "flows.costing": "`ddk plan --cost`: disk, memory and GPU hours ahead of a run",
+    "flows.operating": "deployments, `ddk serve`, automations, reaching Prefect's server",
+    "flows.pages": "pages of the documentation that are made from the code",
+    "flows.presets.quickstart": "the quickstart's models and corpora, and the script that made them",
+    "flows.stores": "`ddk plan`, `inspect`, `verify`, `import`, `export`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A package: its modules, and the other packages that they import, with the number of importing statements."""
+
+    name: str
+    modules: int
+    uses: dict[str, int]
+
+
+def rooms() -> list[Room]:
+    """All of them, by package and name."""
+    modules = {_dotted(path): path for package in PACKAGES for path in sorted((REPOSITORY / package).rglob("*.py"))}
+    modules = {name: path for name, path in modules.items() if path.name != "__init__.py"}
+    found: dict[str, dict[str, int]] = {}
+    for name, path in modules.items():
+        uses = found.setdefault(_room(name), {})
+        for module in _imported(path, modules):
+            if _room(module) != _room(name):
+                uses[_room(module)] = uses.get(_room(module), 0) + 1
+    sizes = {room: sum(_room(name) == room for name in modules) for room in found}
+    order = sorted(found, key=lambda room: (PACKAGES.index(room.split(".")[0]), room))
+    return [Room(room, sizes[room], dict(sorted(found[room].items()))) for room in order]
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+
+
+def _room(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+def _imported(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            named = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            named = {alias.name for alias in node.names}
+        else:
+            continue
+        yield from sorted(named & modules.keys())
+
+
+def table() -> str:
+    """Markdown: each room, what it holds, its number of modules, and its imports from rooms of the same package."""
+    lines = ["| room | holds | modules | uses, of its package (imports) |", "|---|---|---|---|"]
+    for room in rooms():
+        own = {name: count for name, count in room.uses.items() if name.split(".")[0] == room.name.split(".")[0]}
+        uses = ", ".join(f"{name.partition('.')[2] or name} {count}" for name, count in own.items())
+        lines.append(f"| `{room.name.replace('.', '/')}/` | {HOLDS[room.name]} | {room.modules} | {uses} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
