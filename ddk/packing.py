@@ -53,11 +53,6 @@ class PackingConfig(Section):
     """The token that ends each document, such as '<|endoftext|>'. Empty: the student's end of text, at which it stops
     once it is trained; a chat teacher's may be another."""
 
-    @property
-    def block_tokens(self) -> int:
-        """Tokens in a block: seq_len + 1."""
-        return self.seq_len + 1
-
 
 @dataclass(frozen=True, slots=True)
 class Document(Generic[Key]):

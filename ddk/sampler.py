@@ -18,7 +18,7 @@ resumed run therefore draws exactly what an uninterrupted one would, on any numb
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -106,33 +106,6 @@ def draw(
         drawn[domain] += int(count)
     order = random.permutation(len(batch))
     return tuple(batch[i] for i in order), SamplerState(step=state.step + 1, drawn=drawn)
-
-
-def draws_at(
-    history: Sequence[Mixture],
-    interval: int,
-    sizes: Mapping[str, int],
-    seed: int,
-    step: int,
-    batch_size: int,
-    windows: Mapping[str, Window] | None = None,
-) -> tuple[Draw, ...]:
-    """The batch of any step, from nothing but the mixtures that the intervals used.
-
-    Args:
-        history: mixture of interval 0, 1, …; interval i holds the steps from i·`interval` on.
-        interval: optimizer steps under one mixture, K.
-        step: from 0.
-        windows: as of `draw`.
-
-    Replays all earlier steps' counts; a trainer keeps the `SamplerState` instead and gets the same.
-    """
-    state = initial_state(sizes)
-    while True:
-        batch, after = draw(history[state.step // interval], sizes, seed, state, batch_size, windows)
-        if state.step == step:
-            return batch
-        state = after
 
 
 def _systematic_counts(probabilities: npt.NDArray[np.float64], u: float, batch_size: int) -> npt.NDArray[np.int64]:

@@ -37,8 +37,6 @@ SLOWEST_HEARTBEAT = 180
 SILENCE = 3 * SLOWEST_HEARTBEAT
 """Seconds without a heartbeat after which a run counts as dead. Three of the slowest, so that neither one that is lost
 nor a process that computes without a pause, or a server that starts anew, makes a healthy run look dead."""
-SHORTEST_SILENCE = 90
-"""Three of the quickest heartbeats that Prefect sends."""
 FLOWS = (
     *("pack-corpus", "cache-teacher", "train-student", "rebalance", "distill", "report"),
     *("import-targets", "replay-targets", "compare", "evaluate"),

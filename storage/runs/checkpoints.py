@@ -68,17 +68,7 @@ class CheckpointFolder:
     def url(self, step: int) -> str:
         return uri.join(self._url, f"step-{step:08d}")
 
-    def save(self, step: int, files: Mapping[str, Callable[[str], None]], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint; it counts when this returns, and not before.
-
-        Args:
-            files: for each file's name, what writes it to a given local path.
-            state: plain JSON data.
-        """
-        self.begin(step)
-        self.commit(step, {name: self.put(step, name, write) for name, write in files.items()}, state)
-
-    # The same in three steps, for several writers: one begins, all put their files, one commits.
+    # A checkpoint may have several writers: one begins, all put their files, one commits.
 
     def begin(self, step: int) -> None:
         """From here on the checkpoint of this step does not count: its files may change."""

@@ -76,10 +76,6 @@ class DataFolder:
         """The tasks that there is a file for, in the order of `FORMATS`."""
         return [task for task in FORMATS if self._file(task, _TEST_SUFFIXES) is not None]
 
-    def expected(self, task: str) -> str:
-        """Names under which the task's file is looked for; empty where no file of it could be read."""
-        return f"{task}.jsonl" if task in FORMATS else ""
-
     def load(self, task: str) -> LocalData | None:
         """The task's rows; None where there is no file, or no way to read one of it.
 

@@ -29,7 +29,6 @@ from tasks.showing.artifacts import add_version, artifact_key
 from tasks.showing.artifacts import table as as_artifact
 from tasks.showing.formats import UNKNOWN, escape, ppl
 
-NO_ROWS = "nothing has been evaluated yet"
 _ORDER = [*dict.fromkeys([*(benchmark.task for benchmark in PRESETS["paper"]), *FORMATS])]
 
 

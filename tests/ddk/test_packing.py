@@ -144,7 +144,6 @@ def test_marks_are_those_of_the_documents_laid_end_to_end(
 
 
 def test_config() -> None:
-    assert PackingConfig(seq_len=7).block_tokens == 8
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         PackingConfig(seq_len=0)
     with pytest.raises(ValidationError, match="Extra inputs"):

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ddk.mixture import equal_mixture
-from ddk.sampler import SamplerState, Window, _systematic_counts, draw, draws_at, initial_state
+from ddk.sampler import SamplerState, Window, _systematic_counts, draw, initial_state
 from ddk.values import Draw, Mixture
 
 
@@ -44,14 +44,17 @@ def in_order_of_n(batches, domain: str) -> list[list[int]]:
 
 @given(world=worlds())
 @settings(deadline=None, max_examples=40)
-def test_a_fold_equals_the_draws_from_scratch(world) -> None:
+def test_from_a_kept_state_at_any_step_the_draws_go_on_as_from_the_start(world) -> None:
     history, sizes, seed, batch_size, interval = world
     steps = 2 * interval
-    folded, state = fold([history[step // interval] for step in range(steps)], sizes, seed, batch_size)
+    mixtures = [history[step // interval] for step in range(steps)]
+    folded, state = fold(mixtures, sizes, seed, batch_size)
     assert state.step == steps
     assert sum(state.drawn.values()) == steps * batch_size
     for step in range(steps):
-        assert draws_at(history, interval, sizes, seed, step, batch_size) == folded[step]
+        before, kept = fold(mixtures[:step], sizes, seed, batch_size)
+        after, _ = fold(mixtures[step:], sizes, seed, batch_size, kept)
+        assert before + after == folded
 
 
 @given(world=worlds(), cut=st.integers(0, 6))
@@ -187,15 +190,14 @@ def test_a_share_is_no_single_domains() -> None:
 
 def test_the_mixture_changes_at_the_interval() -> None:
     history = [Mixture(probabilities={"a": 1.0, "b": 0.0}), Mixture(probabilities={"a": 0.0, "b": 1.0})]
-    steps = [draws_at(history, 3, {"a": 4, "b": 4}, 0, step, 2) for step in range(6)]
+    steps, _ = fold([history[step // 3] for step in range(6)], {"a": 4, "b": 4}, 0, 2)
     assert [{one.domain for one in batch} for batch in steps] == [{"a"}] * 3 + [{"b"}] * 3
 
 
 def test_a_later_mixture_does_not_touch_earlier_draws() -> None:
     sizes = {"a": 9, "b": 9}
     first, changed = equal_mixture(["a", "b"]), Mixture(probabilities={"a": 0.9, "b": 0.1})
-    for step in range(3):
-        assert draws_at([first], 3, sizes, 0, step, 4) == draws_at([first, changed], 3, sizes, 0, step, 4)
+    assert fold([first] * 3, sizes, 0, 4)[0] == fold([first] * 3 + [changed] * 3, sizes, 0, 4)[0][:3]
 
 
 def test_pinned_draws() -> None:
@@ -300,11 +302,18 @@ def test_every_order_of_a_window_is_as_likely() -> None:
 def test_windows_are_a_pure_function_too(world, window: Window) -> None:
     history, sizes, seed, batch_size, interval = world
     windows = dict.fromkeys(list(sizes)[:2], window)
-    state, steps = initial_state(sizes), 2 * interval
-    for step in range(steps):
-        draw(history[0], sizes, seed, state, batch_size)  # what is cached of other orders is not in the way
-        batch, state = draw(history[step // interval], sizes, seed, state, batch_size, windows)
-        assert draws_at(history, interval, sizes, seed, step, batch_size, windows) == batch
+    mixtures = [history[step // interval] for step in range(2 * interval)]
+
+    def drawn(*, disturbed: bool) -> list[tuple[Draw, ...]]:
+        state, batches = initial_state(sizes), []
+        for mixture in mixtures:
+            if disturbed:
+                draw(history[0], sizes, seed, state, batch_size)  # what is cached of other orders is not in the way
+            batch, state = draw(mixture, sizes, seed, state, batch_size, windows)
+            batches.append(batch)
+        return batches
+
+    assert drawn(disturbed=True) == drawn(disturbed=False)
 
 
 def test_a_domain_without_a_window_is_shuffled_whole() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from resealing import resealed
@@ -26,6 +27,11 @@ def files(step: int, size: int = 1000) -> dict[str, Callable[[str], None]]:
     return {name: writer(content) for name, content in contents.items()}
 
 
+def save(folder: CheckpointFolder, step: int, files: Any, state: Any) -> None:
+    folder.begin(step)
+    folder.commit(step, {name: folder.put(step, name, write) for name, write in files.items()}, state)
+
+
 def read(folder: CheckpointFolder, step: int, name: str) -> bytes:
     with folder.folder(step) as path:
         return (Path(path) / name).read_bytes()
@@ -39,7 +45,7 @@ def folder(place: str) -> CheckpointFolder:
 def test_what_is_saved_is_read(folder: CheckpointFolder) -> None:
     assert folder.steps() == []
     for step in (100, 20, 123_456_789):
-        folder.save(step, files(step), {**STATE, "step": step})
+        save(folder, step, files(step), {**STATE, "step": step})
     assert folder.steps() == [20, 100, 123_456_789]
     for step in folder.steps():
         assert folder.state(step) == {**STATE, "step": step}
@@ -48,8 +54,8 @@ def test_what_is_saved_is_read(folder: CheckpointFolder) -> None:
 
 
 def test_one_that_is_saved_again_is_replaced(folder: CheckpointFolder) -> None:
-    folder.save(5, files(1), {"a": 1})
-    folder.save(5, files(2), {"a": 2})
+    save(folder, 5, files(1), {"a": 1})
+    save(folder, 5, files(2), {"a": 2})
     assert folder.steps() == [5]
     assert (folder.state(5), read(folder, 5, "model.safetensors")[:2]) == ({"a": 2}, b"m2")
 
@@ -60,7 +66,7 @@ def test_what_a_kill_left_of_one_goes_when_it_is_saved_again(tmp_path: Path) -> 
     (place / "rank-00000.safetensors.ab.tmp.parts").mkdir(parents=True)
     (place / "rank-00000.safetensors.ab.tmp.parts" / "shard").write_bytes(b"half of it")
     (place / "rank-00000.safetensors.ab.tmp").write_bytes(b"a third")
-    folder.save(4, files(4), {})
+    save(folder, 4, files(4), {})
     assert {path.name for path in place.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
@@ -68,15 +74,15 @@ def test_one_that_fails_while_it_is_saved_again_no_longer_counts(folder: Checkpo
     def fail(path: str) -> None:
         raise OSError("disk full")
 
-    folder.save(4, files(4), {})
-    folder.save(5, files(5), {})
+    save(folder, 4, files(4), {})
+    save(folder, 5, files(5), {})
     with pytest.raises(OSError, match="disk full"):
-        folder.save(5, {**files(6), "optimizer.safetensors": fail}, {})
+        save(folder, 5, {**files(6), "optimizer.safetensors": fail}, {})
     assert folder.steps() == [4]
 
 
 def test_only_what_is_committed_counts(folder: CheckpointFolder, place: str) -> None:
-    folder.save(10, files(10), STATE)
+    save(folder, 10, files(10), STATE)
     base = f"{place}/runs/a/checkpoints"
     uri.write_bytes(f"{base}/step-00000020/model.safetensors", b"half")
     uri.write_bytes(f"{base}/step-notes/state.json", b"{}")
@@ -96,7 +102,9 @@ checkpoints = CheckpointFolder(folder)
 def writer(letter):
     return lambda path: Path(path).write_bytes(letter * 100_000) and None
 for step in (10, 20, 30):
-    checkpoints.save(step, {"model": writer(b"m"), "optimizer": writer(b"o")}, {"step": step})
+    checkpoints.begin(step)
+    put = {name: checkpoints.put(step, name, writer(name[:1].encode())) for name in ("model", "optimizer")}
+    checkpoints.commit(step, put, {"step": step})
     checkpoints.prune(1)
 """
     deaths = killed_at_each_rename(code, f"{tmp_path}/out")
@@ -109,7 +117,7 @@ for step in (10, 20, 30):
             assert folder.state(newest) == {"step": newest}
             assert read(folder, newest, "optimizer") == b"o" * 100_000
         # The next save and prune leave nothing of what was cut off.
-        folder.save(40, files(40), {})
+        save(folder, 40, files(40), {})
         folder.prune(1)
         assert os.listdir(f"{tmp_path}/out/{death}/checkpoints") == ["step-00000040"]
         assert sorted(os.listdir(folder.url(40))) == ["model.safetensors", "optimizer.safetensors", "state.json"]
@@ -124,7 +132,9 @@ checkpoints = CheckpointFolder(sys.argv[1])
 def writer(step):
     return lambda path: Path(path).write_bytes(bytes([step % 256]) * 300_000) and None
 for step in range(10_000):
-    checkpoints.save(step, {"model": writer(step), "optimizer": writer(step + 1)}, {"step": step})
+    checkpoints.begin(step)
+    put = {name: checkpoints.put(step, name, writer(n)) for name, n in (("model", step), ("optimizer", step + 1))}
+    checkpoints.commit(step, put, {"step": step})
     checkpoints.prune(2)
     print(step, flush=True)
 """
@@ -142,7 +152,7 @@ for step in range(10_000):
 
 
 def test_a_damaged_file_is_never_handed_out(folder: CheckpointFolder) -> None:
-    folder.save(10, files(10), STATE)
+    save(folder, 10, files(10), STATE)
     url = f"{folder.url(10)}/model.safetensors"
     whole = uri.read_bytes(url)
     message = r"model\.safetensors is missing or damaged; remove the folder .*step-00000010 and run the same command"
@@ -163,7 +173,7 @@ def test_a_damaged_file_is_never_handed_out(folder: CheckpointFolder) -> None:
 
 @pytest.mark.parametrize("damaged", [b"", b"{", b"\xff", b"[]", b"{}", b'{"format_version": 3, "step": 10}'])
 def test_a_damaged_state_is_named(folder: CheckpointFolder, damaged: bytes) -> None:
-    folder.save(10, files(10), STATE)
+    save(folder, 10, files(10), STATE)
     uri.write_bytes(f"{folder.url(10)}/state.json", damaged)
     for use in (folder.state, lambda step: read(folder, step, "model.safetensors")):
         with pytest.raises(
@@ -173,7 +183,7 @@ def test_a_damaged_state_is_named(folder: CheckpointFolder, damaged: bytes) -> N
 
 
 def test_a_newer_format_is_refused(folder: CheckpointFolder) -> None:
-    folder.save(10, files(10), STATE)
+    save(folder, 10, files(10), STATE)
     url = f"{folder.url(10)}/state.json"
     uri.write_json(url, {**uri.read_json(url), "format_version": 4, "something_new": 1})
     with pytest.raises(FormatVersionError, match=r"state\.json has format version 4, .* reads version 3; update ddk"):
@@ -182,7 +192,7 @@ def test_a_newer_format_is_refused(folder: CheckpointFolder) -> None:
 
 def test_a_changed_number_and_an_exchanged_state_are_refused(folder: CheckpointFolder) -> None:
     for step in (10, 20):
-        folder.save(step, files(step), STATE)
+        save(folder, step, files(step), STATE)
     first, second = (f"{folder.url(step)}/state.json" for step in (10, 20))
     whole = uri.read_bytes(first)
     uri.write_bytes(first, whole.replace(b'"math": 3', b'"math": 13'))
@@ -196,7 +206,7 @@ def test_a_changed_number_and_an_exchanged_state_are_refused(folder: CheckpointF
 @pytest.mark.parametrize("name", ["/etc/cron.d/evil", "../../../evil", "a/b", "..", ""])
 def test_a_state_names_no_file_outside_its_folder(folder: CheckpointFolder, tmp_path: Path, name: str) -> None:
     """On S3 a file of that name was written to the local disk."""
-    folder.save(10, files(10), STATE)
+    save(folder, 10, files(10), STATE)
     record = {"bytes": 4, "sha256": "0" * 64}
     resealed(f"{folder.url(10)}/state.json", files={name.replace("/etc/cron.d", str(tmp_path)): record})
     with pytest.raises(StoreDamagedError, match=r"state\.json names the file .*, which would lead out of its folder"):
@@ -207,7 +217,7 @@ def test_a_state_names_no_file_outside_its_folder(folder: CheckpointFolder, tmp_
 def test_pruning_keeps_the_newest(folder: CheckpointFolder, place: str) -> None:
     folder.prune(2)
     for step in (10, 20, 30, 40):
-        folder.save(step, files(step), {})
+        save(folder, step, files(step), {})
     folder.prune(9)
     assert folder.steps() == [10, 20, 30, 40]
     folder.prune(2)
@@ -226,7 +236,7 @@ def test_pruning_that_is_cut_off_leaves_nothing_that_counts(
         raise KeyboardInterrupt
 
     for step in (10, 20, 30):
-        folder.save(step, files(step), {})
+        save(folder, step, files(step), {})
     with monkeypatch.context() as patch:
         patch.setattr(uri, "remove_tree", die)
         with pytest.raises(KeyboardInterrupt):
@@ -248,5 +258,5 @@ def test_a_large_file_is_written_once(tmp_path: Path) -> None:
         Path(path).write_bytes(b"x")
 
     folder = CheckpointFolder(f"{tmp_path}/runs/a")
-    folder.save(1, {"model": write}, {})
+    save(folder, 1, {"model": write}, {})
     assert os.path.dirname(seen[0]) == folder.url(1)  # beside its place, and not first in a small /tmp
