@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import s3fs
 import zarr.core.sync
@@ -18,6 +19,10 @@ from storage.files.s3 import S3
 # As the `ddk` command sets it for itself before Prefect is imported: its commands are called in this process too.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+
+# A loaded machine takes its time over an example; that is no failure.
+hypothesis.settings.register_profile("ddk", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("ddk")
 
 MARKS = {
     "prefect_server": "server",
