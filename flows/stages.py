@@ -5,13 +5,16 @@
     rebalance      gap of the newest checkpoint → the next mixture
     report         a run's report, at any time   distill         all of it, in order
 
-Every stage plans its stores afresh and skips what is complete, so that any of them may be run again, alone.
+Every stage skips what is complete, so that any of them may be run again, alone. One that is run alone plans its stores
+for itself; `distill` plans once for all of its stages.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 from prefect import Flow, flow, runtime
@@ -62,6 +65,18 @@ OPTIONS = {
 """What the form says of parameters that are no section of the configuration."""
 Force = Annotated[bool, Field(description=OPTIONS["force"])]
 Part = Annotated[int, Field(ge=1, description=OPTIONS["part"])]
+
+_PLANNED: ContextVar[Plan | None] = ContextVar("planned", default=None)
+"""The stores of a flow that runs several stages: these take them from here, and do not look everything up again."""
+
+
+@contextmanager
+def _planned(plan: Plan) -> Iterator[None]:
+    token = _PLANNED.set(plan)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
 
 
 def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[..., Any]], Flow[..., Any]]:
@@ -118,8 +133,10 @@ def pack_corpus(
         What `tasks.packing.pack_corpus.pack_corpus` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else (), student)
-    check_student_if_there(student, plan)
+    plan = _PLANNED.get()
+    if plan is None or force:
+        plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else (), student)
+        check_student_if_there(student, plan)
     return [
         pack_rows(plan, domain) if plan[domain].corpus.imported else pack_domain(plan, domain)
         for domain in plan.domains
@@ -145,8 +162,10 @@ def cache_teacher(
         What `tasks.capture.cache_targets.cache_targets` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else (), student)
-    check_student_if_there(student, plan)
+    plan = _PLANNED.get()
+    if plan is None or force:
+        plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else (), student)
+        check_student_if_there(student, plan)
     done = {domain: import_targets(plan, domain) for domain in plan.domains if plan[domain].corpus.imported}
     if len(done) == len(plan.domains):
         return list(done.values())
@@ -215,14 +234,16 @@ def distill(config: Config) -> dict[str, Any]:
     Returns:
         What `train_student` says.
     """
-    for stage in (pack_corpus, cache_teacher):
-        # What does not fit is better said before the capture: of the models, and of the mixture where which leaves
-        # there are is in the records. Once more when there are blocks, whose tokens the student must have.
-        plan = plan_of(config)
-        check_leaves_of_mixture(config.settings, plan)
-        check_run(config.settings, plan)
-        stage(config.root, config.domains, config.teacher, config.packing, config.storage_block, student=config.student)
-    result: dict[str, Any] = train_student(**flow_parameters(config))
+    plan = plan_of(config)
+    # What does not fit is better said before the capture: of the mixture where which leaves there are is in the
+    # records, and of the models. Of these once more when there are blocks, whose tokens the student must have.
+    check_leaves_of_mixture(config.settings, plan)
+    with _planned(plan):
+        for stage in (pack_corpus, cache_teacher):
+            check_run(config.settings, plan)
+            stores = (config.root, config.domains, config.teacher, config.packing, config.storage_block)
+            stage(*stores, student=config.student)
+        result: dict[str, Any] = train_student(**flow_parameters(config))
     return result
 
 
@@ -232,13 +253,15 @@ def flow_parameters(config: Config) -> dict[str, Any]:
 
 
 def open_session(config: Config) -> StudentSession:
-    """The run's session; its stores are planned anew."""
+    """The run's session."""
     return StudentSession(config.settings, plan_of(config), config.model_dump(mode="json"))
 
 
 def plan_of(config: Config) -> Plan:
     """The stores of a whole configuration."""
-    return plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
+    return _PLANNED.get() or plan_stores(
+        config.root, config.domains, config.packing, config.teacher, student=config.student
+    )
 
 
 def _measure(session: StudentSession) -> MixtureRecord:

@@ -18,7 +18,7 @@ import transformers
 from ddk.cost.shape import ModelShape, shape_of
 from ddk.errors import UserError, first_line
 
-BUNDLED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presets", "models")
+BUNDLED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "presets", "models")
 
 
 def find_shape(model: str, revision: str | None, field: str) -> ModelShape:

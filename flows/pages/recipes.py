@@ -6,7 +6,7 @@ to date.
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 from flows.config import Config, load_config
 from flows.costing.estimate import Cost, Section, estimate
@@ -14,7 +14,7 @@ from flows.costing.run_size import Assumptions
 from flows.costing.table import shown
 
 PRESETS = ("qwen1.5-14b-1.8b", "llama2-13b-tinyllama", "starcoder-15.5b-3b", "qwen2.5-14b-1.5b")
-PAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "recipes.md")
+PAGE = str(Path(__file__).resolve().parents[2] / "docs" / "recipes.md")
 BEGIN, END = "<!-- begin: make recipes -->", "<!-- end -->"
 _ROWS: tuple[tuple[str, Section, str], ...] = (
     ("positions trained", "positions", "training"),
@@ -31,7 +31,7 @@ _HOURS = (("capture", "capture"), ("training", "training"), ("gap", "gap"), ("al
 
 
 def preset_path(name: str) -> str:
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "presets", f"{name}.yaml")
+    return str(Path(__file__).resolve().parents[1] / "presets" / f"{name}.yaml")
 
 
 def render() -> str:

@@ -6,8 +6,8 @@ The text of each field is the docstring under it, so the reference cannot disagr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from flows.config import Config
 
-PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "configuration.md")
+PATH = str(Path(__file__).resolve().parents[2] / "docs" / "configuration.md")
 
 HEAD = """# Configuration
 
