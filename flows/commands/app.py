@@ -21,19 +21,20 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # to import rich takes as long as all else in `ddk --help`
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Replace one field of the file; may be repeated."),
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field of the file; may be repeated."),
 ]
-Root = Annotated[str | None, typer.Option("--root", help="Store everything here instead of the file's `root`.")]
+Root = Annotated[str | None, typer.Option("--root", help="Folder or URL for all stores; overrides `root` in the file.")]
 Force = Annotated[
-    bool, typer.Option("--force", help="Make it again where it is complete, beside what is there and never over it.")
+    bool, typer.Option("--force", help="Redo a complete stage into a new store or run; existing ones are kept.")
 ]
-Run = Annotated[str | None, typer.Option("--run", help="Name the run so, instead of the file's `run`.")]
+Run = Annotated[str | None, typer.Option("--run", help="Run name; overrides `run` in the file.")]
 
 
 class FlowInterruptedError(Exception):

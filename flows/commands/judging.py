@@ -24,26 +24,37 @@ from flows.commands.app import (
 )
 
 
-@app.command("eval")
+@app.command("eval", short_help="Run benchmarks on the student before and after, and on the teacher.")
 def evaluate(
     config: ConfigPath,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", metavar="A,B@5,…", help="lm-evaluation-harness's tasks; @ sets the worked examples."),
+        typer.Option(
+            "--tasks",
+            metavar="A,B@5,…",
+            help="Tasks of lm-evaluation-harness; @N sets the number of few-shot examples.",
+        ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="'paper', 'paper-5shot', 'code', or 'local': all of --data.")
+        str | None, typer.Option("--preset", help="'paper', 'paper-5shot', 'code', or 'local' (everything in --data).")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FOLDER", help="Files of questions; the rest comes from the hub.")
+        str | None,
+        typer.Option(
+            "--data", metavar="FOLDER", help="Folder with files of questions; what it lacks comes from the hub."
+        ),
     ] = None,
-    models: Annotated[str, typer.Option("--models", help="Which of the three.")] = "before,student,teacher",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions a task, to try it out.")] = None,
+    models: Annotated[
+        str, typer.Option("--models", help="Models to evaluate: before, student, teacher.")
+    ] = "before,student,teacher",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Ask only this many questions of each task.")
+    ] = None,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Execute programs that models wrote, in a sandbox.")
+        bool, typer.Option("--allow-code", help="Execute programs that the models wrote, in a sandbox.")
     ] = False,
     allow_unisolated: Annotated[
-        bool, typer.Option("--allow-code-unisolated", help="Execute them where no sandbox is to be had. Dangerous.")
+        bool, typer.Option("--allow-code-unisolated", help="Execute them without a sandbox. Dangerous.")
     ] = False,
     backend: Annotated[str, typer.Option("--backend", help="'auto', 'hf' or 'vllm'.")] = "auto",
     overrides: Overrides = None,
@@ -72,7 +83,7 @@ def evaluate(
     show_scores(loaded, done["report"], say)
 
 
-@app.command()
+@app.command(short_help="Compare methods and seeds on one teacher cache.")
 def compare(
     config: ConfigPath,
     methods: Annotated[

@@ -9,7 +9,7 @@ import typer
 from flows.commands.app import ConfigPath, Overrides, Root, Run, app, load, reach_prefect, say, use_block
 
 
-@app.command()
+@app.command(short_help="Serve every stage as a deployment, for development.")
 def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Serve every stage as a deployment from this process, for development; Ctrl-C ends it.
 
@@ -22,7 +22,7 @@ def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, ru
     serving.serve(loaded, say)
 
 
-@app.command()
+@app.command(short_help="Mark runs whose process has died as Crashed, on the Prefect server.")
 def automations(
     silence: Annotated[
         int,
@@ -52,7 +52,7 @@ def automations(
         say("there were none")
 
 
-@app.command()
+@app.command(short_help="Take part in a training from a further machine.")
 def join(
     config: ConfigPath,
     node_rank: Annotated[int, typer.Option("--node-rank", min=1, help="Which of the further machines this is.")],

@@ -12,7 +12,7 @@ import typer
 from flows.commands.app import ConfigPath, Force, Overrides, Root, Run, app, command, load, run_flow, say, use_block
 
 
-@app.command()
+@app.command(short_help="Distil on this machine, without a GPU or a network, in minutes.")
 def quickstart(
     root: Annotated[str, typer.Option("--root", help="Folder for the stores and the run.")] = "quickstart-run",
     overrides: Overrides = None,
@@ -31,7 +31,7 @@ def quickstart(
     _show_result(config, f"{command()} distill {os.path.relpath(path)} --root {root}")
 
 
-@app.command()
+@app.command(short_help="Run every stage in order: pack, cache, train, report.")
 def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Everything in order: pack, cache, train, report. What is complete is skipped."""
     loaded = load(config, overrides, root, run)
@@ -39,7 +39,7 @@ def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, 
     _show_result(loaded, f"{command()} distill {config}")
 
 
-@app.command()
+@app.command(short_help="Turn every domain's documents into token blocks.")
 def pack(config: ConfigPath, overrides: Overrides = None, root: Root = None, force: Force = False) -> None:
     """Turn every domain's documents into token blocks."""
     loaded = load(config, overrides, root, None)
@@ -47,7 +47,7 @@ def pack(config: ConfigPath, overrides: Overrides = None, root: Root = None, for
         say(f"{done['domain']}: {done['train_blocks']} train, {done['validation_blocks']} validation  {done['url']}")
 
 
-@app.command()
+@app.command(short_help="Capture the teacher's targets for every block, with vLLM.")
 def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None, force: Force = False) -> None:
     """Capture the teacher's targets for every block, with vLLM; goes on where it stopped.
 
@@ -61,7 +61,7 @@ def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None, fo
         )
 
 
-@app.command()
+@app.command(short_help="Train the student on the cached targets.")
 def train(
     config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None, force: Force = False
 ) -> None:
@@ -74,7 +74,7 @@ def train(
     _show_result(loaded.model_copy(update={"run": done["run"]}), f"{command()} distill {config}")
 
 
-@app.command()
+@app.command(short_help="Measure the gap and append the mixture that follows from it.")
 def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Measure the newest checkpoint against the teacher, and append the mixture that follows."""
     record = run_flow("rebalance", load(config, overrides, root, run))
@@ -86,7 +86,7 @@ def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run:
         )
 
 
-@app.command()
+@app.command(short_help="Say what is complete and what is missing, or what a run will cost.")
 def plan(
     config: ConfigPath,
     cost: Annotated[
@@ -134,7 +134,7 @@ def plan(
         say(line)
 
 
-@app.command()
+@app.command(short_help="Write a run's report.")
 def report(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Write a run's report, finished or not."""
     say(run_flow("report", load(config, overrides, root, run))["index.html"])

@@ -9,7 +9,7 @@ import typer
 from flows.commands.app import ConfigPath, Overrides, Root, app, load, run_flow, say
 
 
-@app.command("import")
+@app.command("import", short_help="Make stores from files that hold a teacher's predictions.")
 def import_caches(
     config: ConfigPath,
     domains: Annotated[
@@ -33,7 +33,7 @@ def import_caches(
         )
 
 
-@app.command()
+@app.command(short_help="Write a targets store as Parquet files.")
 def export(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of a targets store (<root>/targets/…/<domain>.zarr).")],
     folder: Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL for the Parquet files.")],
@@ -51,7 +51,7 @@ def export(
     export_targets(url, folder, row_format=row_format, config=config, split=split, say=say)
 
 
-@app.command()
+@app.command(short_help="Show what a store or a run holds.")
 def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr) or of a run.")]) -> None:
     """Say what a store or a run holds: dimensions, blocks, bytes, inputs."""
     from flows.stores.describe import describe
@@ -60,7 +60,7 @@ def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (
         say(line)
 
 
-@app.command()
+@app.command(short_help="Check every byte of a store, or of all stores of a root.")
 def verify(
     url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr), or of a root with many.")],
     fast: Annotated[bool, typer.Option("--fast", help="Only that objects are there, with the right size.")] = False,

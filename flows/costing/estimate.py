@@ -216,18 +216,18 @@ def _unknown_blocks(size: RunSize) -> Iterator[str]:
         each = f"{size.blocks['train'][unknown[0]]:,} blocks each"
         why = "--blocks" if size.assumed.blocks else "an equal share of what training draws"
         yield (
-            f"max_train_blocks is not set for {', '.join(unknown)}; reckoned with are {each} ({why}), and capture "
+            f"max_train_blocks is not set for {', '.join(unknown)}; assuming {each} ({why}), and capture "
             f"takes all that the files hold: set it, or give --blocks"
         )
     fine = [name for name, domain in domains.items() if domain.path_field is not None]
     if fine:
         yield (
             f"the limits of {', '.join(fine)} hold for each leaf of path_field, and how many there are stands in the "
-            f"records alone; reckoned with is one"
+            f"records alone; one is assumed"
         )
     unknown = [name for name, domain in domains.items() if domain.max_validation_blocks is None]
     if unknown:
-        yield f"max_validation_blocks is not set for {', '.join(unknown)}; reckoned with are {VALIDATION_BLOCKS} each"
+        yield f"max_validation_blocks is not set for {', '.join(unknown)}; assuming {VALIDATION_BLOCKS} each"
 
 
 def _too_large(size: RunSize) -> Iterator[str]:

@@ -141,7 +141,7 @@ def _run(config: Config, plan: Plan, stores: list[StagePlan]) -> StagePlan:
         return StagePlan(state="missing", why="", **common)
     waiting = [one for one in stores if one.state != "complete"]
     if waiting:
-        why = "its stores are to be made first; on other stores it is another run"
+        why = "its stores must be made first; a run cannot switch stores"
         return StagePlan(state="stale", why=why, **common)
     with StudentSession(config.settings, plan) as session:
         changed = differences(found, session.identity)

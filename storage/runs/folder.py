@@ -74,7 +74,7 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_to_make_again(root: str, name: str) -> str:
-    """`run`, `run.2`, `run.3`, …: the first that is not there. One that was begun so, and not completed, goes on."""
+    """`run`, `run.2`, `run.3`, …: the first that is not there. An unfinished one is resumed."""
     if RunFolder(root, name).identity() is None:
         return name
     number = 2

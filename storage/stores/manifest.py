@@ -287,7 +287,8 @@ class StoreWriter:
     def finish(self, facts: Mapping[str, Any] | None = None) -> Manifest:
         """Declare the store complete; every shard from 0 to the last must be committed, full but for the last.
 
-        Where another writer has done so meanwhile, its word stands. One at a time: see `storage.files.claims`.
+        Where another writer has done so meanwhile, its manifest is returned unchanged. One at a time: see
+        `storage.files.claims`.
 
         Raises:
             ValueError: one is not.

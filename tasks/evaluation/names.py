@@ -72,7 +72,7 @@ class EvaluationConfig(Section):
     data: str | None = None
     """Folder or URL with files of questions; what it has no file for comes from the hub."""
     models: tuple[Role, ...] = ROLES
-    """Which of the three are evaluated."""
+    """Models to evaluate: before, student, teacher."""
     limit: int | None = Field(default=None, ge=1, le=10**9)
     """At most so many questions of a task (of each part of it, where it has parts). For trying out only."""
     allow_code: Literal["no", "isolated", "unisolated"] = "no"

@@ -155,7 +155,7 @@ def test_blocks_that_nobody_knows(config: str) -> None:
     assert found.value("positions", "captured") == (40 + 2000 + 3 * 6) * 96
     assert "1,000 blocks each (--blocks)" in found.warnings[0]
     found = cost(config, "domains.math.max_validation_blocks=null")
-    assert "max_validation_blocks is not set for math; reckoned with are 500 each" in found.warnings[0]
+    assert "max_validation_blocks is not set for math; assuming 500 each" in found.warnings[0]
 
 
 @pytest.mark.parametrize(
