@@ -79,7 +79,7 @@ class Run:
                     found += [process] * (part_of_command in " ".join(process.cmdline()))
         return found
 
-    def reaches(self, condition: Callable[[], Any], what: str, timeout: float = 300) -> None:
+    def reaches(self, condition: Callable[[], Any], what: str, timeout: float = 900) -> None:
         self._site.wait_until(lambda: condition() or self._has_ended(), what, timeout)
         assert not self._has_ended(), f"{self.state} before: {what}\n{self._site.logs()[-5000:]}"
 
@@ -97,7 +97,7 @@ class Run:
             time.sleep(0.1)
         self.ends_as(state)
 
-    def ends_as(self, state: str, timeout: float = 300) -> None:
+    def ends_as(self, state: str, timeout: float = 900) -> None:
         self._site.wait_until(self._has_ended, f"the run ends, as {state}", timeout)
         assert self.state == state, self._site.logs()[-5000:]
 
@@ -110,7 +110,7 @@ class Run:
         return self._site.run_of(self._id).state_name
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.engine
 def test_cut_off_in_every_phase_and_started_anew(site: Site) -> None:
     root = site.folder / "root"

@@ -453,7 +453,7 @@ def test_the_region_comes_from_either_variable(
 
 
 def test_fsspec_variables_count_too(s3_server: str, s3_proxy: S3Proxy) -> None:
-    code = "import sys; from storage import uri; print(uri.read_bytes(sys.argv[1]))"
+    code = "import sys; from storage.files import uri; print(uri.read_bytes(sys.argv[1]))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"FSSPEC_S3_KEY": "from-fsspec", "FSSPEC_S3_SECRET": "x", "FSSPEC_S3_ENDPOINT_URL": s3_proxy.url}
     environment["FSSPEC_S3"] = json.dumps({"client_kwargs": {"region_name": "us-east-1"}})
