@@ -106,13 +106,16 @@ def changed_environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def end_with_parent(seconds: float = 15.0, last_words: Callable[[], object] = lambda: None) -> None:
+def end_with_parent(
+    seconds: float = 15.0, last_words: Callable[[], object] = lambda: None, seconds_for_words: float = 15.0
+) -> None:
     """From now on this process ends once the one that started it is gone: by SIGTERM, so that it can clear up and say
     so, and `seconds` later in any case.
 
     Args:
         last_words: called if it has not ended by then (an exception raised by a signal is lost where Python ignores
-            exceptions, and a busy machine may need longer), with as many seconds again; what it raises is ignored.
+            exceptions, and a busy machine may need longer); what it raises is ignored.
+        seconds_for_words: after which it ends in the midst of them.
     """
     parent = os.getppid()
 
@@ -123,7 +126,7 @@ def end_with_parent(seconds: float = 15.0, last_words: Callable[[], object] = la
         time.sleep(seconds)
         saying = threading.Thread(target=say, daemon=True)
         saying.start()
-        saying.join(seconds)
+        saying.join(seconds_for_words)
         os._exit(1)
 
     def say() -> None:

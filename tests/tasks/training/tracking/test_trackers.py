@@ -228,7 +228,7 @@ def tensorboard(tmp_path: Path) -> Iterator[Callable[[str], list[int]]]:
 
 def test_the_program_shows_a_run_that_goes_on(local_run: Run, tensorboard: Callable[[str], list[int]]) -> None:
     def shows(name: str, expected: list[int]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while (found := tensorboard(name)) != expected:
             assert time.monotonic() < deadline, found
             time.sleep(0.2)
