@@ -154,7 +154,7 @@ def events_of(client: SyncPrefectClient, run: UUID) -> list[str]:
     return [str(event["event"]) for event in answer.json()["events"]]
 
 
-def until(condition: Any, timeout: float = 120) -> None:
+def until(condition: Any, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
@@ -193,7 +193,7 @@ def test_a_run_that_died_becomes_crashed_and_no_other_does(
     client: SyncPrefectClient, prefect_server: str, tmp_path: Path
 ) -> None:
     """A real process, killed. Prefect sends a heartbeat every 30 s at most, and the first one at once."""
-    set_up(silence=12)
+    set_up(silence=25)
     ended, overtaken, foreign = (Sender(client, name) for name in ("report", "pack-corpus", "somebody-s"))
     until(lambda: all("prefect.flow-run.heartbeat" in events_of(client, one.run.id) for one in (ended, overtaken)))
     for one in (ended, overtaken):
@@ -218,7 +218,7 @@ def test_a_run_that_died_becomes_crashed_and_no_other_does(
     until(noticed)
     state = client.read_flow_run(killed).state
     assert state is not None
-    assert "No heartbeat for 12 s" in str(state.message)
+    assert "No heartbeat for 25 s" in str(state.message)
     # The silence of these began earlier, and the last has gone on all the time.
     until(lambda: "prefect.automation.action.failed" in events_of(client, overtaken.run.id))
     assert (ended.state, overtaken.state, foreign.state, alive.state) == (
