@@ -22,6 +22,7 @@ import contextlib
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -121,7 +122,8 @@ def end_with_parent(
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1.0)
+            time.sleep(0.2)
+        _write_to_nobody()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(seconds)
         saying = threading.Thread(target=say, daemon=True)
@@ -134,6 +136,17 @@ def end_with_parent(
             last_words()
 
     threading.Thread(target=watch, name="ddk-end-with-parent", daemon=True).start()
+
+
+def _write_to_nobody() -> None:
+    """What is written to a pipe whose reader is gone fails, and Prefect's console (rich) ends the process at that,
+    before the flow has said that it crashed."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                nobody = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nobody, descriptor)
+                os.close(nobody)
 
 
 def _bearers(mark: str) -> list[psutil.Process]:
