@@ -124,21 +124,25 @@ def test_cut_off_in_every_phase_and_started_anew(site: Site) -> None:
     starting.ends_by(starting.cancel, "Cancelled")
     assert commits() == []
 
-    left_alone = Run(site)
-    left_alone.reaches(lambda: len(commits()) >= 3, "the engine captures")
-    assert left_alone.processes("VLLM::EngineCore")
-    left_alone.ends_by(lambda: site.kill("worker"), "Crashed")
+    capturing = Run(site)
+    capturing.reaches(lambda: len(commits()) >= 3, "the engine captures")
+    assert capturing.processes("VLLM::EngineCore")
+    capturing.ends_by(capturing.cancel, "Cancelled")
     captured = times_of_writing(objects_of(commits()))
 
-    site.start_worker("worker", POOL)
     training = Run(site)
     saved = run / "checkpoints" / "step-00000020" / "state.json"
     training.reaches(saved.exists, "the student trains")
-    assert len(training.processes("tasks.training.worker")) == 3, "torchrun and its two workers"
+    assert len(training.processes("tasks.train_worker")) == 3, "torchrun and its two workers"
     training.ends_by(training.cancel, "Cancelled")
     assert times_of_writing(captured) == captured, "a committed shard is never captured again"
     trained = times_of_writing(saved.parent.iterdir())
 
+    left_alone = Run(site)
+    left_alone.reaches(lambda: left_alone.processes("tasks.train_worker"), "torchrun starts")
+    left_alone.ends_by(lambda: site.kill("worker"), "Crashed")
+
+    site.start_worker("worker", POOL)
     last = Run(site)
     last.ends_as("Completed")
     assert (run / "student" / "model.safetensors").exists()
