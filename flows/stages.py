@@ -12,7 +12,7 @@ for itself; `distill` plans once for all of its stages.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from storage.corpus.domain import DomainConfig
 from storage.files.claims import remove_claims
 from storage.runs.folder import name_to_make_again
 from storage.runs.mixtures import MixtureRecord
+from storage.stores.layout import Kind
 from tasks.capture.cache_targets import cache_targets
 from tasks.capture.import_targets import import_targets
 from tasks.packing.pack_corpus import pack_corpus as pack_domain
@@ -77,6 +78,23 @@ def _planned(plan: Plan) -> Iterator[None]:
         yield
     finally:
         _PLANNED.reset(token)
+
+
+def _plan_of_stage(
+    root: str,
+    domains: dict[str, DomainConfig],
+    packing: PackingConfig,
+    teacher: TeacherConfig,
+    make_again: Collection[Kind],
+    student: StudentConfig | None,
+) -> Plan:
+    """That of the flow which runs the stage, and has looked at the student; else its own."""
+    planned = _PLANNED.get()
+    if planned is not None and not make_again:
+        return planned
+    plan = plan_stores(root, domains, packing, teacher, make_again, student)
+    check_student_if_there(student, plan)
+    return plan
 
 
 def by_sections(*, name: str, flow_run_name: str) -> Callable[[Callable[..., Any]], Flow[..., Any]]:
@@ -133,10 +151,7 @@ def pack_corpus(
         What `tasks.packing.pack_corpus.pack_corpus` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = _PLANNED.get()
-    if plan is None or force:
-        plan = plan_stores(root, domains, packing, teacher, ["blocks"] if force else (), student)
-        check_student_if_there(student, plan)
+    plan = _plan_of_stage(root, domains, packing, teacher, ["blocks"] if force else (), student)
     return [
         pack_rows(plan, domain) if plan[domain].corpus.imported else pack_domain(plan, domain)
         for domain in plan.domains
@@ -162,10 +177,7 @@ def cache_teacher(
         What `tasks.capture.cache_targets.cache_targets` says of each domain.
     """
     use_storage_block(storage_block)
-    plan = _PLANNED.get()
-    if plan is None or force:
-        plan = plan_stores(root, domains, packing, teacher, ["targets"] if force else (), student)
-        check_student_if_there(student, plan)
+    plan = _plan_of_stage(root, domains, packing, teacher, ["targets"] if force else (), student)
     done = {domain: import_targets(plan, domain) for domain in plan.domains if plan[domain].corpus.imported}
     if len(done) == len(plan.domains):
         return list(done.values())
