@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 
 import pytest
 from small_run import Ddk, Finished, SmallRun, write_config
@@ -15,6 +16,12 @@ from small_run import Ddk, Finished, SmallRun, write_config
 @pytest.fixture(scope="session")
 def ddk(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Ddk:
     return Ddk(tmp_path_factory.mktemp("prefect"), prefect_server)
+
+
+@pytest.fixture
+def ddk_error(ddk: Ddk) -> Callable[..., str]:
+    """`ddk_error("pack", config)`: the line with which the command refuses."""
+    return ddk.refusal
 
 
 @pytest.fixture(scope="session")

@@ -24,19 +24,6 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
     return int(ended.value.code or 0), capsys.readouterr().err
 
 
-@pytest.fixture
-def ddk_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def check(*arguments: str) -> str:
-        code, err = call(capsys, monkeypatch, *arguments)
-        assert code == 2, err
-        assert "Traceback" not in err
-        lines = [line for line in err.splitlines() if line.startswith("ddk: ")]
-        assert len(lines) == 1, err
-        return lines[0]
-
-    return check
-
-
 def config_with(folder: Path, **changes: Any) -> str:
     """A configuration with one domain, 'mine', as given, and no other."""
     import yaml

@@ -236,23 +236,6 @@ def test_without_the_harness_the_extra_is_named(case: Case, monkeypatch: pytest.
     assert "pip install 'ddk-distill[eval]'" in ddk_error("eval", case.config)
 
 
-@pytest.fixture
-def ddk_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    from flows.__main__ import main
-
-    def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["ddk", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        err = capsys.readouterr().err
-        assert ended.value.code == 2, err
-        assert "Traceback" not in err
-        (line,) = [line for line in err.splitlines() if line.startswith("ddk: ")]
-        return line
-
-    return call
-
-
 def test_help_stays_quick_and_loads_nothing_heavy() -> None:
     script = (
         "import sys\nfrom flows.__main__ import app\n"

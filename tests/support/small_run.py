@@ -76,6 +76,15 @@ class Ddk:
                 ours.setLevel(level)
         return Finished(code, out.getvalue(), err.getvalue())
 
+    def refusal(self, *arguments: str) -> str:
+        """The one line in which the command, in this process, says what its user got wrong."""
+        done = self(*arguments)
+        assert done.code == 2, done.err
+        assert "Traceback" not in done.err
+        lines = [line for line in done.err.splitlines() if line.startswith("ddk: ")]
+        assert len(lines) == 1, done.err
+        return lines[0]
+
     def process(self, *arguments: str, timeout: float = 400) -> Finished:
         """The command in a process of its own, to its end."""
         process = self.start(*arguments)

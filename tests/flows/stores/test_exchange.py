@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from plain_distillkit import plain_decode, plain_unpack
 from small_run import DOMAINS, Ddk, SmallRun, files_below, write_config
 
 from ddk.errors import UserError
-from flows.__main__ import main
 from flows.config import load_config
 from flows.stores.describe import describe
 from flows.stores.exchange import export_targets, imported_only
@@ -301,22 +299,7 @@ def test_positions_are_filled_up_with_other_tokens() -> None:
 # What a user gets wrong
 
 
-@pytest.fixture
-def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def check(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["ddk", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        err = capsys.readouterr().err
-        assert ended.value.code == 2, err
-        assert "Traceback" not in err
-        (line,) = [line for line in err.splitlines() if line.startswith("ddk: ")]
-        return line
-
-    return check
-
-
-def test_exports_that_cannot_be(exchange: Exchange, refusal: Any, tmp_path: Path) -> None:
+def test_exports_that_cannot_be(exchange: Exchange, ddk_error: Any, tmp_path: Path) -> None:
     url, folder = store_of(exchange.source, "targets", "math"), str(tmp_path / "out")
     for arguments, message in (
         ((url, folder, "--format", "arrow"), "--format takes topk or distillkit, not 'arrow'"),
@@ -332,11 +315,11 @@ def test_exports_that_cannot_be(exchange: Exchange, refusal: Any, tmp_path: Path
         ((store_of(exchange.source, "blocks", "math"), folder), "holds blocks, not targets; correct the URL"),
         ((str(tmp_path), folder), "there is no store at"),
     ):
-        assert message in refusal("export", *arguments)
+        assert message in ddk_error("export", *arguments)
     assert not (tmp_path / "out").exists()
     (tmp_path / "small.yaml").write_text("d: 1000\nk: 4\nexact_k: 4\n")
     small = ("--format", "distillkit", "--config", str(tmp_path / "small.yaml"))
-    assert "has d 1000, and the store a vocabulary of 4090; set d to that" in refusal("export", url, folder, *small)
+    assert "has d 1000, and the store a vocabulary of 4090; set d to that" in ddk_error("export", url, folder, *small)
 
 
 def test_a_bad_row_is_named(exchange: Exchange, ddk: Ddk, tmp_path: Path) -> None:
