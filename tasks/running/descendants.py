@@ -30,6 +30,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from types import FrameType
 
 import psutil
 
@@ -119,6 +120,7 @@ def end_with_parent(
         seconds_for_words: after which it ends in the midst of them.
     """
     parent = os.getppid()
+    _let_it_clear_up(parent)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -136,6 +138,21 @@ def end_with_parent(
             last_words()
 
     threading.Thread(target=watch, name="ddk-end-with-parent", daemon=True).start()
+
+
+def _let_it_clear_up(parent: int) -> None:
+    """Prefect's engine turns SIGTERM into an exception, and sends the signal once more when that has come to the end of
+    the outermost flow: the runner that sees the process die then reports the crash. Where the runner is gone too, the
+    second signal does nothing, and the engine comes to its own report."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if os.getppid() == parent:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def _write_to_nobody() -> None:

@@ -22,9 +22,11 @@ from site_of_operation import Site
 from small_run import small_config, write_config
 
 from flows.config import load_config
+from tasks.training import worker
 from flows.operating.deployments import DEPLOYABLE
 
 SECONDS_TO_END = 30.0
+TRAIN_WORKER = worker.__name__
 BLOCKS = {name: {**domain, "max_train_blocks": 80} for name, domain in small_config()["domains"].items()}
 
 
@@ -127,19 +129,20 @@ def test_cut_off_in_every_phase_and_started_anew(site: Site) -> None:
     capturing = Run(site)
     capturing.reaches(lambda: len(commits()) >= 3, "the engine captures")
     assert capturing.processes("VLLM::EngineCore")
-    capturing.ends_by(capturing.cancel, "Cancelled")
+    capturing.ends_by(lambda: site.kill("worker"), "Crashed")
+    site.start_worker("worker", POOL)
     captured = times_of_writing(objects_of(commits()))
 
     training = Run(site)
     saved = run / "checkpoints" / "step-00000020" / "state.json"
     training.reaches(saved.exists, "the student trains")
-    assert len(training.processes("tasks.train_worker")) == 3, "torchrun and its two workers"
+    assert len(training.processes(TRAIN_WORKER)) == 3, "torchrun and its two workers"
     training.ends_by(training.cancel, "Cancelled")
     assert times_of_writing(captured) == captured, "a committed shard is never captured again"
     trained = times_of_writing(saved.parent.iterdir())
 
     left_alone = Run(site)
-    left_alone.reaches(lambda: left_alone.processes("tasks.train_worker"), "torchrun starts")
+    left_alone.reaches(lambda: left_alone.processes(TRAIN_WORKER), "torchrun starts")
     left_alone.ends_by(lambda: site.kill("worker"), "Crashed")
 
     site.start_worker("worker", POOL)

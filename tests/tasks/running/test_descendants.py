@@ -111,7 +111,9 @@ def holders() -> Iterator[list[Holder]]:
 
 
 def live(*processes: psutil.Process) -> bool:
-    return all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return False
 
 
 def assert_gone(processes: list[psutil.Process], within: float = 20) -> None:
@@ -171,7 +173,8 @@ def test_the_environment_is_put_back_and_no_helper_of_ours_is_marked() -> None:
         here = subprocess.Popen(SLEEP)
     try:
         assert dict(os.environ) == before
-        children = psutil.Process().children()
+        # Not one of another test's that has ended and was not asked for its exit code yet.
+        children = [child for child in psutil.Process().children() if live(child)]
         assert [child.pid for child in children if MARK in child.environ()] == [here.pid]
         assert any("resource_tracker" in " ".join(child.cmdline()) for child in children)
     finally:
@@ -190,23 +193,41 @@ def test_a_watcher_that_was_killed_does_not_keep_anybody() -> None:
 
 # A flow as its worker starts it; a worker that is killed.
 FLOW = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 from tasks.running.descendants import end_with_parent
 said = pathlib.Path(sys.argv[1])
 class Terminated(BaseException): pass
 def terminate(*_): raise Terminated
-signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else terminate)
+kind = sys.argv[2]
+if kind != "as Prefect":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if kind == "deaf" else terminate)
 end_with_parent(2.0, lambda: said.write_text("last words"))
+if kind == "as Prefect":
+    before = signal.signal(signal.SIGTERM, terminate)
 said.write_text("running")
 try:
     time.sleep(600)
 finally:
+    if kind == "as Prefect":  # its runner is to see it die of the signal
+        signal.signal(signal.SIGTERM, before)
+        os.kill(os.getpid(), signal.SIGTERM)
     said.write_text("cleared up")
 """
 WORKER = "import subprocess, sys; sys.exit(subprocess.Popen([sys.executable, *sys.argv[1:]]).wait())"
 
 
-@pytest.mark.parametrize(("hears", "leaves"), [("hears", "cleared up"), ("deaf", "last words")])
+def test_it_dies_of_sigterm_as_ever_while_its_parent_lives(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    flow = subprocess.Popen([sys.executable, "-c", FLOW, str(said), "as Prefect"])
+    assert wait_for(said) == "running"
+    flow.terminate()
+    assert flow.wait(timeout=20) == -signal.SIGTERM
+    assert said.read_text() == "running"
+
+
+@pytest.mark.parametrize(
+    ("hears", "leaves"), [("hears", "cleared up"), ("as Prefect", "cleared up"), ("deaf", "last words")]
+)
 def test_a_process_ends_with_its_parent_in_order_where_it_can(hears: str, leaves: str, tmp_path: Path) -> None:
     said = tmp_path / "said"
     worker = subprocess.Popen([sys.executable, "-c", WORKER, "-c", FLOW, str(said), hears])
