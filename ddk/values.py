@@ -7,7 +7,7 @@ K stored teacher entries for a position, V tokens of the tokenizer, D hidden wid
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol
@@ -108,6 +108,20 @@ class DomainGap:
     def ratio(self) -> float:
         """ℓ_S/ℓ_T: 1 where the student has caught up."""
         return self.student_ppl / self.teacher_ppl
+
+
+def worst_gap(gaps: Iterable[DomainGap]) -> DomainGap:
+    """The one with the largest ratio; of equals the first. One that could not be measured (NaN) counts as the largest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return min(gaps, key=lambda gap: worst_first(gap.ratio))
+
+
+def worst_first(ratio: float) -> float:
+    """A sort key that puts the largest ratio first, and before it what could not be measured (NaN)."""
+    return -math.inf if math.isnan(ratio) else -ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ from storage.corpus.domain import DomainConfig
 from storage.files.root import check_root
 from storage.files.uri import NO_CREDENTIALS, absolute
 from storage.files.yaml_text import MOST_CHARACTERS, parse_yaml
+from tasks.planning.complete_runs import RunSources
 from tasks.teachers.config import TeacherConfig
 from tasks.training.run_settings import RunSettings
 from tasks.training.tracking.config import TrackingConfig
@@ -173,6 +174,17 @@ class Config(Section):
             ted=self.ted,
             tracking=self.tracking,
             trust_teacher_code=self.teacher.trust_remote_code,
+        )
+
+    @property
+    def sources(self) -> RunSources:
+        return RunSources(
+            root=self.root,
+            run=self.run,
+            domains=self.domains,
+            teacher=self.teacher,
+            student=self.student,
+            sections=self.model_dump(mode="json"),
         )
 
 

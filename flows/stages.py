@@ -35,6 +35,7 @@ from tasks.capture.cache_targets import cache_targets
 from tasks.capture.import_targets import import_targets
 from tasks.packing.pack_corpus import pack_corpus as pack_domain
 from tasks.packing.pack_rows import pack_rows
+from tasks.planning.complete_runs import remember_complete
 from tasks.planning.preflight import check_student_if_there
 from tasks.planning.store_plan import Plan, plan_stores
 from tasks.running.loopback import loopback_past_proxies
@@ -45,14 +46,8 @@ from tasks.showing.progress import logger
 from tasks.teachers.config import TeacherConfig
 from tasks.teachers.sources import open_teacher
 from tasks.training.finish import report_run, save_final_student
-from tasks.training.session import (
-    StudentSession,
-    check_leaves_of_mixture,
-    check_run,
-    evaluate_gap,
-    train_interval,
-    update_mixture,
-)
+from tasks.training.run_inputs import RunInputs, check_leaves_of_mixture, check_run
+from tasks.training.session import StudentSession, evaluate_gap, train_interval, update_mixture
 
 # In every process that runs a flow.
 plain_errors()
@@ -247,6 +242,7 @@ def distill(config: Config) -> dict[str, Any]:
         What `train_student` says.
     """
     plan = plan_of(config)
+    digest = config.sources.digest()
     # What does not fit is better said before the capture: of the mixture where which leaves there are is in the
     # records, and of the models. Of these once more when there are blocks, whose tokens the student must have.
     check_leaves_of_mixture(config.settings, plan)
@@ -256,6 +252,7 @@ def distill(config: Config) -> dict[str, Any]:
             stores = (config.root, config.domains, config.teacher, config.packing, config.storage_block)
             stage(*stores, student=config.student)
         result: dict[str, Any] = train_student(**flow_parameters(config))
+    remember_complete(config.sources, plan.urls, digest)
     return result
 
 
@@ -266,7 +263,7 @@ def flow_parameters(config: Config) -> dict[str, Any]:
 
 def open_session(config: Config) -> StudentSession:
     """The run's session."""
-    return StudentSession(config.settings, plan_of(config), config.model_dump(mode="json"))
+    return StudentSession(RunInputs(config.settings, plan_of(config)), config.model_dump(mode="json"))
 
 
 def plan_of(config: Config) -> Plan:

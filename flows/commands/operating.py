@@ -66,4 +66,4 @@ def join(
 
     loaded = load(config, overrides, root, run)
     use_block(loaded.storage_block)
-    join_training(open_session(loaded).job, node_rank)
+    join_training(open_session(loaded).inputs.job, node_rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from importlib import resources
 from typing import Annotated, Any
@@ -27,16 +28,16 @@ def quickstart(
     with resources.as_file(resources.files("flows.presets")) as presets:
         path = os.path.join(presets, "quickstart.yaml")
         config = load(path, overrides, root, run)
-        run_flow("distill", config)
-    _show_result(config, f"{command()} distill {os.path.relpath(path)} --root {root}")
+        _distill(config)
+    _show_result(config, _again(os.path.relpath(path), overrides, root))
 
 
 @app.command(short_help="Run every stage in order: pack, cache, train, report.")
 def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Everything in order: pack, cache, train, report. What is complete is skipped."""
     loaded = load(config, overrides, root, run)
-    run_flow("distill", loaded)
-    _show_result(loaded, f"{command()} distill {config}")
+    _distill(loaded)
+    _show_result(loaded, _again(config, overrides, root))
 
 
 @app.command(short_help="Turn every domain's documents into token blocks.")
@@ -71,7 +72,7 @@ def train(
     """
     loaded = load(config, overrides, root, run)
     done = run_flow("train_student", loaded, force=force)
-    _show_result(loaded.model_copy(update={"run": done["run"]}), f"{command()} distill {config}")
+    _show_result(loaded.model_copy(update={"run": done["run"]}), _again(config, overrides, root))
 
 
 @app.command(short_help="Measure the gap and append the mixture that follows from it.")
@@ -127,10 +128,15 @@ def plan(
         from ddk.errors import UserError
 
         raise UserError("--json goes with --cost")
-    from flows.stores.stage_states import plan_stages, render
+    from flows.stores.stages_shown import complete_stages, render
 
     use_block(loaded.storage_block)
-    for line in render(plan_stages(loaded)):
+    stages = complete_stages(loaded)
+    if stages is None:
+        from flows.stores.stage_states import plan_stages
+
+        stages = plan_stages(loaded)
+    for line in render(stages):
         say(line)
 
 
@@ -140,13 +146,32 @@ def report(config: ConfigPath, overrides: Overrides = None, root: Root = None, r
     say(run_flow("report", load(config, overrides, root, run))["index.html"])
 
 
+def _distill(config: Any) -> None:
+    """Every stage in order. Where all are known to be complete no server is asked, and no model library imported."""
+    from tasks.planning.complete_runs import find_complete
+    from tasks.showing.progress import logger
+
+    if config.storage_block is None and find_complete(config.sources) is not None:
+        logger.info("train %s: complete already", config.run)
+    else:
+        run_flow("distill", config)
+
+
+def _again(path: str, overrides: list[str] | None, root: str | None) -> str:
+    """The command that distils with the same file and options, for a shell."""
+    words = [path, *(["--root", root] if root else [])]
+    for override in overrides or ():
+        words += ["--set", override]
+    return f"{command()} distill {shlex.join(words)}"
+
+
 def _show_result(config: Any, command: str) -> None:
     """The gap before and after, the mixture's path, and where everything lies."""
     from rich.console import Console
 
     from storage.runs.folder import RunFolder
-    from tasks.reporting.page import mixture_path, terminal_table
     from tasks.reporting.run_summary import interval_records
+    from tasks.reporting.terminal import mixture_path, terminal_table
 
     folder = RunFolder(config.root, config.run)
     records = interval_records(folder)

@@ -79,11 +79,13 @@ def verify(
     With --repair the damaged shards are taken out, so that the next `ddk pack` or `ddk cache` makes these again and
     no others. With --replay the live teacher says whether the numbers are its own.
     """
-    from flows.stores.verify import replay_all, verify_all
+    from flows.stores.verify import verify_all
 
     if not verify_all(url, full=not fast, repair=repair, say=say):
         raise typer.Exit(1)
     if replay is not None:
+        from flows.stores.replay import replay_all
+
         config = load(replay, overrides, root, None)
         if not replay_all(url, config, blocks=blocks, seed=seed, repair=repair, say=say):
             raise typer.Exit(1)

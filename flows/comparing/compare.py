@@ -27,7 +27,7 @@ from tasks.planning.store_plan import Plan
 from tasks.running.storage_block import use_storage_block
 from tasks.showing.progress import logger
 from tasks.training.finish import report_run
-from tasks.training.session import StudentSession, check_run
+from tasks.training.run_inputs import RunInputs, check_run
 
 
 class SomeRunsFailedError(Exception):
@@ -146,8 +146,8 @@ def _train(config: Config, plans: Mapping[str, Plan]) -> None:
     if folder.summary() is None:
         train_student(**flow_parameters(config))
         return
-    with StudentSession(config.settings, plans[_stores_of(config)]) as session:
-        changed = differences(folder.identity() or {}, session.identity)
+    identity = RunInputs(config.settings, plans[_stores_of(config)]).identity
+    changed = differences(folder.identity() or {}, identity)
     if changed:
         raise UserError(
             f"run '{config.run}' is complete with other settings ({'; '.join(changed)}); give the comparison another "

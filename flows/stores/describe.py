@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ddk.errors import UserError
-from ddk.values import SPLITS
-from storage.runs.folder import RunFolder
+from ddk.values import SPLITS, worst_gap
+from storage.runs.folder import RunFolder, run_at
 from storage.runs.mixtures import MixtureHistory
 from storage.stores.codec import PLAIN
 from storage.stores.manifest import StoreWriter, read_manifest
@@ -26,8 +26,8 @@ def describe(url: str) -> Iterator[str]:
     if manifest is not None:
         yield from _store(url, manifest)
         return
-    root, _, name = url.rpartition("/runs/")
-    folder = RunFolder(root, name) if name else None
+    run = run_at(url)
+    folder = RunFolder(*run) if run is not None else None
     config = folder.config() if folder is not None else None
     if folder is None or config is None:
         raise UserError(f"{url} is neither a store (<root>/blocks|targets/<fingerprint>/<domain>.zarr) nor a run")
@@ -80,7 +80,7 @@ def _run(folder: RunFolder, config: dict[str, Any]) -> Iterator[str]:
     summary = folder.summary()
     yield f"run {folder.name}, method {config['method']}, " + ("complete" if summary else "not finished")
     for record in MixtureHistory(folder.url).records():
-        worst = max(record.gaps, key=lambda gap: gap.ratio)
+        worst = worst_gap(record.gaps)
         mixture = ", ".join(f"{domain} {probability:.3f}" for domain, probability in record.probabilities.items())
         measured = f"worst ratio {worst.ratio:.3f} ({worst.domain})"
         yield f"version {record.version} at step {record.step}: {measured}; {mixture}"

@@ -1,11 +1,4 @@
-"""What a run would do, and why, without doing it: `ddk plan CONFIG`.
-
-A stage's output is looked up where its inputs say that it lies (stores are content-addressed), so a stage is
-
-    complete      it would do nothing
-    unfinished    it was begun, and would go on there
-    stale         there is none for these inputs, but one for others; the fields that differ are named
-    missing       there is none at all
+"""What a run would do, and why, without doing it: each stage's state, from the plan of its stores.
 
 Nothing is written but what the stages need anyway of the input files: their hashes (`<root>/digests.json`), and where
 records have paths, which there are (`<root>/paths.json`).
@@ -14,11 +7,10 @@ records have paths, which there are (`<root>/paths.json`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from ddk.values import SPLITS
 from flows.config import Config
+from flows.stores.stages_shown import StagePlan, complete_run, complete_store
 from storage.corpus.record_paths import store_name
 from storage.errors import StoreError
 from storage.files import uri
@@ -28,24 +20,12 @@ from storage.runs.folder import RunFolder
 from storage.stores.layout import Kind
 from storage.stores.manifest import read_manifest
 from storage.stores.schema import Manifest
+from tasks.planning.complete_runs import remember_complete
 from tasks.planning.store_plan import Plan, plan_stores
-from tasks.training.session import StudentSession, check_run
+from tasks.training.run_inputs import RunInputs, check_run
 
-State = Literal["complete", "unfinished", "stale", "missing"]
 _SHOWN = 3
 """Fields that differ, named in a line; the others are counted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlan:
-    """One stage of one domain, or of the run."""
-
-    stage: Literal["pack", "cache", "train"]
-    of: str
-    """The domain, or the run's name."""
-    state: State
-    why: str
-    url: str
 
 
 def plan_stages(config: Config) -> list[StagePlan]:
@@ -57,20 +37,10 @@ def plan_stages(config: Config) -> list[StagePlan]:
     plan = plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
     check_run(config.settings, plan)
     stores = [_store(config.root, plan, domain, kind) for kind in ("blocks", "targets") for domain in plan.domains]
-    return [*stores, _run(config, plan, stores)]
-
-
-def render(stages: list[StagePlan]) -> Iterator[str]:
-    """A line a stage, and what follows from them all."""
-    widths = [max(len(getattr(one, field)) for one in stages) for field in ("stage", "of", "state")]
-    for one in stages:
-        cells = (one.stage, one.of, one.state)
-        yield "  ".join([cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] + [one.why]).rstrip()
-    left = [one for one in stages if one.state != "complete"]
-    yield "" if left else "nothing to do"
-    if left:
-        by_stage = {stage: [one.of for one in left if one.stage == stage] for stage in ("pack", "cache", "train")}
-        yield "to do: " + "; ".join(f"{stage} {', '.join(names)}" for stage, names in by_stage.items() if names)
+    stages = [*stores, _run(config, plan, stores)]
+    if all(one.state == "complete" for one in stages):
+        remember_complete(config.sources, plan.urls, config.sources.digest())
+    return stages
 
 
 def _store(root: str, plan: Plan, domain: str, kind: Kind) -> StagePlan:
@@ -80,8 +50,7 @@ def _store(root: str, plan: Plan, domain: str, kind: Kind) -> StagePlan:
     stage: Literal["pack", "cache"] = "pack" if kind == "blocks" else "cache"
     manifest = read_manifest(url)
     if manifest is not None and manifest.complete:
-        blocks = " + ".join(f"{manifest.splits[split].blocks:,} {split}" for split in SPLITS)
-        return StagePlan(stage=stage, of=domain, state="complete", why=f"{blocks} blocks", url=url)
+        return complete_store(stage, domain, manifest, url)
     if manifest is not None:
         done = len([name for name in uri.list_names(uri.join(url, "commits")) if name.endswith(".json")])
         return StagePlan(stage=stage, of=domain, state="unfinished", why=f"{done:,} shards are there", url=url)
@@ -143,12 +112,11 @@ def _run(config: Config, plan: Plan, stores: list[StagePlan]) -> StagePlan:
     if waiting:
         why = "its stores must be made first; a run cannot switch stores"
         return StagePlan(state="stale", why=why, **common)
-    with StudentSession(config.settings, plan) as session:
-        changed = differences(found, session.identity)
+    changed = differences(found, RunInputs(config.settings, plan).identity)
     if changed:
         why = f"{_named(changed)}; give it another name (run: …), this one is kept"
         return StagePlan(state="stale", why=why, **common)
-    steps = CheckpointFolder(folder.url).steps()
     if folder.summary() is not None:
-        return StagePlan(state="complete", why=f"{steps[-1] if steps else config.train.steps:,} steps", **common)
+        return complete_run(folder, config.train.steps)
+    steps = CheckpointFolder(folder.url).steps()
     return StagePlan(state="unfinished", why=f"step {steps[-1] if steps else 0:,} of {config.train.steps:,}", **common)

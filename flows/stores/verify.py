@@ -1,25 +1,18 @@
-"""What `ddk verify` does: one store, one run, or all that lies in a root; bytes, and with --replay what they mean."""
+"""What `ddk verify` does: every byte of one store, of one run, or of all that lies in a root."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from prefect import flow
-
 from ddk.errors import UserError
-from flows.config import Config
 from storage.checking.verify_runs import Finding, comparison_findings, memory_findings, run_findings
 from storage.checking.verify_store import Damage, total_bytes, uncommit, verify
 from storage.errors import StoreDamagedError, StoreError
 from storage.files import uri
-from storage.stores.manifest import COPY, MANIFEST, read_manifest, require_complete, sound_copy
+from storage.runs.folder import run_at
+from storage.stores.manifest import COPY, MANIFEST, read_manifest, sound_copy
 from storage.stores.schema import Manifest
-from tasks.capture.replay import ReplayedBlock, replay
-from tasks.planning.store_plan import plan_stores
-from tasks.running.storage_block import use_storage_block
 from tasks.showing.progress import meter
-from tasks.teachers.config import resolved_dtype
-from tasks.teachers.sources import open_teacher
 
 
 def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]) -> bool:
@@ -37,11 +30,11 @@ def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]
         UserError: there is nothing of ours.
     """
     url = url.rstrip("/")
-    root, _, name = url.rpartition("/runs/")
-    if name and "/" not in name and (uri.list_names(url) or not _is_store(url)):
+    run = run_at(url)
+    if run is not None and (uri.list_names(url) or not _is_store(url)):
         if not uri.list_names(url):
             raise UserError(f"there is no run at {url}; correct the URL")
-        return _verify_run(root, name, full=full, say=say)
+        return _verify_run(*run, full=full, say=say)
     stores = [url] if _is_store(url) else list(_stores(url))
     runs, comparisons = (_folders(uri.join(url, kind)) for kind in ("runs", "comparisons"))
     if not (stores or runs or comparisons):
@@ -75,7 +68,7 @@ def _verify_store(store: str, *, full: bool, repair: bool, say: Callable[[str], 
     with meter(f"verify {store.rsplit('/', 1)[-1]}", total_bytes(store, manifest), "bytes") as progress:
         damages = verify(store, manifest, full=full, on_object=progress.advance)
     if damages:
-        for line in _told(store, manifest, damages, repair=repair):
+        for line in told(store, manifest, damages, repair=repair):
             say(line)
         return False
     if not manifest.complete:
@@ -116,64 +109,8 @@ def _without_blocks(root: str, stores: Sequence[str]) -> Iterator[Finding]:
             yield Finding(url=blocks, what="missing, and there are targets of it; `ddk pack CONFIG` makes it again")
 
 
-@flow(name="replay-targets", persist_result=False)
-def replay_stores(config: Config, urls: list[str], blocks: int, seed: int) -> dict[str, list[ReplayedBlock]]:
-    """Capture a sample of each store again, with one engine for all.
-
-    Args:
-        urls: stores of targets, or a root of theirs; of the configuration's stores those at or below one of these.
-
-    Returns:
-        The compared blocks by the store's URL.
-    """
-    use_storage_block(config.storage_block)
-    plan = plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
-    wanted = [url.rstrip("/") for url in urls]
-    stores = [
-        store
-        for store in plan.domains.values()
-        if not store.corpus.imported
-        and any(store.targets_url == url or store.targets_url.startswith(f"{url}/") for url in wanted)
-    ]
-    if not stores:
-        places = ", ".join(store.targets_url for store in plan.domains.values())
-        raise UserError(f"none of the configuration's captured stores lies at {', '.join(urls)}; they are {places}")
-    with open_teacher(
-        config.teacher.model_copy(update={"model": plan.teacher_folder, "revision": None}),
-        seq_len=config.packing.seq_len,
-        vocab_size=plan.vocab_size,
-    ) as engine:
-        dtype = resolved_dtype(config.teacher)
-        return {store.targets_url: replay(store, dtype, engine, blocks, seed) for store in stores}
-
-
-def replay_all(url: str, config: Config, *, blocks: int, seed: int, repair: bool, say: Callable[[str], None]) -> bool:
-    """Replay what lies at `url`, and say what is found; returns whether every block holds."""
-    sound = True
-    for store, compared in replay_stores(config, [url], blocks, seed).items():
-        wrong = [block for block in compared if not block.holds]
-        worst = max(compared, key=lambda block: block.divergence)
-        say(
-            f"{store}: {len(compared) - len(wrong)} of {len(compared)} blocks are what the teacher says now; "
-            f"largest difference: {worst}"
-        )
-        for block in wrong:
-            say(f"{store}: WRONG {block}")
-        if wrong and repair:
-            manifest = require_complete(store, "targets")
-            damages = [
-                Damage(
-                    split=block.split, shard=block.shard, path=f"shard {block.shard}", what="not what the teacher says"
-                )
-                for block in wrong
-            ]
-            for line in _told(store, manifest, damages, repair=True):
-                say(line)
-        sound = sound and not wrong
-    return sound
-
-
-def _told(store: str, manifest: Manifest, damages: list[Damage], *, repair: bool) -> Iterator[str]:
+def told(store: str, manifest: Manifest, damages: list[Damage], *, repair: bool) -> Iterator[str]:
+    """Lines about what is damaged; with `repair` the shards are marked to be made again."""
     for damage in damages:
         yield f"{store}: {damage}"
     if not repair:

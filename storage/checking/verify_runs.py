@@ -63,7 +63,7 @@ def comparison_findings(root: str, name: str, *, full: bool) -> list[Finding]:
 def memory_findings(root: str) -> list[Finding]:
     """What is wrong with the root's memory of its inputs, which is only ever a saving of time."""
     audit = _Audit(full=True)
-    for name in ("digests.json", "paths.json", "servers.json"):
+    for name in ("digests.json", "paths.json", "servers.json", "complete.json"):
         url = uri.join(root, name)
         audit.read(url, partial(facts_of, url))
     return audit.findings

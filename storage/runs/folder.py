@@ -17,6 +17,7 @@ record of another run, or of the same name under other settings, is none of this
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,15 @@ def run_key(run_url: str) -> str:
 def identity_of(run_url: str) -> str:
     """What the identity of the run in this folder is sealed to."""
     return f"the identity of run '{uri.name_of(run_url)}'"
+
+
+def run_at(url: str) -> tuple[str, str] | None:
+    """Root and name of the run whose folder a URL names, `<root>/runs/<name>`; None where it names none.
+
+    Whether there is such a run is not looked at. A local path may be relative to the working folder.
+    """
+    root, between, name = uri.absolute(url.rstrip("/"), os.getcwd()).rpartition("/runs/")
+    return (root, name) if between and name and "/" not in name else None
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,12 +168,6 @@ def ratios(record: MixtureRecord) -> dict[str, float]:
     return {domain: both.student / both.teacher for domain, both in record.perplexities.items()}
 
 
-def worst_domain(record: MixtureRecord) -> str:
-    """The domain of the largest ratio."""
-    found = ratios(record)
-    return max(found, key=found.__getitem__)
-
-
 def _share(record: MixtureRecord, domain: str) -> float:
     total = sum(record.blocks_drawn.values())
     return record.blocks_drawn.get(domain, 0) / total if total else math.nan

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from ddk.values import worst_gap
 from tasks.comparing.data import (
     ComparedRun,
     ComparedVariant,
@@ -21,7 +22,6 @@ from tasks.comparing.data import (
     saved_flops,
     spread_of,
     teacher_ppl,
-    worst_domain,
 )
 from tasks.comparing.paper import PaperTable, RowBeside, paper, tables_beside
 from tasks.comparing.spreads import Difference, Spread, spread
@@ -135,7 +135,7 @@ def _warnings(comparison: Comparison) -> list[str]:
 
 def _result(comparison: Comparison, variant: ComparedVariant) -> dict[str, Any]:
     runs = comparison.of(variant.name)
-    worst = dict.fromkeys(worst_domain(run.last) for run in runs)
+    worst = dict.fromkeys(worst_gap(run.last.gaps).domain for run in runs)
     return {
         "variant": variant,
         "baseline": variant.name == comparison.baseline,

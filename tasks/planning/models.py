@@ -9,7 +9,6 @@ from typing import Any
 import huggingface_hub
 
 from ddk.errors import UserError, first_line
-from ddk.student import load_tokenizer
 from storage.files.digests import DigestCache
 from storage.files.names import plain_name
 from storage.files.uri import read_json
@@ -108,6 +107,8 @@ def check_same_tokenizer(
     """
     if not has_tokenizer(student_folder):
         return
+    from ddk.student import load_tokenizer  # transformers takes seconds, and a folder alone needs none of it
+
     tokenizers = [
         load_tokenizer(folder, trust_remote_code=trust)
         for folder, trust in ((teacher_folder, trust_teacher), (student_folder, trust_student))

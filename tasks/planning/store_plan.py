@@ -87,6 +87,11 @@ class Plan:
     trust_remote_code: bool = False
     """Of the teacher."""
 
+    @property
+    def urls(self) -> dict[str, tuple[str, str]]:
+        """Of the stores of blocks and of targets, by domain."""
+        return {domain: (store.blocks_url, store.targets_url) for domain, store in self.domains.items()}
+
     def tokenizer(self) -> Any:
         """The teacher's, whose ids the blocks hold; a new one with every call."""
         return load_tokenizer(self.teacher_folder, trust_remote_code=self.trust_remote_code)

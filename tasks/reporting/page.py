@@ -13,9 +13,8 @@ from functools import partial
 
 import jinja2
 from markupsafe import Markup
-from rich.table import Table
-from rich.text import Text
 
+from ddk.values import worst_gap
 from tasks.reporting.plots import DARK, LIGHT, mixture_plot, ratio_plot
 from tasks.reporting.records import (
     IntervalRecord,
@@ -23,15 +22,10 @@ from tasks.reporting.records import (
     RunSummary,
     domains_of,
     flat_settings,
-    gap_table,
-    render_csv,
     render_rows,
-    worst_domain,
 )
 from tasks.reporting.tree import overview, rollup_rows, tree_table, weakest
-from tasks.showing.formats import count, duration, gap_cells, percent, ppl, ratio
-
-__all__ = ["gap_table", "mixture_path", "render_csv", "render_page", "render_rows", "terminal_table"]
+from tasks.showing.formats import count, duration, percent, ppl, ratio
 
 
 def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluation: Markup | None = None) -> str:
@@ -52,8 +46,8 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
         settings=list(flat_settings(summary.settings)),
         table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
         leaves=leaves,
-        worst_before=records[0].gap(worst_domain(records[0])),
-        worst_after=records[-1].gap(worst_domain(records[-1])),
+        worst_before=worst_gap(records[0].gaps),
+        worst_after=worst_gap(records[-1].gaps),
         intervals=_by_domain([*rows, *rollup_rows(records)], table),
         versions=len(records),
         plots=[
@@ -135,51 +129,3 @@ def environment(*packages: str) -> jinja2.Environment:
     )
     environment.filters |= {"ppl": ppl, "ratio": ratio, "percent": percent, "count": count, "duration": duration}
     return environment
-
-
-def terminal_table(records: Sequence[IntervalRecord]) -> Table:
-    """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold.
-
-    Where domains have paths, a row above the leaves' says what they roll up to.
-    """
-    table = Table(title="Gap to the teacher, before → after", title_justify="left")
-    table.add_column("domain", no_wrap=True)
-    for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    worst, rows, leaves = worst_domain(records[-1]), tree_table(records), domains_of(records)
-    for row in rows:
-        table.add_row(
-            Text(_branch(row["domain"]) if len(rows) > len(leaves) else row["domain"]),  # no str: '[red]' is no markup
-            *gap_cells(row),
-            percent(row["token_share"]),
-            style="bold" if row["domain"] == worst else None if row["domain"] in leaves else "dim",
-        )
-    return table
-
-
-def _branch(domain: str) -> str:
-    """A row's name below that of the domain which it lies in: 'math/algebra/linear' → '    linear'."""
-    *above, name = domain.split("/")
-    return "  " * len(above) + name
-
-
-def mixture_path(records: Sequence[IntervalRecord]) -> Table:
-    """The sampling probabilities in percent: a row per version of the mixture, a column per domain.
-
-    Leaves that are too many for columns are rolled up.
-    """
-    records = overview(records)
-    table = Table(title="Mixture, in % of the blocks drawn", title_justify="left")
-    for heading in ("t", "step", "tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    domains = domains_of(records)
-    for domain in domains:
-        table.add_column(Text(domain), justify="right", overflow="fold")
-    for record in records:
-        table.add_row(
-            str(record.t),
-            count(record.step),
-            count(record.tokens_seen),
-            *(f"{100 * record.mixture.probabilities[domain]:.1f}" for domain in domains),
-        )
-    return table

@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from ddk.values import DomainGap, Mixture
+from ddk.values import DomainGap, Mixture, worst_first
 from tasks.showing.formats import csv_cell
 
 Row = dict[str, Any]
@@ -146,16 +146,6 @@ def gap_table(records: Sequence[IntervalRecord]) -> list[Row]:
         for domain in domains
     ]
     return sorted(rows, key=lambda row: worst_first(row["ratio_before"]))
-
-
-def worst_domain(record: IntervalRecord) -> str:
-    """The domain of the largest ratio at one version; of equals, the first."""
-    return min(record.gaps, key=lambda gap: worst_first(gap.ratio)).domain
-
-
-def worst_first(ratio: float) -> float:
-    """A sort key that puts what could not be measured (NaN) where it is noticed: first."""
-    return -math.inf if math.isnan(ratio) else -ratio
 
 
 def render_csv(rows: Sequence[Row]) -> str:

@@ -13,13 +13,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ddk.values import worst_first, worst_gap
 from storage.corpus.record_paths import store_name
 from storage.files.uri import join
 from storage.runs.folder import RunFolder
 from storage.stores.schema import Manifest
 from tasks.reporting.page import data_uri
 from tasks.reporting.plots import mixture_plot, ratio_plot
-from tasks.reporting.records import IntervalRecord, RunSummary, gap_table, worst_domain, worst_first
+from tasks.reporting.records import IntervalRecord, RunSummary, gap_table
 from tasks.reporting.run_summary import interval_records, summarise
 from tasks.reporting.tree import overview
 from tasks.showing.artifacts import Board, add_version, artifact_key, current_place, showing, table
@@ -94,7 +95,7 @@ def measurement_rows(records: Sequence[IntervalRecord]) -> list[dict[str, str]]:
 def measurement_line(records: Sequence[IntervalRecord]) -> str:
     """'step 6, 4,608 tokens: largest ratio 4.540 (math)'."""
     now = records[-1]
-    worst = now.gap(worst_domain(now))
+    worst = worst_gap(now.gaps)
     so_far = f"step {count(now.step)}, {count(now.tokens_seen)} tokens"
     return f"{so_far}: largest ratio {ratio(worst.ratio)} ({escape(worst.domain)})"
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ddk.domain_tree import depth, inner_nodes, lineage, rolled_up_counts, rolled_up_gaps, rolled_up_mixture
-from tasks.reporting.records import IntervalRecord, Row, domains_of, gap_table, render_rows, worst_first
+from ddk.values import worst_first
+from tasks.reporting.records import IntervalRecord, Row, domains_of, gap_table, render_rows
 
 MOST_LINES = 12
 """Of a plot, or columns of a table: more leaves than these are shown by the domains that they are of."""

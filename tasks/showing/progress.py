@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import rich.progress
 
-from tasks.showing.artifacts import Board, artifact_key, current_place
 from tasks.showing.formats import duration
+
+if TYPE_CHECKING:
+    from tasks.showing.artifacts import Board
 
 logger = logging.getLogger("ddk")
 if logger.level == logging.NOTSET:
@@ -148,6 +150,11 @@ class _Lines:
 
 @contextmanager
 def _in_prefect(work: Work, artifact: str | None) -> Iterator[_Artifact | None]:
+    if "prefect" not in sys.modules:  # so no flow is running; to import it takes seconds
+        yield None
+        return
+    from tasks.showing.artifacts import Board, artifact_key, current_place
+
     if current_place() is None:
         yield None
         return

@@ -51,13 +51,13 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         The folder's URL.
     """
     folder = session.run
-    settings, own = session.settings, session.student.folder
+    settings, own = session.settings, session.inputs.student.folder
     tokenizer = (
         load_tokenizer(own, trust_remote_code=settings.student.trust_remote_code)
         if has_tokenizer(own)
-        else session.plan.tokenizer()
+        else session.inputs.plan.tokenizer()
     )
-    step, blocks = session.step, session.job.blocks
+    step, blocks = session.step, session.inputs.job.blocks
     summary = {
         "steps": step,
         "tokens_seen": session.tokens_seen,
@@ -73,9 +73,9 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
             local,
             measured,
             blocks,
-            vocab_size=session.student.vocab_size,
-            train=session.settings.train,
-            trust_remote_code=session.settings.student.trust_remote_code,
+            vocab_size=session.inputs.student.vocab_size,
+            train=settings.train,
+            trust_remote_code=settings.student.trust_remote_code,
         )
         records = interval_records(folder)
         card = render_model_card(summarise(folder, records, summary), records)

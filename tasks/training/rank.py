@@ -18,47 +18,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk import saving
 from ddk.data import First, TrainData
-from ddk.known_targets import KnownTargets
 from ddk.parallel import World
 from ddk.sampler import SamplerState
 from ddk.student import StudentLoss, load_student, save_student, student_weights
 from ddk.ted.filters import train_filters
 from ddk.ted.student import TedStudent
-from ddk.train_config import LossConfig, StudentConfig, TedConfig, TrainConfig
+from ddk.train_config import LossConfig
 from ddk.trainer import StepReport, Trainer, TrainerState, resolve_precision
-from ddk.values import BlockReader, Mixture, TargetReader
+from ddk.values import BlockReader, Mixture
 from storage.blocks import open_blocks
 from storage.errors import StoreDamagedError, os_error_of
 from storage.files import uri
 from storage.files.fields import Whole, first_problem
 from storage.runs.checkpoints import CheckpointFolder
-from storage.targets import open_targets
+from tasks.training.job import TrainingJob, open_data
 
 OnStep = Callable[[StepReport], None]
-
-
-class TrainingJob(BaseModel):
-    """Everything that a rank must know, in plain data: a process of its own is started with it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    run_url: str
-    student: StudentConfig
-    """A local folder."""
-    seed: int
-    loss: LossConfig
-    """The method's: γ is 0 where no targets are read."""
-    train: TrainConfig
-    vocab_size: int
-    separator: int | tuple[int, ...]
-    """The tokens behind which a document begins: EOS, and BOS where there is one."""
-    blocks: dict[str, str]
-    """URLs of the stores, by domain."""
-    targets: dict[str, str]
-    ted: TedConfig | None = None
-    """Of method ted; then `teacher` is set too."""
-    teacher: StudentConfig | None = None
-    """A local folder, where the method needs the live teacher."""
 
 
 class Training(Protocol):
@@ -194,25 +169,6 @@ class RankTraining:
 
     def close(self) -> None:
         pass
-
-
-def open_data(job: TrainingJob) -> TrainData:
-    """The train splits that a job reads.
-
-    Raises:
-        StoreMissingError: a store is not there, or not complete.
-    """
-    reads_targets = job.loss.gamma > 0.0
-    return TrainData(
-        blocks={domain: open_blocks(url) for domain, url in job.blocks.items()},
-        targets={domain: _known_targets(open_targets(url), job.vocab_size) for domain, url in job.targets.items()}
-        if reads_targets
-        else None,
-    )
-
-
-def _known_targets(targets: TargetReader, vocab_size: int) -> TargetReader:
-    return KnownTargets(targets, vocab_size) if vocab_size < targets.vocab_size else targets
 
 
 def _with_layers(

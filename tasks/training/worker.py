@@ -29,7 +29,8 @@ from ddk.trainer import resolve_device
 from ddk.values import Mixture
 from storage.errors import is_transient
 from tasks.running.plain_errors import user_error
-from tasks.training.rank import RankTraining, TrainingJob, state_as_json
+from tasks.training.job import TrainingJob
+from tasks.training.rank import RankTraining, state_as_json
 
 SOCKET = "DDK_TRAIN_SOCKET"
 

@@ -10,7 +10,8 @@ from resealing import resealed
 from small_run import DOMAINS, SmallRun, files_below, small_config, write_config
 
 from flows.config import Config, load_config
-from flows.stores.stage_states import StagePlan, plan_stages, render
+from flows.stores.stage_states import plan_stages
+from flows.stores.stages_shown import StagePlan, render
 
 
 def planned(config: Config) -> dict[str, StagePlan]:

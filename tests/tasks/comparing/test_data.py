@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ddk.values import worst_gap
 from tasks.comparing.data import (
     CapturedStore,
     Comparison,
@@ -15,7 +16,6 @@ from tasks.comparing.data import (
     saved_flops,
     spread_of,
     summary_rows,
-    worst_domain,
 )
 
 THREE = {
@@ -57,7 +57,7 @@ def test_measures_over_all_domains(three):
         found = spread_of(three, "kd", Measure(name=name))
         assert found.mean == pytest.approx(expected.mean())
         assert found.sd == pytest.approx(expected.std(ddof=1), abs=1e-12)
-    assert worst_domain(three.of("kd")[0].last) == "math"
+    assert worst_gap(three.of("kd")[0].last.gaps).domain == "math"
 
 
 def test_measures_of_one_domain(three):

@@ -12,15 +12,9 @@ import pytest
 from rich.console import Console
 
 from ddk.values import DomainGap, Mixture
-from tasks.reporting.page import (
-    gap_table,
-    mixture_path,
-    render_csv,
-    render_page,
-    render_rows,
-    terminal_table,
-)
-from tasks.reporting.records import IntervalRecord, flat_settings, plain
+from tasks.reporting.page import render_page
+from tasks.reporting.records import IntervalRecord, flat_settings, gap_table, plain, render_csv, render_rows
+from tasks.reporting.terminal import mixture_path, terminal_table
 from tasks.showing.formats import ppl, ratio
 
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from ddk.values import DomainGap, Mixture
 from storage.files import uri
 from tasks.reporting.model_card import render_model_card
-from tasks.reporting.page import mixture_path, render_page, terminal_table
+from tasks.reporting.page import render_page
 from tasks.reporting.records import IntervalRecord, gap_table
+from tasks.reporting.terminal import mixture_path, terminal_table
 from tasks.reporting.tree import at_level, has_paths, overview, rollup_rows, tree_table, weakest
 from tasks.reporting.write_report import write_report
 

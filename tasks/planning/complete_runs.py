@@ -1,0 +1,205 @@
+"""Whether a run is complete, told in a second: no model is looked into, and no tokenizer is loaded.
+
+What a plan is made of are files and versions. When a run has been completed, a digest of them all is remembered beside
+the fingerprints of its stores (`<root>/complete.json`). As long as the digest is the same, a plan would come to the
+same stores, so that only these and the run itself need be looked at. Where anything differs, or the memory is lost, the
+whole plan is made. The memory is never the reason for a stage to be run or for a number to be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddk.errors import UserError
+from ddk.train_config import StudentConfig
+from storage.corpus.domain import DomainConfig, resolve_files
+from storage.corpus.record_paths import store_name
+from storage.errors import StoreError
+from storage.exchange.foreign import compression_url
+from storage.files import uri
+from storage.files.digests import DigestCache
+from storage.files.remembered import recall, remember
+from storage.fingerprint import fingerprint
+from storage.runs.folder import RunFolder
+from storage.stores.generations import newest_complete
+from storage.stores.manifest import read_manifest
+from storage.stores.schema import Manifest
+from tasks.planning.models import local_folder
+from tasks.planning.tokenizer_files import tokenizer_files
+from tasks.teachers.config import TeacherConfig, engine_version
+
+MEMORY = "complete.json"
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+_PACKAGES = ("ddk", "storage", "tasks", "flows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompleteRun:
+    """What a complete run was made of."""
+
+    folder: RunFolder
+    blocks: Mapping[str, tuple[str, Manifest]]
+    """URL and manifest of each domain's store."""
+    targets: Mapping[str, tuple[str, Manifest]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSources:
+    """What the configuration names that lies outside of it."""
+
+    root: str
+    run: str
+    domains: Mapping[str, DomainConfig]
+    teacher: TeacherConfig
+    student: StudentConfig
+    sections: Mapping[str, Any]
+    """The whole configuration as plain data."""
+
+    def digest(self) -> str | None:
+        """Of everything that a plan depends on; None where that cannot be told from files alone: a teacher behind a
+        server, a model on the hub that is not pinned to a commit, a run that another one's result goes into, files
+        that are not there.
+        """
+        if self.teacher.source == "server" or self.sections["mixture"]["reference_run"] is not None:
+            return None
+        try:
+            return self._digest()
+        except (UserError, StoreError, OSError):  # who makes the plan says what is wrong
+            return None
+
+    def _digest(self) -> str | None:
+        folders = [
+            _pinned(self.teacher.model, self.teacher.revision),
+            _pinned(self.student.model, self.student.revision),
+        ]
+        digests = DigestCache(uri.join(self.root, "digests.json"))
+        models = []
+        for folder in folders:
+            if folder is None:
+                return None
+            paths = [os.path.join(os.path.abspath(folder), name) for name in _files_of_model(folder)]
+            models.append([[os.path.basename(path), sha] for path, sha in digests.get_all(paths).items()])
+        corpora = {name: _corpus(name, corpus, digests) for name, corpus in self.domains.items()}
+        return fingerprint(
+            {"sections": self.sections, "models": models, "corpora": corpora, "code": _code(), "versions": _versions()}
+        )
+
+
+def find_complete(sources: RunSources) -> CompleteRun | None:
+    """The run, where it is complete and all that it was made of is as it was; else None, whatever the reason."""
+    if not uri.exists(uri.join(sources.root, MEMORY)):
+        return None
+    try:
+        known = recall(uri.join(sources.root, MEMORY)).get(sources.run)
+        if not isinstance(known, dict) or not isinstance(stores := known.get("stores"), dict):
+            return None
+        folder = RunFolder(sources.root, sources.run)
+        if folder.summary() is None or known.get("inputs") != sources.digest() or known["inputs"] is None:
+            return None
+        found = _stores(sources.root, stores, folder.identity() or {})
+        return CompleteRun(folder=folder, **found) if found and _is_whole(folder) else None
+    except (UserError, StoreError, OSError):  # who makes the plan says what is wrong
+        return None
+
+
+def remember_complete(sources: RunSources, stores: Mapping[str, tuple[str, str]], digest: str | None) -> None:
+    """Remember a run that is complete now.
+
+    Args:
+        stores: URLs of blocks and targets, by domain.
+        digest: of the sources as they were planned; nothing is remembered where they have changed since.
+    """
+    with contextlib.suppress(StoreError, OSError):  # it only saves time
+        if digest is None or digest != sources.digest():
+            return
+        firsts = {
+            domain: {"blocks": _first(blocks), "targets": _first(targets)}
+            for domain, (blocks, targets) in stores.items()
+        }
+        place, entry = uri.join(sources.root, MEMORY), {"inputs": digest, "stores": firsts}
+        if recall(place).get(sources.run) != entry:
+            remember(place, {sources.run: entry})
+
+
+def _first(url: str) -> str:
+    """The fingerprint that a store was first made for: `r/targets/3f2a.2/math.zarr` → `3f2a`."""
+    return url.split("/")[-2].partition(".")[0]
+
+
+def _stores(
+    root: str, stores: Mapping[str, Any], identity: Mapping[str, Any]
+) -> dict[str, dict[str, tuple[str, Manifest]]] | None:
+    """Every store, where all are complete and are those that the run was trained on."""
+    trained = identity.get("stores", {})
+    if trained.keys() != stores.keys():
+        return None
+    found: dict[str, dict[str, tuple[str, Manifest]]] = {"blocks": {}, "targets": {}}
+    for domain, firsts in stores.items():
+        for kind, of_kind in found.items():
+            if not re.fullmatch(r"[0-9a-f]+", first := str(firsts.get(kind))):
+                return None
+            url = newest_complete(uri.join(root, kind, first, store_name(domain)))
+            manifest = read_manifest(url)
+            if manifest is None or not manifest.complete or url.split("/")[-2] != trained[domain].get(kind):
+                return None
+            of_kind[domain] = (url, manifest)
+    return found
+
+
+def _is_whole(folder: RunFolder) -> bool:
+    report = folder.report_listing
+    return bool(report.read()) and not any(report.differences(full=False)) and not folder.student_faults()
+
+
+def _pinned(model: str, revision: str | None) -> str | None:
+    """A model's folder, where what it holds cannot change without its files changing here."""
+    if os.path.isdir(model) or re.fullmatch(r"[0-9a-f]{40}", revision or "") or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return local_folder(model, revision, "model")
+    return None
+
+
+def _files_of_model(folder: str) -> list[str]:
+    """All that is read of a model: weights, JSON, code, tokenizer. Not the same weights in other formats."""
+    names = [name for name in os.listdir(folder) if name.endswith((".json", ".safetensors", ".py"))]
+    return sorted({*names, *tokenizer_files(folder)})
+
+
+def _corpus(domain: str, corpus: DomainConfig, digests: DigestCache) -> list[list[str]]:
+    """Name and content of every file, those that describe a compression among them."""
+    files = [
+        file
+        for patterns in (corpus.train, corpus.validation)
+        if patterns
+        for file in resolve_files(patterns, domain, corpus.prompt_field, corpus.path_field)
+    ]
+    described = {compression_url(file, corpus.compression_config) for file in files if corpus.targets == "distillkit"}
+    urls = [file.url for file in files] + [url for url in sorted(described) if uri.exists(url)]
+    found = digests.get_all(urls)
+    return [[url, found[url]] for url in urls]
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {**versions, "vllm": engine_version(), "python": sys.version}
+
+
+def _code() -> str:
+    """Of our own code, by its files' sizes and times: a changed line may come to another plan."""
+    top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sha256 = hashlib.sha256()
+    for package in _PACKAGES:
+        for folder, below, names in os.walk(os.path.join(top, package)):
+            below.sort()
+            for name in sorted(names):
+                if name.endswith(".py"):
+                    stat = os.stat(os.path.join(folder, name))
+                    sha256.update(f"{os.path.relpath(folder, top)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return sha256.hexdigest()

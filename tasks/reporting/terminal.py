@@ -1,0 +1,61 @@
+"""What a terminal shows of a run: two tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from ddk.values import worst_gap
+from tasks.reporting.records import IntervalRecord, domains_of
+from tasks.reporting.tree import overview, tree_table
+from tasks.showing.formats import count, gap_cells, percent
+
+
+def terminal_table(records: Sequence[IntervalRecord]) -> Table:
+    """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold.
+
+    Where domains have paths, a row above the leaves' says what they roll up to.
+    """
+    table = Table(title="Gap to the teacher, before → after", title_justify="left")
+    table.add_column("domain", no_wrap=True)
+    for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    worst, rows, leaves = worst_gap(records[-1].gaps).domain, tree_table(records), domains_of(records)
+    for row in rows:
+        table.add_row(
+            Text(_branch(row["domain"]) if len(rows) > len(leaves) else row["domain"]),  # no str: '[red]' is no markup
+            *gap_cells(row),
+            percent(row["token_share"]),
+            style="bold" if row["domain"] == worst else None if row["domain"] in leaves else "dim",
+        )
+    return table
+
+
+def _branch(domain: str) -> str:
+    """A row's name below that of the domain which it lies in: 'math/algebra/linear' → '    linear'."""
+    *above, name = domain.split("/")
+    return "  " * len(above) + name
+
+
+def mixture_path(records: Sequence[IntervalRecord]) -> Table:
+    """The sampling probabilities in percent: a row per version of the mixture, a column per domain.
+
+    Leaves that are too many for columns are rolled up.
+    """
+    records = overview(records)
+    table = Table(title="Mixture, in % of the blocks drawn", title_justify="left")
+    for heading in ("t", "step", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    domains = domains_of(records)
+    for domain in domains:
+        table.add_column(Text(domain), justify="right", overflow="fold")
+    for record in records:
+        table.add_row(
+            str(record.t),
+            count(record.step),
+            count(record.tokens_seen),
+            *(f"{100 * record.mixture.probabilities[domain]:.1f}" for domain in domains),
+        )
+    return table

@@ -1,0 +1,182 @@
+"""What a run's student is determined by, and what is read of it from the stores. Nothing of the student is in memory.
+
+inputs = RunInputs(settings, plan)     the models are looked at, the stores are not opened yet
+inputs.identity                        what the run's folder is claimed with
+inputs.job                             what a rank is started with
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from ddk.data import TrainData
+from ddk.domain_tree import depth
+from ddk.errors import UserError
+from ddk.methods.registry import METHODS, check_method, effective_loss
+from ddk.train_config import StudentConfig
+from storage.blocks import open_blocks
+from storage.files.digests import DigestCache
+from storage.files.uri import as_json, join
+from storage.runs.folder import RunFolder
+from storage.runs.mixtures import MixtureHistory
+from storage.targets import teacher_perplexity
+from tasks.planning.models import weight_digests
+from tasks.planning.preflight import StudentFacts, check_live_teacher, check_student
+from tasks.planning.store_plan import Plan
+from tasks.training.job import TrainingJob, open_data
+from tasks.training.run_settings import RunSettings
+
+# What changes how a run goes but not which student comes out (on one machine).
+_OPERATIONAL = {
+    *("device", "keep_checkpoints", "log_every"),
+    *("processes", "nodes", "rendezvous", "parallel", "compile"),
+}
+
+
+def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
+    """What the configuration alone cannot tell where records give the paths: that every leaf has its weight.
+
+    Raises:
+        UserError: `mixture.weights` are of other domains than the plan's, cut to `mixture.level`.
+    """
+    try:
+        check_method(settings.method, settings.mixture, settings.loss, plan.domains)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_run(settings: RunSettings, plan: Plan) -> StudentFacts:
+    """That the run's models can be trained, saved and read by others; nothing need have been captured.
+
+    Raises:
+        UserError: they cannot; see `tasks.planning.preflight`.
+    """
+    if METHODS[settings.method].needs_teacher:
+        check_live_teacher(plan)
+    return check_student(settings.student, plan)
+
+
+class RunInputs:
+    """One run's configuration, its models and its stores.
+
+    Args:
+        settings: see there.
+        plan: the stores, all complete.
+
+    Raises:
+        UserError: the student does not fit the teacher, or the mixture's weights not the domains.
+    """
+
+    def __init__(self, settings: RunSettings, plan: Plan) -> None:
+        check_leaves_of_mixture(settings, plan)
+        self.settings = settings
+        self.plan = plan
+        self.student = check_run(settings, plan)
+
+    @cached_property
+    def job(self) -> TrainingJob:
+        settings, plan = self.settings, self.plan
+        return TrainingJob(
+            run_url=RunFolder(settings.root, settings.run).url,
+            student=settings.student.model_copy(update={"model": self.student.folder, "revision": None}),
+            seed=settings.seed,
+            loss=effective_loss(settings.method, settings.loss),
+            train=settings.train,
+            vocab_size=self.student.vocab_size,
+            separator=(plan.eos_id, *plan.bos_ids[-1:]),
+            blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
+            targets={domain: store.targets_url for domain, store in plan.domains.items()},
+            **self._live_teacher(),
+        )
+
+    def _live_teacher(self) -> dict[str, Any]:
+        if not METHODS[self.settings.method].needs_teacher:
+            return {}
+        teacher = StudentConfig(model=self.plan.teacher_folder, trust_remote_code=self.settings.trust_teacher_code)
+        return {"ted": self.settings.ted, "teacher": teacher}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the trained student, as it is kept in the run's folder."""
+        settings = self.settings
+        digests = DigestCache(join(settings.root, "digests.json"))
+        identity = {
+            "method": settings.method,
+            "seed": settings.seed,
+            "student": weight_digests(self.student.folder, digests, "student.model"),
+            "attention": self.student.attention,
+            "vocabulary": self.student.vocab_size,
+            "loss": effective_loss(settings.method, settings.loss).model_dump(),
+            "train": settings.train.model_dump(
+                exclude=_OPERATIONAL | ({"shuffle_mib"} if self._shuffled_whole else set())
+            ),
+            "mixture": settings.mixture.model_dump(),
+            **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
+            **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
+            "stores": {
+                domain: {"blocks": store.blocks_url.split("/")[-2], "targets": store.targets_url.split("/")[-2]}
+                for domain, store in self.plan.domains.items()
+            },
+        }
+        return dict(as_json(identity))
+
+    @cached_property
+    def teacher_ppl(self) -> dict[str, float]:
+        """ℓ_T by domain, from the stored log-probabilities."""
+        return {
+            domain: teacher_perplexity(store.targets_url, store.marked_blocks_url)
+            for domain, store in self.plan.domains.items()
+        }
+
+    @cached_property
+    def reference_ppl(self) -> dict[str, float] | None:
+        """ℓ by domain of `mixture.reference_run`'s student, as it was last measured; None where none is named.
+
+        Raises:
+            UserError: there is no such run, it is not complete, or it has other domains.
+        """
+        name = self.settings.mixture.reference_run
+        if name is None:
+            return None
+        folder = RunFolder(self.settings.root, name)
+        summary = folder.summary()
+        records = MixtureHistory(folder.url).whole(summary)
+        if not records or summary is None:
+            raise UserError(f"mixture.reference_run '{name}' is no complete run below {self.settings.root}; train it")
+        found = {domain: both.student for domain, both in records[-1].perplexities.items()}
+        if set(found) != set(self.plan.domains):
+            raise UserError(
+                f"mixture.reference_run '{name}' has domains {sorted(found)}, this run {sorted(self.plan.domains)}"
+            )
+        return found
+
+    @cached_property
+    def positions(self) -> dict[str, int] | None:
+        """Validation positions that carry loss, by domain; None where nothing is to be rolled up."""
+        if self.settings.mixture.level is None and not any(depth(domain) > 1 for domain in self.plan.domains):
+            return None
+        return {
+            domain: open_blocks(store.blocks_url, "validation").manifest.positions("validation")
+            for domain, store in self.plan.domains.items()
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Train blocks by domain."""
+        return self._data.sizes
+
+    @property
+    def seq_len(self) -> int:
+        """Positions of a block."""
+        return next(iter(self.plan.domains.values())).blocks_dims["seq_len"]
+
+    @cached_property
+    def _data(self) -> TrainData:
+        return open_data(self.job)
+
+    @property
+    def _shuffled_whole(self) -> bool:
+        """Whether every domain finds room in the shuffle, so that `train.shuffle_mib` makes no difference."""
+        windows = self._data.windows(self.settings.train.shuffle_mib)
+        return all(self.sizes[domain] <= one.shards * one.shard_blocks for domain, one in windows.items())
