@@ -42,7 +42,7 @@ format: setup     ## Let ruff put the code in form
 lock: setup       ## Remake requirements/{cpu,cuda}.txt from pyproject.toml (UPGRADE=--upgrade for newer versions)
 	UPGRADE=$(UPGRADE) bash requirements/lock.sh
 
-bench: bench-quickstart bench-capture bench-training bench-methods ## Every benchmark (bench-methods takes hours): a table each, and benchmarks/out/<name>.json
+bench: bench-startup bench-quickstart bench-capture bench-training bench-methods ## Every benchmark (bench-methods takes hours): a table each, and benchmarks/out/<name>.json
 
 bench-%: setup    ## One of them, e.g. bench-quickstart
 	.venv/bin/python benchmarks/bench_$*.py

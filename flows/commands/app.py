@@ -81,10 +81,11 @@ def reach_prefect() -> None:
 
 def use_block(name: str | None) -> None:
     """`tasks.running.storage_block.use_storage_block`, outside a flow."""
+    if name is None:  # Prefect, which holds the blocks, is not imported for nothing
+        return
     from tasks.running.storage_block import use_storage_block
 
-    if name is not None:
-        reach_prefect()
+    reach_prefect()
     use_storage_block(name)
 
 

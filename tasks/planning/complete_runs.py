@@ -88,8 +88,10 @@ class RunSources:
             paths = [os.path.join(os.path.abspath(folder), name) for name in _files_of_model(folder)]
             models.append([[os.path.basename(path), sha] for path, sha in digests.get_all(paths).items()])
         corpora = {name: _corpus(name, corpus, digests) for name, corpus in self.domains.items()}
+        # Stores are found by what they hold, wherever the root has moved to.
+        sections = {name: section for name, section in self.sections.items() if name != "root"}
         return fingerprint(
-            {"sections": self.sections, "models": models, "corpora": corpora, "code": _code(), "versions": _versions()}
+            {"sections": sections, "models": models, "corpora": corpora, "code": _code(), "versions": _versions()}
         )
 
 
