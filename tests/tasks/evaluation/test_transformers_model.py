@@ -130,6 +130,37 @@ def test_batches_and_shared_contexts_change_nothing(lm: TransformersModel, plain
     assert [logprob for logprob, _ in found] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("keeps_logits", [True, False])
+@pytest.mark.parametrize(("tokens", "logits"), [(1, 2**30), (40, 2**30), (4096, 24 * 4 * 4160), (4096, 2**30)])
+def test_the_size_of_batches_changes_nothing(
+    lm: TransformersModel, keeps_logits: bool, tokens: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(f"{'word ' * (7 * i % 5)}Question {i}:", f" answer {i}{' or' * (i % 3)}") for i in range(12)]
+    requests = [request("loglikelihood", *pair) for pair in pairs]
+    expected = lm.loglikelihood(requests)
+    made: list[tuple[int, int, int]] = []
+    """Of each forward pass: requests, positions, and those with logits."""
+    forward = lm._model_call
+
+    def watched(inputs: torch.Tensor) -> torch.Tensor:
+        found = forward(inputs)
+        made.append((*inputs.shape, found.shape[1]))
+        return found
+
+    monkeypatch.setattr(lm, "_model_call", watched)
+    monkeypatch.setattr(lm, "_keeps_logits", keeps_logits)
+    monkeypatch.setattr(lm, "_batch_tokens", tokens)
+    monkeypatch.setattr("tasks.evaluation.transformers_model.LOGITS_BYTES", logits)
+    found = lm.loglikelihood(requests)
+    assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert sum(rows for rows, _, _ in made) == len(pairs)
+    assert (len(made) == 1) == (tokens == 4096 and logits == 2**30)
+    for rows, positions, kept in made:
+        assert rows == 1 or (rows * positions <= tokens and 4 * rows * kept * 4160 <= logits)
+        assert kept == positions if not keeps_logits else kept < positions
+
+
 def test_greedy_says_whether_the_model_would_have_written_it(lm: TransformersModel, plain: Plain) -> None:
     prompt = "def add(a, b):\n    return"
     best = int(plain.logprobs([*plain.tokenizer(prompt)["input_ids"], 0])[-1].argmax())
