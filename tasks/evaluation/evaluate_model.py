@@ -28,6 +28,9 @@ from tasks.showing.progress import logger, meter
 
 _BOOTSTRAP = 100
 """Samples for the error of the few metrics that are no mean."""
+ASKING_VERSION = 2
+"""Of how models are asked; raised where the same model would answer otherwise. 2: by the harness's own models, which
+count padded rows of a vocabulary among its tokens."""
 
 
 class Evaluation:
@@ -54,6 +57,7 @@ class Evaluation:
             "scoring": part.scoring,
             "limit": self.config.limit,
             "harness": f"lm_eval {self.harness}",
+            "asking": ASKING_VERSION,
             "seed": self.config.seed,
         }
 

@@ -1,7 +1,9 @@
-"""A model of the harness that transformers runs, on one device.
+"""The harness's own `hf`, with a model that is loaded here, on one device.
 
-Continuations that share all but their last token share their forward pass (the letters of a question, say), only the
-tokenizer's tokens count, and everything is normalised in float32.
+Loading is `ddk.student`'s: safetensors alone, every weight there and finite, and the attention that computes what the
+model is. Besides that, the harness is told two things: to normalise in float32, whatever the weights' dtype (its option
+`softmax_dtype`), and how many requests make a batch. By itself it takes a fixed number, or finds one out by running out
+of memory, for logits at every position; here a batch is bounded by its tokens and by the logits that are judged.
 
 Imports the harness; import this module within functions only.
 """
@@ -10,19 +12,20 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers
-from lm_eval.models.utils import resolve_max_length
 from torch import Tensor
 
 from ddk.student import head_rows, load_student
 from ddk.train_config import StudentConfig
-from tasks.evaluation.harness_model import HarnessModel, Prompt, Scored
+from tasks.evaluation.harness_imports import accelerate_unneeded
+from tasks.evaluation.harness_model import Asked, checked_tokenizer
 from tasks.planning.store_plan import vocabulary
+
+with accelerate_unneeded():
+    from lm_eval.models.huggingface import HFLM
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32_768
 """Of one forward pass, padding included."""
@@ -30,13 +33,14 @@ LOGITS_BYTES = 2**30
 """Float32 logits that are kept of one forward pass, at most."""
 ONE_THREAD_PARAMETERS = 50_000_000
 """Below, threads on a CPU wait for each other longer than they compute, and on a busy machine thirty times as long."""
-STOP_TOKENS = 32
-"""Generated last, in which a stop text is looked for."""
+WINDOWS = 4096
+"""Of whole texts, that are sorted by length and put into batches together."""
 
-Inputs = tuple[int, ...]
+Request = tuple[Any, list[int], list[int]]
+"""Texts, tokens of the context, tokens of the continuation."""
 
 
-class TransformersModel(HarnessModel):
+class TransformersModel(Asked, HFLM):  # type: ignore[misc]
     """One model on one device.
 
     Args:
@@ -61,150 +65,85 @@ class TransformersModel(HarnessModel):
         field: str,
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        super().__init__(tokenizer, trust_remote_code=config.trust_remote_code, on_progress=on_progress)
-        model: Any = load_student(config, vocabulary(self.tokenizer)[1], dtype=dtype, field=field)
-        # The tokenizer may have added tokens at its end that the model has no rows for, and no text becomes.
-        self.vocab_size = min(self.vocab_size, head_rows(model) or self.vocab_size)
-        self.model: Any = model.to(device)
-        self.max_length = resolve_max_length(self.model.config, self.tokenizer)
-        self.judged_length = self.max_length + 1  # nothing is predicted from the last token
-        self._device = torch.device(device)
+        checked = checked_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code)
+        model: Any = load_student(config, vocabulary(checked)[1], dtype=dtype, field=field)
+        super().__init__(
+            model.to(device), backend="causal", tokenizer=checked, softmax_dtype="float32", batch_size=WINDOWS
+        )
+        self.longest_judged = self.max_length
+        self.report_to(on_progress)
+        # A limit in the model's folder would go before the task's, and without an end each text would go on up to it.
+        model.generation_config.max_new_tokens = None
+        if model.generation_config.eos_token_id is None:
+            model.generation_config.eos_token_id = self.eot_token_id
         self._threads = torch.get_num_threads()
-        if device == "cpu" and self.model.num_parameters() < ONE_THREAD_PARAMETERS:
+        if device == "cpu" and model.num_parameters() < ONE_THREAD_PARAMETERS:
             torch.set_num_threads(1)
         self._batch_tokens = CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._rows = head_rows(model) or self.vocab_size
+        self._batch = (0, 0)
+        """Requests of the batch that is being filled, and the place behind its last."""
+        self._kept = 0
+        """Last positions of that batch whose logits are judged."""
 
     def close(self) -> None:
+        """Free the model's memory."""
         torch.set_num_threads(self._threads)
-        del self.model
+        del self._model
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # ---- log-likelihoods
-
-    def judge(self, asked: Sequence[Scored]) -> list[tuple[float, bool]]:
-        answers = [(0.0, False)] * len(asked)
-        sharing: dict[Inputs, list[int]] = defaultdict(list)
-        for place, one in enumerate(asked):
-            sharing[one.tokens[:-1]].append(place)
-        longest = {inputs: max(asked[place].continuation for place in places) for inputs, places in sharing.items()}
-        for batch in self._batches(longest):
-            for inputs, logprobs_LV in self._forward(batch, longest):
-                for place in sharing[inputs]:
-                    tokens = asked[place].tokens[-asked[place].continuation :]
-                    answers[place] = _judged(logprobs_LV[-len(tokens) :], tokens)
-            self.on_progress(sum(len(sharing[inputs]) for inputs in batch))
-        return answers
-
-    def _batches(self, continuations: dict[Inputs, int]) -> Iterator[list[Inputs]]:
-        """Inputs of about the same length together, the longest first."""
-        batch: list[Inputs] = []
-        kept = 0
-        for inputs in sorted(continuations, key=lambda inputs: (-len(inputs), inputs)):
-            longest = len(batch[0]) if batch else len(inputs)
-            # Padding stands behind, so of all rows those positions are kept that reach from the first to the last.
-            more = max(kept, longest - len(inputs) + continuations[inputs])
-            rows = len(batch) + 1
-            if batch and (rows * longest > self._batch_tokens or 4 * rows * more * self.vocab_size > LOGITS_BYTES):
-                yield batch
-                batch, more = [], continuations[inputs]
-            batch.append(inputs)
-            kept = more
-        if batch:
-            yield batch
-
-    @torch.no_grad()
-    def _forward(self, batch: list[Inputs], continuations: dict[Inputs, int]) -> Iterator[tuple[Inputs, Tensor]]:
-        """Each input with the log-probabilities [its longest continuation, V] at its last positions."""
-        longest = len(batch[0])
-        first = min(len(inputs) - continuations[inputs] for inputs in batch)
-        # Behind a causal model's input, padding changes nothing before it.
-        padded_BL = torch.tensor([[*inputs, *[0] * (longest - len(inputs))] for inputs in batch], device=self._device)
-        keep = {"logits_to_keep": torch.arange(first, longest, device=self._device)} if self._keeps_logits else {}
-        logits_BLV = self.model(input_ids=padded_BL, use_cache=False, **keep).logits
-        if not keep:
-            logits_BLV = logits_BLV[:, first:]
-        for row, inputs in enumerate(batch):
-            end = len(inputs) - first
-            logits_LV = logits_BLV[row, end - continuations[inputs] : end, : self.vocab_size]
-            yield inputs, logits_LV.float().log_softmax(-1)
-
-    # ---- text
-
-    def write(self, asked: Sequence[Prompt]) -> list[str]:
-        texts = [""] * len(asked)
-        for places in self._alike(asked):
-            for place, text in zip(places, self._generate([asked[place] for place in places]), strict=True):
-                texts[place] = text
-            self.on_progress(len(places))
-        return texts
-
-    def _alike(self, asked: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Prompts with the same options and of about the same length together, the longest first."""
-        groups: dict[Any, list[int]] = defaultdict(list)
-        for place, prompt in enumerate(asked):
-            groups[prompt.most, prompt.until, prompt.sampling].append(place)
-        for (most, _, _), places in groups.items():
-            left = sorted(places, key=lambda place: (-len(asked[place].tokens), place))
-            while left:
-                rows = max(1, self._batch_tokens // (len(asked[left[0]].tokens) + most))
-                yield left[:rows]
-                left = left[rows:]
-
-    @torch.no_grad()
-    def _generate(self, prompts: Sequence[Prompt]) -> list[str]:
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        gaps = [longest - len(prompt.tokens) for prompt in prompts]
-        # Padded in front, so that what is generated follows each prompt at once.
-        rows = [[*[0] * gap, *prompt.tokens] for gap, prompt in zip(gaps, prompts, strict=True)]
-        mask = [[*[0] * gap, *[1] * (longest - gap)] for gap in gaps]
-        first = prompts[0]
-        ends = self.model.generation_config.eos_token_id
-        # A configuration of its own: the model's may ask for sampling.
-        settings = transformers.GenerationConfig(
-            max_new_tokens=first.most,
-            do_sample=bool(first.sampling),
-            eos_token_id=self.eot_token_id if ends is None else ends,
-            pad_token_id=self.eot_token_id,
-            **dict(first.sampling),
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        bounded = [self._bounded(*request.args) for request in requests]
+        longest = max(
+            (len(self.tok_encode(prompt)) + options["max_gen_toks"] for prompt, options in bounded), default=1
         )
-        written_BL = self.model.generate(
-            input_ids=torch.tensor(rows, device=self._device),
-            attention_mask=torch.tensor(mask, device=self._device),
-            generation_config=settings,
-            stopping_criteria=transformers.StoppingCriteriaList([_Stop(self.tokenizer, first.until, longest)]),
-            logits_processor=transformers.LogitsProcessorList([_OnlyTokens(self.vocab_size)]),
-        )[:, longest:]
-        return list(self.tokenizer.batch_decode(written_BL, skip_special_tokens=True))
+        self.batch_size_per_gpu = max(1, self._batch_tokens // min(longest, self.max_length))
+        try:
+            return super().generate_until(requests)
+        finally:
+            self.batch_size_per_gpu = WINDOWS
 
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+        # Requests that are equal up to their last token share a forward pass. Of those that are split at several places
+        # the harness (0.4.13) would take wrong positions, all but the first time.
+        splits = {(tuple(context + continuation[:-1]), len(continuation)) for _, context, continuation in requests}
+        self.logits_cache = len(splits) == len({tokens for tokens, _ in splits})
+        # Told 'auto', the harness asks `_batch_scheduler`.
+        self.batch_size_per_gpu = "auto"
+        try:
+            return super()._loglikelihood_tokens(requests)
+        finally:
+            self.batch_size_per_gpu = WINDOWS
 
-def _judged(logprobs_LV: Tensor, tokens: tuple[int, ...]) -> tuple[float, bool]:
-    chosen_L = torch.tensor(tokens, device=logprobs_LV.device)
-    greedy = bool((logprobs_LV.argmax(-1) == chosen_L).all())
-    return float(logprobs_LV.gather(-1, chosen_L[:, None]).double().sum()), greedy
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Request]) -> int:
+        """The harness asks at every request, how many belong into the batch that it goes into."""
+        if pos in (0, self._batch[1]):
+            count, self._kept = self._fitting(n_reordered_requests, pos)
+            self._batch = (count, pos + count)
+        return self._batch[0]
 
+    def _fitting(self, requests: Sequence[Request], first: int) -> tuple[int, int]:
+        """How many from the first on, which is the longest, and the last positions of them all that are judged."""
+        count, kept, longest = 0, 0, self._inputs(requests[first])
+        for request in requests[first:]:
+            # Padding stands behind, so of all rows those positions are kept that reach from the first to the last.
+            more = max(kept, longest - self._inputs(request) + len(request[2])) if self._keeps_logits else longest
+            full = (count + 1) * longest > self._batch_tokens or 4 * (count + 1) * more * self._rows > LOGITS_BYTES
+            if count and full:
+                break
+            count, kept = count + 1, more
+        return count, kept
 
-class _Stop(transformers.StoppingCriteria):  # type: ignore[misc]
-    """Ends each text once one of the stop texts is in it."""
+    def _inputs(self, request: Request) -> int:
+        """Nothing is predicted from the last token."""
+        return min(len(request[1]) + len(request[2]) - 1, int(self.max_length))
 
-    def __init__(self, tokenizer: Any, until: Sequence[str], prompt_length: int) -> None:
-        self._tokenizer, self._until, self._prompt_length = tokenizer, [text for text in until if text], prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        last_BL = input_ids[:, self._prompt_length :][:, -STOP_TOKENS:]
-        texts = self._tokenizer.batch_decode(last_BL)
-        done = [any(stop in text for stop in self._until) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
-
-
-class _OnlyTokens(transformers.LogitsProcessor):  # type: ignore[misc]
-    """Rows beyond the tokenizer are padding, and never generated."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self._vocab_size :] = -torch.inf
-        return scores
+    @torch.no_grad()
+    def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
+        """Logits [B, positions, V] at the last positions; the harness counts from behind where some are missing."""
+        keep = {"logits_to_keep": self._kept} if self._keeps_logits else {}
+        logits: Tensor = self.model(inps, use_cache=False, **keep).logits
+        return logits

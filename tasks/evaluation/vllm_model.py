@@ -1,27 +1,34 @@
-"""A model of the harness that a vLLM engine of our own runs, by vLLM's public interface.
+"""The harness's own `vllm`, with an engine of ours in the place of vLLM's `LLM`.
 
-Of a continuation's tokens the engine is asked for their own log-probabilities and ranks alone. Padded rows of a
-vocabulary are tokens to vLLM, and it takes two tokens less of a question that fills the model.
+The harness would start its engine within its constructor: without what the engine needs on a CPU, without noticing that
+one of its processes was killed, and so that they outlive this process when it is killed
+(`tasks.teachers.vllm_engine` has all that). So the constructor is handed an engine that runs already. All else is the
+harness's.
 
-Imports the harness; import this module within functions only.
+Imports the harness and vLLM; import this module within functions only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from tasks.evaluation.harness_model import HarnessModel, Prompt, Scored
+from tasks.evaluation.harness_imports import vllm_by_that_name
+from tasks.evaluation.harness_model import Asked, checked_tokenizer
 from tasks.teachers.config import TeacherConfig, model_rows
 from tasks.teachers.prompt_teacher import LOGITS_BYTES
 from tasks.teachers.vllm_engine import Engine
+
+with vllm_by_that_name():
+    from lm_eval.models import vllm_causallms
 
 AT_ONCE = 4096
 """Requests that are handed to the engine together; it batches them itself."""
 
 
-class VllmModel(HarnessModel):
+class VllmModel(Asked, vllm_causallms.VLLM):  # type: ignore[misc]
     """An engine that lives until `close`, or until this process ends, however that happens.
 
     Args:
@@ -35,54 +42,61 @@ class VllmModel(HarnessModel):
     """
 
     def __init__(self, config: TeacherConfig, *, tokenizer: str, seed: int, on_progress: Callable[[int], None]) -> None:
-        super().__init__(tokenizer, trust_remote_code=config.trust_remote_code, on_progress=on_progress)
+        checked = checked_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code)
         # Prompt log-probabilities make the logits of a step whole, outside what the engine reserves memory for.
-        step = min(config.max_batch_tokens, LOGITS_BYTES // (4 * (model_rows(config) or self.vocab_size)))
+        step = LOGITS_BYTES // (4 * (model_rows(config) or len(checked)))
         self._engine = Engine(
-            config, tokenizer=tokenizer, max_num_batched_tokens=max(128, step), logprobs_mode="raw_logprobs", seed=seed
+            config,
+            tokenizer=tokenizer,
+            max_num_batched_tokens=max(128, min(config.max_batch_tokens, step)),
+            logprobs_mode="raw_logprobs",
+            seed=seed,
         )
-        self.max_length = int(self._engine.llm.llm_engine.model_config.max_model_len)
-        self.judged_length = self.max_length - 1  # the engine wants room for one token behind the prompt
+        try:
+            with _in_place_of_llm(_Running(self._engine)):
+                super().__init__(
+                    config.model,
+                    revision=config.revision,
+                    trust_remote_code=config.trust_remote_code,
+                    tokenizer=tokenizer,
+                    batch_size=AT_ONCE,
+                    seed=seed,
+                )
+        except BaseException:
+            self.close()
+            raise
+        self.longest_judged = self.max_length - 2  # the engine wants room for one token behind the prompt
+        self.report_to(on_progress)
 
     def close(self) -> None:
+        """End the engine's processes and free its memory."""
         self._engine.close()
 
-    def judge(self, asked: Sequence[Scored]) -> list[tuple[float, bool]]:
-        from vllm import SamplingParams
 
-        # 0: of each token of the prompt its own log-probability, and no other's.
-        parameters = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
-        outputs = self._run([one.tokens for one in asked], [parameters] * len(asked))
-        return [_judged(output.prompt_logprobs, one) for output, one in zip(outputs, asked, strict=True)]
+class _Running:
+    """What the harness asks of vLLM's `LLM`, of an engine whose death is noticed."""
 
-    def write(self, asked: Sequence[Prompt]) -> list[str]:
-        from vllm import SamplingParams
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
-        parameters = [
-            SamplingParams(
-                max_tokens=prompt.most, stop=list(prompt.until), **{"temperature": 0.0, **dict(prompt.sampling)}
-            )
-            for prompt in asked
-        ]
-        return [str(output.outputs[0].text) for output in self._run([prompt.tokens for prompt in asked], parameters)]
+    @property
+    def llm_engine(self) -> Any:
+        return self._engine.llm.llm_engine
 
-    def _run(self, prompts: Sequence[tuple[int, ...]], parameters: Sequence[Any]) -> Iterator[Any]:
-        for first in range(0, len(prompts), AT_ONCE):
-            batch = [{"prompt_token_ids": list(tokens)} for tokens in prompts[first : first + AT_ONCE]]
-            sampling = list(parameters[first : first + AT_ONCE])
-            yield from self._engine.run(partial(_generate, prompts=batch, parameters=sampling))
-            self.on_progress(len(batch))
+    def generate(self, prompts: Any, **settings: Any) -> Any:
+        return self._engine.run(partial(_generate, prompts=prompts, settings=settings))
 
 
-def _generate(llm: Any, prompts: list[dict[str, list[int]]], parameters: list[Any]) -> list[Any]:
-    return list(llm.generate(prompts, parameters, use_tqdm=False))
+def _generate(llm: Any, prompts: Any, settings: dict[str, Any]) -> Any:
+    return llm.generate(prompts, **settings)
 
 
-def _judged(flat: Any, one: Scored) -> tuple[float, bool]:
-    """From one entry a token; nothing predicts the first, which has none."""
-    logprobs, ranks = flat.logprobs[-one.continuation :], flat.ranks[-one.continuation :]
-    if len(flat.logprobs) != len(one.tokens) - 1:
-        raise RuntimeError(f"the engine gave {len(flat.logprobs)} log-probabilities of {len(one.tokens) - 1}")
-    return float(sum(logprobs)), all(rank == 1 for rank in ranks)
+@contextmanager
+def _in_place_of_llm(running: _Running) -> Iterator[None]:
+    """Within, the harness's constructor starts no engine and takes this one."""
+    start = vllm_causallms.LLM
+    vllm_causallms.LLM = lambda **_: running
+    try:
+        yield
+    finally:
+        vllm_causallms.LLM = start

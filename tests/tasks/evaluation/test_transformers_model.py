@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from tasks.evaluation.questions import build_measures
 from tasks.evaluation.transformers_model import TransformersModel
 
 TOKENS = 4090
-"""Of the quickstart's tokenizer; its teacher predicts 4,160 rows, of which the last 70 are padding."""
+"""Of the quickstart's tokenizer; its teacher predicts 4,160 rows, of which the last 70 are padding. The harness counts
+them among the tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,8 @@ class Plain:
 
     @torch.no_grad()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
-        """[len(tokens) − 1, TOKENS] float64: of the tokens after the first, padding left out."""
-        logits = self.model(input_ids=torch.tensor([tokens])).logits[0, :-1, :TOKENS]
+        """[len(tokens) − 1, rows] float64: of the tokens after the first."""
+        logits = self.model(input_ids=torch.tensor([tokens])).logits[0, :-1]
         return logits.double().log_softmax(-1)
 
     def loglikelihood(self, context: str, continuation: str) -> float:
@@ -58,7 +60,7 @@ class Plain:
         tokens = list(self.tokenizer(prompt)["input_ids"])
         begun = len(tokens)
         while len(tokens) - begun < most:
-            following = int(self.model(input_ids=torch.tensor([tokens])).logits[0, -1, :TOKENS].argmax())
+            following = int(self.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
             if following == self.tokenizer.eos_token_id:
                 break
             tokens.append(following)
@@ -128,6 +130,37 @@ def test_batches_and_shared_contexts_change_nothing(lm: TransformersModel, plain
     assert [logprob for logprob, _ in found] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("keeps_logits", [True, False])
+@pytest.mark.parametrize(("tokens", "logits"), [(1, 2**30), (40, 2**30), (4096, 24 * 4 * 4160), (4096, 2**30)])
+def test_the_size_of_batches_changes_nothing(
+    lm: TransformersModel, keeps_logits: bool, tokens: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(f"{'word ' * (7 * i % 5)}Question {i}:", f" answer {i}{' or' * (i % 3)}") for i in range(12)]
+    requests = [request("loglikelihood", *pair) for pair in pairs]
+    expected = lm.loglikelihood(requests)
+    made: list[tuple[int, int, int]] = []
+    """Of each forward pass: requests, positions, and those with logits."""
+    forward = lm._model_call
+
+    def watched(inputs: torch.Tensor) -> torch.Tensor:
+        found = forward(inputs)
+        made.append((*inputs.shape, found.shape[1]))
+        return found
+
+    monkeypatch.setattr(lm, "_model_call", watched)
+    monkeypatch.setattr(lm, "_keeps_logits", keeps_logits)
+    monkeypatch.setattr(lm, "_batch_tokens", tokens)
+    monkeypatch.setattr("tasks.evaluation.transformers_model.LOGITS_BYTES", logits)
+    found = lm.loglikelihood(requests)
+    assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert sum(rows for rows, _, _ in made) == len(pairs)
+    assert (len(made) == 1) == (tokens == 4096 and logits == 2**30)
+    for rows, positions, kept in made:
+        assert rows == 1 or (rows * positions <= tokens and 4 * rows * kept * 4160 <= logits)
+        assert kept == positions if not keeps_logits else kept < positions
+
+
 def test_greedy_says_whether_the_model_would_have_written_it(lm: TransformersModel, plain: Plain) -> None:
     prompt = "def add(a, b):\n    return"
     best = int(plain.logprobs([*plain.tokenizer(prompt)["input_ids"], 0])[-1].argmax())
@@ -190,7 +223,7 @@ def test_requests_with_other_options_keep_their_places(lm: TransformersModel, pl
     assert requests[0].args[1]["until"] == [","], "what was asked stays as it is"
 
 
-def test_padded_rows_are_never_written(tmp_path: Path, teacher_folder: str) -> None:
+def test_padded_rows_count_as_they_do_for_everybody_who_takes_the_harness(tmp_path: Path, teacher_folder: str) -> None:
     folder = make_tiny_model(tmp_path, rows=TOKENS + 64, context=128)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -201,23 +234,96 @@ def test_padded_rows_are_never_written(tmp_path: Path, teacher_folder: str) -> N
     )
     inputs = torch.tensor([lm.tok_encode("Hello")])
     written = model.generate(inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, inputs.shape[1] :]
-    assert int(written.max()) >= TOKENS, "left alone, this model writes them"
+    assert int(written.max()) >= TOKENS
     (text,) = lm.generate_until([request("generate_until", "Hello", {"until": [], "max_gen_toks": 12})])
-    assert lm.tok_encode(text)
+    assert text == lm.tokenizer.decode(written), "they are written, and are no text"
     ((logprob, _),) = lm.loglikelihood([request("loglikelihood", "Hello", " you")])
     whole = lm.tok_encode("Hello you")
     with torch.no_grad():
-        logits = model(torch.tensor([whole])).logits[0, :-1, :TOKENS].double().log_softmax(-1)
+        logits = model(torch.tensor([whole])).logits[0, :-1].double()
     first = len(lm.tok_encode("Hello"))
-    assert logprob == pytest.approx(sum(float(logits[i - 1, whole[i]]) for i in range(first, len(whole))), abs=1e-3)
+    expected, without = (
+        sum(float(rows.log_softmax(-1)[i - 1, whole[i]]) for i in range(first, len(whole)))
+        for rows in (logits, logits[:, :TOKENS])
+    )
+    assert logprob == pytest.approx(expected, abs=1e-3)
+    assert logprob < without - 1.0, "they take probability"
     lm.close()
 
 
-def test_a_prompt_has_half_of_the_model_at_least(lm: TransformersModel) -> None:
-    short, long = (lm._prompt("word " * n, {"until": [], "max_gen_toks": 2000}) for n in (3, 3000))
+def test_a_prompt_has_half_of_the_model_at_least(lm: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, int]] = []
+
+    def generate(context: torch.Tensor, max_length: int, **_: Any) -> torch.Tensor:
+        given.append((context.shape[1], max_length - context.shape[1]))
+        return context
+
+    monkeypatch.setattr(lm, "_model_generate", generate)
     assert lm.max_length == 1024
-    assert (short.most, len(long.tokens), long.most) == (512, 512, 512)
-    assert lm._prompt("word", {"until": [], "max_gen_toks": 20}).most == 20
+    for count, most in ((3000, 2000), (3, 2000), (3, 20)):
+        lm.generate_until([request("generate_until", "word " * count, {"until": [], "max_gen_toks": most})])
+    short = len(lm.tok_encode("word " * 3))
+    assert given == [(512, 512), (short, 512), (short, 20)]
+
+
+def test_what_the_harness_would_stop_at(lm: TransformersModel, plain: Plain) -> None:
+    """No continuation, a context of blanks alone, and a continuation longer than the model."""
+    words = " ".join(str(i) for i in range(700))
+    tokens = plain.tokenizer(words)["input_ids"]
+    assert len(tokens) > lm.max_length
+    start = plain.tokenizer.eos_token_id
+    answers = lm._loglikelihood_tokens(
+        [(("a", ""), [17], []), (("  ", "b"), [], tokens[:3]), (("a", words), [start], list(tokens))]
+    )
+    blank = plain.logprobs([start, *tokens[:3]])
+    cut = tokens[-lm.max_length - 1 :]
+    logprobs = plain.logprobs(cut)
+    assert answers[0] == (0.0, True)
+    assert answers[1][0] == pytest.approx(sum(float(blank[i, token]) for i, token in enumerate(tokens[:3])), abs=1e-3)
+    expected = sum(float(logprobs[i, token]) for i, token in enumerate(cut[1:]))
+    assert answers[2][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_text_split_at_several_places(lm: TransformersModel, plain: Plain) -> None:
+    """It shares a forward pass; of each split its own continuation is judged."""
+    tokens = plain.tokenizer("def add(a, b):\n    return a + b")["input_ids"]
+    splits = (2, 3, len(tokens) - 1)
+    found = lm._loglikelihood_tokens([(("a", "b"), tokens[:split], tokens[split:]) for split in splits])
+    logprobs = plain.logprobs(tokens)
+    expected = [sum(float(logprobs[i - 1, tokens[i]]) for i in range(split, len(tokens))) for split in splits]
+    assert [logprob for logprob, _ in found] == pytest.approx(expected, abs=1e-3)
+
+
+def test_text_is_greedy_whatever_the_models_folder_asks_for(tmp_path: Path, teacher_folder: str) -> None:
+    folder = Path(make_tiny_model(tmp_path / "model", rows=TOKENS, context=64))
+    asked = {"do_sample": True, "temperature": 9.0, "top_k": 50, "max_new_tokens": 3, "eos_token_id": None}
+    texts = []
+    for settings in ({}, asked):
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        lm = TransformersModel(
+            StudentConfig(model=str(folder)), tokenizer=teacher_folder, dtype=torch.float32, device="cpu", field="x"
+        )
+        texts.append(lm.generate_until([request("generate_until", "Hello", {"until": [], "max_gen_toks": 12})]))
+        lm.close()
+    assert texts[0] == texts[1]
+    assert len(texts[0][0]) > 12
+
+
+def test_progress_is_told_of_every_request(teacher_folder: str) -> None:
+    heard: list[int] = []
+    lm = TransformersModel(
+        StudentConfig(model=teacher_folder),
+        tokenizer=teacher_folder,
+        dtype=torch.float32,
+        device="cpu",
+        field="x",
+        on_progress=heard.append,
+    )
+    lm.loglikelihood([request("loglikelihood", "2 + 2 =", f" {i}") for i in range(5)])
+    lm.generate_until([request("generate_until", "One", {"until": ["\n"], "max_gen_toks": 2})] * 2)
+    lm.loglikelihood_rolling([request("loglikelihood_rolling", "One, two")])
+    lm.close()
+    assert sum(heard) == 8
 
 
 def test_threads_are_given_back(teacher_folder: str) -> None:
