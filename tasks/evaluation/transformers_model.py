@@ -16,16 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from ddk.student import head_rows, load_student
 from ddk.train_config import StudentConfig
-from tasks.evaluation.harness_imports import accelerate_unneeded
 from tasks.evaluation.harness_model import Asked, checked_tokenizer
 from tasks.planning.store_plan import vocabulary
-
-with accelerate_unneeded():
-    from lm_eval.models.huggingface import HFLM
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32_768
 """Of one forward pass, padding included."""
