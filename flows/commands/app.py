@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
@@ -59,13 +60,21 @@ def run_flow(name: str, config: Any, module: str = "flows.stages", **options: An
     import importlib
     import inspect as introspection
 
-    from flows import stages
+    with loading_libraries():
+        from flows import stages
 
+        flow = getattr(importlib.import_module(module), name)
     reach_prefect()
-    flow = getattr(importlib.import_module(module), name)
     parameters = stages.flow_parameters(config)
     taken = introspection.signature(flow.fn).parameters
     return interruptible(lambda: flow(**{key: value for key, value in parameters.items() if key in taken}, **options))
+
+
+def loading_libraries() -> AbstractContextManager[None]:
+    """Around imports of torch, transformers and Prefect, which take several seconds: it says so."""
+    from tasks.showing.waiting import said_if_slow
+
+    return said_if_slow("loading torch, transformers and Prefect")
 
 
 def reach_prefect() -> None:

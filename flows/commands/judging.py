@@ -17,6 +17,7 @@ from flows.commands.app import (
     app,
     interruptible,
     load,
+    loading_libraries,
     reach_prefect,
     run_flow,
     say,
@@ -68,7 +69,8 @@ def evaluate(
     # tqdm reads it when it is first imported; the harness has a bar for every one of its loops.
     os.environ.setdefault("TQDM_DISABLE", "1")
     loaded = load(config, overrides, root, run)
-    from flows.evaluate import evaluation_config, show_scores
+    with loading_libraries():
+        from flows.evaluate import evaluation_config, show_scores
 
     evaluation = evaluation_config(
         tasks=tasks,
@@ -111,9 +113,10 @@ def compare(
 
     Exits with 1 where runs have failed; the others are compared all the same.
     """
-    from flows.comparing import compare as comparing
-    from flows.comparing.variants import request, whole_numbers
-    from tasks.comparing.report import write_comparison
+    with loading_libraries():
+        from flows.comparing import compare as comparing
+        from flows.comparing.variants import request, whole_numbers
+        from tasks.comparing.report import write_comparison
 
     loaded = load(config, overrides, root, None)
     asked = request(

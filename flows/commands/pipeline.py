@@ -10,7 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.app import ConfigPath, Force, Overrides, Root, Run, app, command, load, run_flow, say, use_block
+from flows.commands.app import (
+    ConfigPath,
+    Force,
+    Overrides,
+    Root,
+    Run,
+    app,
+    command,
+    load,
+    loading_libraries,
+    run_flow,
+    say,
+    use_block,
+)
 
 
 @app.command(short_help="Distil on this machine, without a GPU or a network, in minutes.")
@@ -129,13 +142,15 @@ def plan(
 
         raise UserError("--json goes with --cost")
     from flows.stores.stages_shown import complete_stages, render
+    from tasks.showing.waiting import said_if_slow
 
     use_block(loaded.storage_block)
     stages = complete_stages(loaded)
     if stages is None:
-        from flows.stores.stage_states import plan_stages
-
-        stages = plan_stages(loaded)
+        with loading_libraries():
+            from flows.stores.stage_states import plan_stages
+        with said_if_slow("plan: looking at the models and the corpora"):
+            stages = plan_stages(loaded)
     for line in render(stages):
         say(line)
 

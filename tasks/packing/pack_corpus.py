@@ -26,11 +26,12 @@ from ddk.values import SPLITS, Split
 from storage.stores.layout import is_marked
 from storage.stores.manifest import StoreWriter
 from storage.stores.schema import Manifest, ShardRecord
+from tasks.packing.shards import Arrays, Facts, write_shards
 from tasks.packing.tokenizing import DocumentKey, tokenize_documents
 from tasks.planning.store_plan import Plan, StorePlan
 from tasks.running.retries import RETRIES
 from tasks.running.sharing import alone
-from tasks.showing.progress import Meter, logger, meter
+from tasks.showing.progress import Meter, logger
 
 
 @task(task_run_name="pack {domain}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
@@ -82,38 +83,20 @@ def _pack(plan: Plan, store: StorePlan, writer: StoreWriter) -> None:
 
 
 def _pack_split(plan: Plan, store: StorePlan, writer: StoreWriter, split: Split) -> None:
-    shard_blocks = store.blocks_dims["shard_blocks"]
-    limit = store.corpus.max_train_blocks if split == "train" else store.corpus.max_validation_blocks
-    committed = writer.committed(split)
-    shards = len(committed)
-    if shards and committed[shards - 1].facts["end"]:
-        return
-    written = shards * shard_blocks
-    start = _cursor(committed[shards - 1]) if shards else None
-    size = sum(file.size for file in store.files(split))
-    with meter(f"pack {store.domain} {split}", size, "bytes") as progress:
-        blocks = _blocks(plan, store, split, start, progress)
-        for shard in range(shards, 2**31):
-            wanted = shard_blocks if limit is None else min(shard_blocks, limit - written)
-            batch = [block for _, block in zip(range(wanted), blocks, strict=False)]
-            # The end is known only when the stream gives less than was asked for: a last full shard is followed by
-            # an empty attempt.
-            end = len(batch) < shard_blocks
-            if batch:
-                _refuse_beyond_rows(store, split, batch)
-                arrays, counts = _arrays(batch, marked=is_marked(store.blocks_dims))
-                last = batch[-1].next
-                writer.write_shard(split, shard, arrays, {"next": [*last.document, last.offset], "end": end, **counts})
-                written += len(batch)
-            if end:
-                break
-    if written == 0:
+    def blocks(last: ShardRecord | None, progress: Meter) -> Iterator[PackedBlock[DocumentKey]]:
+        return _blocks(plan, store, split, _cursor(last) if last is not None else None, progress)
+
+    def content(batch: list[PackedBlock[DocumentKey]]) -> tuple[Arrays, Facts]:
+        _refuse_beyond_rows(store, split, batch)
+        arrays, counts = _arrays(batch, marked=is_marked(store.blocks_dims))
+        following = batch[-1].next
+        return arrays, {"next": [*following.document, following.offset], **counts}
+
+    if write_shards(store, writer, split, blocks, content) == 0:
         _refuse_empty(store, split)
 
 
-def _arrays(
-    batch: Sequence[PackedBlock[DocumentKey]], *, marked: bool
-) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, int]]:
+def _arrays(batch: Sequence[PackedBlock[DocumentKey]], *, marked: bool) -> tuple[Arrays, dict[str, int]]:
     """A shard's arrays [n, L + 1] by name, and what is counted of it."""
     tokens = np.stack([block.tokens for block in batch])
     if not marked:

@@ -25,10 +25,12 @@ from ddk.values import SPLITS, Int32Array, Split
 from storage.corpus.domain import CorpusFile, domain_seed, in_validation
 from storage.exchange.foreign import iter_tokens
 from storage.stores.manifest import StoreWriter
+from storage.stores.schema import ShardRecord
+from tasks.packing.shards import Arrays, Facts, write_shards
 from tasks.planning.store_plan import Plan, StorePlan
 from tasks.running.retries import RETRIES
 from tasks.running.sharing import alone
-from tasks.showing.progress import Meter, logger, meter
+from tasks.showing.progress import Meter, logger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,31 +95,19 @@ def _pack(store: StorePlan, writer: StoreWriter) -> None:
 
 
 def _pack_split(store: StorePlan, writer: StoreWriter, split: Split) -> RowCounts:
-    shard_blocks = store.blocks_dims["shard_blocks"]
-    limit = store.corpus.max_train_blocks if split == "train" else store.corpus.max_validation_blocks
     committed = writer.committed(split)
-    shards = len(committed)
-    start, counts = RowPlace(), RowCounts()
-    if shards:
-        last = committed[shards - 1]
-        start, counts = RowPlace(**last.facts["next"]), RowCounts(**last.facts["passed"])
-        if last.facts["end"]:
-            return counts
-    written = shards * shard_blocks
-    with meter(f"pack {store.domain} {split}", sum(file.size for file in store.files(split)), "bytes") as progress:
-        blocks = token_blocks(store, split, start, counts, progress)
-        for shard in range(shards, 2**31):
-            wanted = shard_blocks if limit is None else min(shard_blocks, limit - written)
-            batch = [block for _, block in zip(range(wanted), blocks, strict=False)]
-            end = len(batch) < shard_blocks
-            if batch:
-                at = batch[-1][0]
-                facts = {"next": asdict(replace(at, block=at.block + 1)), "passed": asdict(counts), "end": end}
-                writer.write_shard(split, shard, {"tokens": np.stack([tokens for _, tokens in batch])}, facts)
-                written += len(batch)
-            if end:
-                break
-    if written == 0:
+    counts = RowCounts(**committed[len(committed) - 1].facts["passed"]) if committed else RowCounts()
+
+    def blocks(last: ShardRecord | None, progress: Meter) -> Iterator[tuple[RowPlace, Int32Array]]:
+        start = RowPlace(**last.facts["next"]) if last is not None else RowPlace()
+        return token_blocks(store, split, start, counts, progress)
+
+    def content(batch: list[tuple[RowPlace, Int32Array]]) -> tuple[Arrays, Facts]:
+        at, _ = batch[-1]
+        facts = {"next": asdict(replace(at, block=at.block + 1)), "passed": asdict(counts)}
+        return {"tokens": np.stack([tokens for _, tokens in batch])}, facts
+
+    if write_shards(store, writer, split, blocks, content) == 0:
         raise UserError(
             f"domain '{store.domain}': none of the {counts.rows} {split} rows has the {writer.manifest.dims['seq_len']}"
             f" + 1 tokens of a block; lower packing.seq_len, or give it longer rows"

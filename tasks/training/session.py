@@ -33,6 +33,7 @@ from tasks.running.retries import RETRIES
 from tasks.showing.artifacts import artifact_key
 from tasks.showing.events import say_event
 from tasks.showing.progress import logger, meter
+from tasks.showing.waiting import said_if_slow
 from tasks.training.processes import TrainingProcesses
 from tasks.training.rank import RankTraining, Training
 from tasks.training.run_inputs import RunInputs
@@ -97,11 +98,12 @@ class StudentSession:
             train, job = self.settings.train, self.inputs.job
             device = resolve_device(train)
             processes = resolve_processes(train, device)
-            if processes * train.nodes > 1:
-                logger.info("train: %d processes on %d machine(s), %s", processes, train.nodes, train.parallel)
-                self._training = TrainingProcesses(job, processes)
-            else:
-                self._training = RankTraining(job, World(device=device), logger.info)
+            with said_if_slow(f"train: loading the student {self.settings.student.model}"):
+                if processes * train.nodes > 1:
+                    logger.info("train: %d processes on %d machine(s), %s", processes, train.nodes, train.parallel)
+                    self._training = TrainingProcesses(job, processes)
+                else:
+                    self._training = RankTraining(job, World(device=device), logger.info)
         return self._training
 
     @property
