@@ -100,7 +100,7 @@ def use_block(name: str | None) -> None:
 
 def interruptible(call: Callable[[], Any]) -> Any:
     """Run a flow, which goes on where it stopped when it is called again."""
-    from tasks.running.prefect_server import going_on_without_its_server
+    from tasks.running.server_loss import going_on_without_its_server
 
     try:
         return going_on_without_its_server(call)
@@ -129,7 +129,7 @@ def set_up(debug: bool) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "ddk")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")  # a quarter of a minute: see tasks.running.prefect_server
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")  # a quarter of a minute: see tasks.running.server_loss
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not debug:
         logging.raiseExceptions = False  # what cannot be logged to a server is no news on the terminal

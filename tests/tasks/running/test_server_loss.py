@@ -18,7 +18,7 @@ from prefect import flow, task
 from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from tasks.running import prefect_server as surviving
+from tasks.running import server_loss as surviving
 
 
 class Server:
@@ -122,7 +122,7 @@ def test_an_error_of_the_work_stays_what_it_is(server: Server) -> None:
 
 HOLDER = """
 import subprocess, sys
-from tasks.running.prefect_server import going_on_without_its_server
+from tasks.running.server_loss import going_on_without_its_server
 going_on_without_its_server(lambda: (
     print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True), input()
 ))
