@@ -22,6 +22,7 @@ from storage.stores.manifest import read_manifest
 from storage.stores.schema import Manifest
 from tasks.planning.complete_runs import remember_complete
 from tasks.planning.store_plan import Plan, plan_stores
+from tasks.planning.text_ends import say_ends
 from tasks.training.run_inputs import RunInputs, check_run
 
 _SHOWN = 3
@@ -36,6 +37,7 @@ def plan_stages(config: Config) -> list[StagePlan]:
     """
     plan = plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
     check_run(config.settings, plan)
+    say_ends("plan", plan.ends)
     stores = [_store(config.root, plan, domain, kind) for kind in ("blocks", "targets") for domain in plan.domains]
     stages = [*stores, _run(config, plan, stores)]
     if all(one.state == "complete" for one in stages):

@@ -29,6 +29,7 @@ from storage.stores.schema import Manifest, ShardRecord
 from tasks.packing.shards import Arrays, Facts, write_shards
 from tasks.packing.tokenizing import DocumentKey, tokenize_documents
 from tasks.planning.store_plan import Plan, StorePlan
+from tasks.planning.text_ends import say_ends
 from tasks.running.retries import RETRIES
 from tasks.running.sharing import alone
 from tasks.showing.progress import Meter, logger
@@ -51,7 +52,7 @@ def pack_corpus(plan: Plan, domain: str) -> dict[str, Any]:
     if done_before:
         logger.info("pack %s: complete already", domain)
     else:
-        _say_ends(plan, domain)
+        say_ends(f"pack {domain}", plan.ends)
         with alone(store.blocks_url, f"pack {domain}"):
             _pack(plan, store, writer)
     splits = writer.manifest.splits
@@ -129,13 +130,6 @@ def _say_spelled(domain: str, token: str) -> None:
         "set the domain's special_tokens: control",
         *(domain, token),
     )
-
-
-def _say_ends(plan: Plan, domain: str) -> None:
-    if plan.ends is not None and plan.ends.said:
-        logger.info("pack %s: documents %s", domain, plan.ends.said)
-    if plan.ends is not None and plan.ends.warning:
-        logger.warning("pack %s: %s", domain, plan.ends.warning)
 
 
 def _cursor(record: ShardRecord) -> Cursor[DocumentKey]:

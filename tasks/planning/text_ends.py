@@ -18,6 +18,7 @@ from ddk.student import load_tokenizer
 from ddk.train_config import StudentConfig
 from tasks.planning.models import local_folder
 from tasks.planning.tokenizer_files import has_tokenizer
+from tasks.showing.progress import logger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,14 @@ class TextEnds:
     """Both for people, where they are not what everybody expects; else empty."""
     warning: str = ""
     """Why a student might not stop at `eos_id`; empty where it does."""
+
+
+def say_ends(stage: str, ends: TextEnds | None) -> None:
+    """Log what documents begin and end with, where that is not what everybody expects."""
+    if ends is not None and ends.said:
+        logger.info("%s: documents %s", stage, ends.said)
+    if ends is not None and ends.warning:
+        logger.warning("%s: %s", stage, ends.warning)
 
 
 def text_ends(packing: PackingConfig, teacher: Any, student: StudentConfig | None) -> TextEnds:
