@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,10 @@ import numpy as np
 from ddk.errors import LostPartError, UserError
 from ddk.values import Int32Array, SampledTokens, SparseTargets
 from tasks.showing.progress import logger
-from tasks.teachers.config import TeacherConfig, check_fits, on_gpu
+from tasks.teachers.config import TeacherConfig, on_gpu
 from tasks.teachers.leftovers import SHARED_MEMORY
 from tasks.teachers.reduction import OUTPUTS
+from tasks.teachers.source import TeacherSource
 from tasks.teachers.vllm_engine import Engine, cores
 from tasks.teachers.vllm_worker import LABEL_KEY, ROW_KEY, ResultBuffer
 
@@ -33,28 +33,19 @@ MIN_BATCH_TOKENS = 128
 """Of a forward pass. Below this an engine that is out of memory lacks it for another reason."""
 
 
-class VllmTeacher:
+class VllmTeacher(TeacherSource):
     """An engine that starts at the first capture and lives to the end of the `with`; then its processes and their
-    memory are gone. Where everything is captured already, it never starts.
-
-    Args:
-        config: what to run.
-        seq_len: positions in a block, L.
-        vocab_size: tokens of the tokenizer.
+    memory are gone. Arguments and errors are those of every source.
     """
 
+    name = "engine"
+
     def __init__(self, config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
-        self.config = config
-        self.seq_len = seq_len
-        self.vocab_size = vocab_size
+        super().__init__(config, seq_len=seq_len, vocab_size=vocab_size)
         self.batch_tokens = max(config.max_batch_tokens, MIN_BATCH_TOKENS)
         """Of one forward pass; halved when the engine runs out of memory."""
         self._engine: Engine | None = None
         self._buffer: ResultBuffer | None = None
-        check_fits(config, seq_len=seq_len, vocab_size=vocab_size)
-
-    def __enter__(self) -> VllmTeacher:
-        return self
 
     def _start(self) -> None:
         self._engine = Engine.for_capture(
@@ -82,11 +73,6 @@ class VllmTeacher:
         if self._engine is None:
             raise RuntimeError("the engine is not running")
         return self._engine
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the engine's processes and free its memory. Harmless when called twice."""

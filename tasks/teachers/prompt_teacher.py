@@ -23,14 +23,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from ddk.values import Int32Array, SparseTargets
-from tasks.teachers.config import TeacherConfig, check_fits, check_source_gives, model_rows
+from tasks.teachers.config import TeacherConfig, model_rows
 from tasks.teachers.prompt_logprobs import Rows, assemble, entries_to_ask, flat_rows, stacked, warn_of_padding
+from tasks.teachers.source import TeacherSource
 from tasks.teachers.vllm_engine import Engine
 
 LOGITS_BYTES = 2 * 2**30
@@ -39,35 +39,19 @@ GROUP_ENTRIES = 4 * 2**20
 """Entries of a group of blocks; each takes about 100 bytes until it is in an array."""
 
 
-class PortableTeacher:
+class PortableTeacher(TeacherSource):
     """An engine that starts at the first capture and lives to the end of the `with`, as `VllmTeacher` does.
 
-    Args:
-        config: what to run.
-        seq_len: positions in a block, L.
-        vocab_size: tokens of the tokenizer.
-
-    Raises:
-        UserError: the configuration asks for what this source cannot do, or does not fit the model.
+    Arguments and errors are those of every source.
     """
 
+    name = "prompt_logprobs"
+
     def __init__(self, config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
-        check_source_gives(config, "prompt_logprobs")
-        check_fits(config, seq_len=seq_len, vocab_size=vocab_size)
-        self.config = config
-        self.seq_len = seq_len
-        self.vocab_size = vocab_size
+        super().__init__(config, seq_len=seq_len, vocab_size=vocab_size)
         self._rows = model_rows(config) or vocab_size
         self._asked = entries_to_ask(config.k, vocab_size, self._rows)
         self._engine: Engine | None = None
-
-    def __enter__(self) -> PortableTeacher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the engine's processes and free its memory. Harmless when called twice."""

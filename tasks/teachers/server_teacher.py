@@ -30,7 +30,6 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -39,9 +38,10 @@ from ddk.errors import UserError
 from ddk.values import Int32Array, SparseTargets
 from storage.files.remembered import recall, remember
 from tasks.showing.progress import logger
-from tasks.teachers.config import TeacherConfig, check_fits, check_source_gives, model_rows
+from tasks.teachers.config import TeacherConfig, model_rows
 from tasks.teachers.prompt_logprobs import Rows, assemble, entries_to_ask, ranked_rows, stacked, warn_of_padding
 from tasks.teachers.server_client import KEY_VARIABLE, WAITS, ServerClient, ServerRefusedError, ServerUnreachableError
+from tasks.teachers.source import TeacherSource
 
 IN_FLIGHT = 8
 """Requests under way at a time: the next ones lie ready when the server's batch has room."""
@@ -49,38 +49,26 @@ _CLAMPED = -9999.0
 """What vLLM writes for −inf, which JSON cannot hold."""
 
 
-class ServerTeacher:
+class ServerTeacher(TeacherSource):
     """Connects at the first capture; where everything is captured already, the server need not run.
 
     Args:
-        config: which server, which of its models, and k.
-        seq_len: positions in a block, L.
-        vocab_size: tokens of the tokenizer.
+        config, seq_len, vocab_size: as of every source.
         waits: seconds before each further attempt of a request.
 
     Raises:
-        UserError: the configuration asks for what a server cannot give.
+        UserError: as every source does.
     """
 
+    name = "server"
+
     def __init__(self, config: TeacherConfig, *, seq_len: int, vocab_size: int, waits: Sequence[float] = WAITS) -> None:
-        check_source_gives(config, "server")
-        check_fits(config, seq_len=seq_len, vocab_size=vocab_size)
-        self.config = config
-        self.seq_len = seq_len
-        self.vocab_size = vocab_size
+        super().__init__(config, seq_len=seq_len, vocab_size=vocab_size)
         self._waits = waits
         self._asked = entries_to_ask(config.k, vocab_size, model_rows(config) or vocab_size)
         self._client: ServerClient | None = None
         self._name = ""
         self._parsing = threading.Lock()
-
-    def __enter__(self) -> ServerTeacher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the connections. Harmless when called twice."""
