@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 import s3fs
@@ -100,6 +102,20 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
         else:
             return
     raise RuntimeError("the S3 server did not answer within 60 s")
+
+
+@pytest.fixture
+def requests_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URLs that httpx's synchronous clients, Prefect's among them, ask from here on; each attempt is one."""
+    made: list[str] = []
+    send = httpx.Client.send
+
+    def noted(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
+        made.append(str(request.url))
+        return send(client, request, **options)
+
+    monkeypatch.setattr(httpx.Client, "send", noted)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ from site_of_operation import Site
 from small_run import small_config, write_config
 
 from flows.config import load_config
-from tasks.training import worker
 from flows.operating.deployments import DEPLOYABLE
+from tasks.training import worker
 
 SECONDS_TO_END = 30.0
 TRAIN_WORKER = worker.__name__

@@ -99,6 +99,7 @@ def test_training_that_loses_its_server_finishes_and_says_so_in_one_line(
 
     began = time.monotonic()
     assert surviving.going_on_without_its_server(pipeline) == "trained and reported"
+    open("/tmp/TOOK","w").write(str(time.monotonic() - began))
     assert time.monotonic() - began < 60
     assert trained == [0, 1, 2]
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
