@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 import s3fs
 import zarr.core.sync
+from repository import REPOSITORY
 
 from storage.files.s3 import S3
 
@@ -121,7 +122,7 @@ def requests_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(scope="session")
 def teacher_folder() -> str:
     """The quickstart's teacher: small, but a real model."""
-    return os.path.join(os.path.dirname(__file__), "..", "flows", "presets", "quickstart", "teacher")
+    return str(REPOSITORY / "flows" / "presets" / "quickstart" / "teacher")
 
 
 @pytest.fixture(scope="session")

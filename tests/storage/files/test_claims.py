@@ -13,12 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from repository import REPOSITORY
 
 from storage.files import claims as storage_claims
 from storage.files import uri
 from storage.files.claims import Claims, remove_claims
-
-REPOSITORY = str(Path(__file__).parents[3])
 
 
 def test_one_of_two_gets_it_and_the_other_once_it_is_let_go(place: str) -> None:
@@ -68,7 +67,7 @@ def test_waits_for_its_turn(place: str) -> None:
 def start_a_holder(place: str) -> subprocess.Popen[str]:
     code = f"""
 import sys, time
-sys.path.insert(0, {REPOSITORY!r})
+sys.path.insert(0, {str(REPOSITORY)!r})
 from storage.files.claims import Claims
 claims = Claims({place!r})
 assert claims.take("all")

@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 import zarr
+from repository import REPOSITORY
 from resealing import resealed
 from s3_proxy import DROP, HANG, RESET, TEAR, S3Proxy
 from silent_server import SilentServer
@@ -402,8 +403,7 @@ print("done")
 def test_many_threads_may_begin_at_once(place: str) -> None:
     """In a process where nothing has been opened before: all eight make their first call together."""
     command = [sys.executable, "-c", MANY_THREADS, place]
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     assert uri.list_names(place) == ["0", "1", "2", "3"]
 
@@ -476,9 +476,7 @@ def test_fsspec_variables_count_too(s3_server: str, s3_proxy: S3Proxy) -> None:
     environment |= {"FSSPEC_S3_KEY": "from-fsspec", "FSSPEC_S3_SECRET": "x", "FSSPEC_S3_ENDPOINT_URL": s3_proxy.url}
     environment["FSSPEC_S3"] = json.dumps({"client_kwargs": {"region_name": "us-east-1"}})
     command = [sys.executable, "-c", code, f"{s3_server}/none"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "None\n", done.stderr
     assert [request.access_key for request in s3_proxy.requests] == ["from-fsspec"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
+from repository import REPOSITORY
 
 from storage.errors import StoreDamagedError, StoreError, UnreachableError, explained
 from storage.files import uri
@@ -111,7 +112,7 @@ from storage.files import uri
 uri.write_bytes(sys.argv[1] + "/d", b"x")
 uri.remove_tree(sys.argv[1] + "/a")
 """
-    subprocess.run([sys.executable, "-c", code, place], check=True, cwd=Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", code, place], check=True, cwd=REPOSITORY)
     assert uri.read_bytes(uri.join(place, "d")) == b"x"
     assert uri.exists(uri.join(place, "d"))
     assert uri.read_jsons([uri.join(place, "e"), uri.join(place, "a/1")]) == [None, None]
@@ -268,7 +269,7 @@ def test_a_reader_never_sees_a_torn_file(place: str, killed_after_lines: Callabl
 def test_a_reader_beside_the_writer_never_sees_a_torn_file(place: str) -> None:
     size, reads, seen = (200_000, 12, set()) if place.startswith("s3://") else (2_000_000, 40, set())
     command = [sys.executable, "-c", WRITING_FOR_EVER, place, str(size)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as writer:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as writer:
         writer.stdout.readline()
         for _ in range(reads):
             content = uri.read_bytes(uri.join(place, "big"))
