@@ -19,6 +19,9 @@ from repository import REPOSITORY
 
 from storage.files.s3 import S3
 
+for module in ("deaths", "teacher_contract"):
+    pytest.register_assert_rewrite(module)
+
 # As the `ddk` command sets it for itself before Prefect is imported: its commands are called in this process too.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")

@@ -376,38 +376,6 @@ def test_a_store_of_a_hundred_thousand_shards_is_opened_and_read_by_what_is_need
 # Threads
 
 
-MANY_THREADS = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from storage.files import uri
-
-def work(n):
-    url = f"{sys.argv[1]}/{n % 4}/{n}"
-    uri.write_bytes(url, bytes([n]) * 1000)
-    uri.write_json(url + ".json", n)
-    assert uri.read_bytes(url) == bytes([n]) * 1000
-    assert uri.read_ranges(url, [(0, 2), (-3, 3)]) == [bytes([n]) * 2, bytes([n]) * 3]
-    assert f"{n}.json" in uri.list_names(f"{sys.argv[1]}/{n % 4}"), "what this thread has just written"
-    assert uri.size_of(url) == 1000
-    assert uri.read_jsons([url + ".json"]) == [n]
-    uri.remove_file(url)
-    assert uri.read_bytes(url) is None
-
-with ThreadPoolExecutor(8) as executor:
-    list(executor.map(work, range(48)))
-print("done")
-"""
-
-
-def test_many_threads_may_begin_at_once(place: str) -> None:
-    """In a process where nothing has been opened before: all eight make their first call together."""
-    command = [sys.executable, "-c", MANY_THREADS, place]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    assert uri.list_names(place) == ["0", "1", "2", "3"]
-
-
 @pytest.mark.usefixtures("short_waits")
 def test_a_reader_and_a_writer_share_one_process(folder: str, s3_proxy: S3Proxy) -> None:
     s3_proxy.fail("503 SlowDown", times=1)

@@ -305,6 +305,7 @@ def test_switched_on_late_it_gets_all_there_is(local_run: Run, service: TensorBo
     follow(local_run, opened(local_run, tensorboard=False), 0, 2)
     follower = opened(local_run, **service.config)
     follow(local_run, follower, 4)
+    follower.finish(6, {})
     follower.close(failed=False)
     check_told(service.told(local_run))
 
