@@ -8,13 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 import s3fs
 import zarr.core.sync
+from repository import REPOSITORY
 
 from storage.files.s3 import S3
+
+for module in ("deaths", "teacher_contract"):
+    pytest.register_assert_rewrite(module)
 
 # As the `ddk` command sets it for itself before Prefect is imported: its commands are called in this process too.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -102,10 +108,24 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
     raise RuntimeError("the S3 server did not answer within 60 s")
 
 
+@pytest.fixture
+def requests_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URLs that httpx's synchronous clients, Prefect's among them, ask from here on; each attempt is one."""
+    made: list[str] = []
+    send = httpx.Client.send
+
+    def noted(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
+        made.append(str(request.url))
+        return send(client, request, **options)
+
+    monkeypatch.setattr(httpx.Client, "send", noted)
+    return made
+
+
 @pytest.fixture(scope="session")
 def teacher_folder() -> str:
     """The quickstart's teacher: small, but a real model."""
-    return os.path.join(os.path.dirname(__file__), "..", "flows", "presets", "quickstart", "teacher")
+    return str(REPOSITORY / "flows" / "presets" / "quickstart" / "teacher")
 
 
 @pytest.fixture(scope="session")

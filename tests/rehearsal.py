@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import AwaitingRetry, Crashed
-from site_of_operation import REPOSITORY, Site
+from repository import REPOSITORY
+from site_of_operation import Site
 from small_run import files_below
 
 PRESETS = REPOSITORY / "flows" / "presets"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import train_ranks
+from repository import REPOSITORY
 
 from ddk.parallel import World, join_world, leave_world, spread, synchronise, whole
 
-SCRIPT = Path(__file__).parents[1] / "support" / "train_ranks.py"
-ROOT = str(Path(__file__).parents[2])
+SCRIPT = REPOSITORY / "tests" / "support" / "train_ranks.py"
 TOLERANCE = 2e-5
 STEPS = 4
 
@@ -40,7 +40,7 @@ class Trainings:
         listed = self._folder / "jobs.json"
         listed.write_text(json.dumps(self._on_two))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{SCRIPT.parent}"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{SCRIPT.parent}"}
         done = subprocess.run(
             [sys.executable, *torchrun, str(SCRIPT), str(listed)],
             env=environment,

@@ -8,22 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_model import SMALLEST
 
 from ddk.cost.shape import longest_input
 from ddk.structure import attention_of, is_projection
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
+SMALL: dict[str, Any] = {**SMALLEST, "vocab_size": 96}
 GEMMA2: dict[str, Any] = {**SMALL, "head_dim": 16, "query_pre_attn_scalar": 16}
 
 

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deaths
 import numpy as np
 import pytest
+from repository import REPOSITORY
 from s3_proxy import S3Proxy
 
 from storage.files import settings
@@ -21,7 +24,6 @@ from storage.stores.layout import Kind
 from storage.stores.manifest import StoreWriter
 from storage.stores.schema import Manifest
 
-REPOSITORY = Path(__file__).parents[2]
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -104,60 +106,9 @@ def maker() -> StoreMaker:
 
 
 @pytest.fixture
-def killed_at_each_rename(tmp_path: Path) -> Callable[..., list[int]]:
-    """Runs Python code again and again, each time in a process that is killed (-9) just before one of its renames.
-
-    The code finds the variable `folder`: `<folders>/<n>` in the process that dies at rename n, which is 1, 1 + every,
-    and so on. Returns these numbers; the process after them ran to its end.
-    """
-
-    def run(code: str, folders: str, every: int = 1) -> list[int]:
-        driver = tmp_path / "driver.py"
-        driver.write_text(f"import sys\n\nsys.path.insert(0, {str(REPOSITORY)!r})\n{_DRIVER}")
-        worker = tmp_path / "worker.py"
-        worker.write_text(code)
-        command = [sys.executable, str(driver), str(worker), folders, str(every)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        return list(range(1, int(done.stdout), every))
-
-    return run
-
-
-# One process imports; a fork of it is what dies. Nothing has started a thread by then.
-_DRIVER = """
-import os
-import signal
-
-import storage.runs.checkpoints
-import storage.stores.manifest
-
-code = compile(open(sys.argv[1]).read(), sys.argv[1], "exec")
-replace = os.replace
-rename = 1
-while True:
-    child = os.fork()
-    if child == 0:
-        renames = 0
-
-        def dying(source, target):
-            global renames
-            renames += 1
-            if renames == rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-
-        os.replace = dying
-        exec(code, {"folder": f"{sys.argv[2]}/{rename}"})
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if not os.WIFSIGNALED(status):
-        assert status == 0
-        break
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    rename += int(sys.argv[3])
-print(rename)
-"""
+def killed_at_each_rename() -> Callable[..., list[int]]:
+    """`deaths.killed_at_each_rename` for code of the storage."""
+    return partial(deaths.killed_at_each_rename, imports=("storage.runs.checkpoints", "storage.stores.manifest"))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from repository import REPOSITORY
+
 PAGE = REPOSITORY / "docs" / "architecture.md"
 TABLE = re.compile(r"(?<=<!-- rooms -->\n).*?(?=\n<!-- /rooms -->)", re.DOTALL)
 PACKAGES = ("ddk", "storage", "tasks", "flows")

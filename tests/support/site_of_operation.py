@@ -19,8 +19,8 @@ import httpx
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
+from repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -19,8 +19,9 @@ from unittest import mock
 
 import psutil
 import yaml
+from repository import REPOSITORY
 
-ASSETS = Path(__file__).parents[2] / "flows" / "presets" / "quickstart"
+ASSETS = REPOSITORY / "flows" / "presets" / "quickstart"
 DOMAINS = ("math", "code", "zh_books")
 
 

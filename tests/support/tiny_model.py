@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
+SMALLEST: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+"""Of a configuration of the Llama kind: what fits in the fewest bytes. vLLM takes larger heads only."""
 
 
 def make_tiny_model(folder: Path, *, rows: int, context: int) -> str:

@@ -24,6 +24,7 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import PrefectHTTPStatusError, SignatureMismatchError
 from prefect.states import Completed, Running
 from prefect.workers.process import ProcessWorker
+from repository import REPOSITORY
 from small_run import Ddk, small_config, write_config
 
 from flows.config import Config, load_config
@@ -40,7 +41,7 @@ POOLS = {
     "evaluate": "gpu",
 }
 STORE_PARAMETERS = {"root", "domains", "teacher", "packing", "student", "storage_block"}
-YAML = Path(__file__).parents[3] / "prefect.yaml"
+YAML = REPOSITORY / "prefect.yaml"
 
 
 class Deployed:

@@ -26,12 +26,13 @@ import httpx
 import pytest
 from browser import SCREENSHOTS, Visitor, open_browser
 from playwright.sync_api import Browser
+from repository import REPOSITORY
 from small_run import ASSETS, DOMAINS, small_config, write_config
 
 DEPLOYMENTS = ["cache-teacher", "distill", "pack-corpus", "rebalance", "report", "train-student"]
 STEPS, INTERVAL = 24, 6
 pytestmark = pytest.mark.timeout(1500)  # one of them waits for the run
-YAML = Path(__file__).parents[3] / "prefect.yaml"
+YAML = REPOSITORY / "prefect.yaml"
 
 
 class Server:

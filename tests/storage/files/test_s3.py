@@ -7,17 +7,19 @@ import json
 import os
 import subprocess
 import sys
-import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import botocore.retryhandler
 import fsspec
 import numpy as np
 import pytest
 import zarr
+from repository import REPOSITORY
 from resealing import resealed
 from s3_proxy import DROP, HANG, RESET, TEAR, S3Proxy
 from silent_server import SilentServer
@@ -278,27 +280,44 @@ def test_a_request_has_one_deadline_in_whatever_phase_a_server_falls_silent(
         silence = {"read_timeout": 0.3, "connect_timeout": 0.3}
         settings.use_options("s3", {"endpoint_url": server.url, "config_kwargs": silence})
         try:
-            began = time.monotonic()
             with pytest.raises(UnreachableError, match="broke again and again"):
                 call()
-            assert time.monotonic() - began < 40
+            # The server stays silent for ever, so an attempt without an end would not come back. How many there are in
+            # the request's deadline follows from how long each takes at least: 0.6 s and 16 MiB/s for a body of 8 MiB,
+            # or the whole deadline where a byte comes now and then.
+            most = {"body": 6, "trickle": 2}.get(phase, s3.ATTEMPTS)
+            assert server.connections <= most
             assert server.connections > (0 if phase == "trickle" else 1), "it was tried again"
         finally:
             settings.use_options("s3", {})
 
 
-def test_the_waits_grow_and_are_random(folder: str, s3_proxy: S3Proxy) -> None:
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
+    """How long botocore decides to wait, in seconds, by the number of the attempt before."""
+    found: defaultdict[int, list[float]] = defaultdict(list)
+    decide = botocore.retryhandler.delay_exponential
+
+    def noted(base: float | str, growth_factor: float, attempts: int) -> float:
+        found[attempts].append(decide(base, growth_factor, attempts))
+        return found[attempts][-1]
+
+    monkeypatch.setattr("botocore.retryhandler.delay_exponential", noted)
+    return found
+
+
+def test_the_waits_grow_and_are_random(folder: str, s3_proxy: S3Proxy, waits: dict[int, list[float]]) -> None:
     s3_proxy.fail("503 SlowDown", times=2)
     uri.read_whole_many([f"{folder}/{n}" for n in range(12)])
-    first, second = [], []
-    for n in range(12):
-        asked = [request.at for request in s3_proxy.requests if request.key.endswith(f"/{n}")]
-        first.append(asked[1] - asked[0])
-        second.append(asked[2] - asked[1])
-    assert max(first) < 1.5
-    assert max(second) < 2.5
+    first, second = waits[1], waits[2]
+    assert (len(first), len(second), len(waits)) == (12, 12, 2)
+    assert max(first) <= 1.0
+    assert max(second) <= 2.0
     assert max(first) - min(first) > 0.2, "not all at the same moment"
     assert sum(second) > sum(first)
+    asked = [[request.at for request in s3_proxy.requests if request.key.endswith(f"/{n}")] for n in range(12)]
+    assert [len(times) for times in asked] == [3] * 12
+    assert sum(times[-1] - times[0] for times in asked) >= sum(first) + sum(second), "and they are waited for"
 
 
 @pytest.mark.usefixtures("short_waits")
@@ -355,39 +374,6 @@ def test_a_store_of_a_hundred_thousand_shards_is_opened_and_read_by_what_is_need
 
 
 # Threads
-
-
-MANY_THREADS = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from storage.files import uri
-
-def work(n):
-    url = f"{sys.argv[1]}/{n % 4}/{n}"
-    uri.write_bytes(url, bytes([n]) * 1000)
-    uri.write_json(url + ".json", n)
-    assert uri.read_bytes(url) == bytes([n]) * 1000
-    assert uri.read_ranges(url, [(0, 2), (-3, 3)]) == [bytes([n]) * 2, bytes([n]) * 3]
-    assert f"{n}.json" in uri.list_names(f"{sys.argv[1]}/{n % 4}"), "what this thread has just written"
-    assert uri.size_of(url) == 1000
-    assert uri.read_jsons([url + ".json"]) == [n]
-    uri.remove_file(url)
-    assert uri.read_bytes(url) is None
-
-with ThreadPoolExecutor(8) as executor:
-    list(executor.map(work, range(48)))
-print("done")
-"""
-
-
-def test_many_threads_may_begin_at_once(place: str) -> None:
-    """In a process where nothing has been opened before: all eight make their first call together."""
-    command = [sys.executable, "-c", MANY_THREADS, place]
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    assert uri.list_names(place) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.usefixtures("short_waits")
@@ -458,9 +444,7 @@ def test_fsspec_variables_count_too(s3_server: str, s3_proxy: S3Proxy) -> None:
     environment |= {"FSSPEC_S3_KEY": "from-fsspec", "FSSPEC_S3_SECRET": "x", "FSSPEC_S3_ENDPOINT_URL": s3_proxy.url}
     environment["FSSPEC_S3"] = json.dumps({"client_kwargs": {"region_name": "us-east-1"}})
     command = [sys.executable, "-c", code, f"{s3_server}/none"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "None\n", done.stderr
     assert [request.access_key for request in s3_proxy.requests] == ["from-fsspec"]
 
@@ -471,17 +455,18 @@ def test_an_unknown_option_is_named_and_no_value(s3_server: str) -> None:
     assert "hidden" not in str(caught.value)
 
 
-def test_credentials_that_come_later_are_used(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_that_come_later_are_used(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch, waits: dict[int, list[float]]
+) -> None:
     """No file system that was opened without them is in the way."""
     assert uri.read_bytes(f"{s3_server}/none") is None
     with monkeypatch.context() as without:
         without.delenv("AWS_ACCESS_KEY_ID")
         without.delenv("AWS_SECRET_ACCESS_KEY")
         settings.use_options("s3", {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]})
-        started = time.monotonic()
         with pytest.raises(UnreachableError, match=r"/none: no credentials for S3 were found; set AWS_ACCESS_KEY_ID"):
             uri.read_bytes(f"{s3_server}/none")
-        assert time.monotonic() - started < 10
+        assert waits == {}, "another attempt would find none either"
         settings.use_options("s3", {"endpoint_url": os.environ["AWS_ENDPOINT_URL"], "key": "k", "secret": "s"})
         assert uri.read_bytes(f"{s3_server}/none") is None
     settings.use_options("s3", {})

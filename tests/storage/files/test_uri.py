@@ -1,3 +1,8 @@
+"""One suite for every kind of storage: each test that asks for `place` runs on the local disk and on S3.
+
+What S3 alone does (requests, retries, deadlines, options) is in `test_s3.py`.
+"""
+
 from __future__ import annotations
 
 import errno
@@ -11,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
+from repository import REPOSITORY
 
 from storage.errors import StoreDamagedError, StoreError, UnreachableError, explained
 from storage.files import uri
@@ -111,7 +117,7 @@ from storage.files import uri
 uri.write_bytes(sys.argv[1] + "/d", b"x")
 uri.remove_tree(sys.argv[1] + "/a")
 """
-    subprocess.run([sys.executable, "-c", code, place], check=True, cwd=Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", code, place], check=True, cwd=REPOSITORY)
     assert uri.read_bytes(uri.join(place, "d")) == b"x"
     assert uri.exists(uri.join(place, "d"))
     assert uri.read_jsons([uri.join(place, "e"), uri.join(place, "a/1")]) == [None, None]
@@ -242,6 +248,38 @@ def test_an_error_while_writing_leaves_the_old_file(place: str) -> None:
         assert os.listdir(place) == ["a"]
 
 
+MANY_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from storage.files import uri
+
+def work(n):
+    url = f"{sys.argv[1]}/{n % 4}/{n}"
+    uri.write_bytes(url, bytes([n]) * 1000)
+    uri.write_json(url + ".json", n)
+    assert uri.read_bytes(url) == bytes([n]) * 1000
+    assert uri.read_ranges(url, [(0, 2), (-3, 3)]) == [bytes([n]) * 2, bytes([n]) * 3]
+    assert f"{n}.json" in uri.list_names(f"{sys.argv[1]}/{n % 4}"), "what this thread has just written"
+    assert uri.size_of(url) == 1000
+    assert uri.read_jsons([url + ".json"]) == [n]
+    uri.remove_file(url)
+    assert uri.read_bytes(url) is None
+
+with ThreadPoolExecutor(8) as executor:
+    list(executor.map(work, range(48)))
+print("done")
+"""
+
+
+def test_many_threads_may_begin_at_once(place: str) -> None:
+    """In a process where nothing has been opened before: all eight make their first call together."""
+    command = [sys.executable, "-c", MANY_THREADS, place]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert uri.list_names(place) == ["0", "1", "2", "3"]
+
+
 # Killed
 
 WRITING_FOR_EVER = """
@@ -268,7 +306,7 @@ def test_a_reader_never_sees_a_torn_file(place: str, killed_after_lines: Callabl
 def test_a_reader_beside_the_writer_never_sees_a_torn_file(place: str) -> None:
     size, reads, seen = (200_000, 12, set()) if place.startswith("s3://") else (2_000_000, 40, set())
     command = [sys.executable, "-c", WRITING_FOR_EVER, place, str(size)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as writer:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) as writer:
         writer.stdout.readline()
         for _ in range(reads):
             content = uri.read_bytes(uri.join(place, "big"))

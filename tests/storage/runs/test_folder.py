@@ -54,9 +54,12 @@ def test_another_run_is_refused_with_the_fields_that_differ(run: RunFolder, plac
 
 
 def test_what_json_does_not_tell_apart_is_the_same_run(run: RunFolder) -> None:
-    run.claim({"betas": (0.9, 0.95)}, {})
-    run.claim({"betas": (0.9, 0.95)}, {})
-    run.claim({"betas": [0.9, 0.95]}, {})
+    run.claim({"betas": (0.9, 0.95)}, {"claimed": 1})
+    before = uri.read_bytes(f"{run.url}/identity.json")
+    for number, betas in enumerate([(0.9, 0.95), [0.9, 0.95]], start=2):
+        run.claim({"betas": betas}, {"claimed": number})
+        assert run.config() == {"claimed": number}
+        assert uri.read_bytes(f"{run.url}/identity.json") == before
 
 
 def test_an_unreadable_identity_is_named(run: RunFolder, place: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from repository import REPOSITORY
 
 from ddk.values import SampledTokens, SparseTargets
 from storage.stores import codec
@@ -17,7 +18,7 @@ from storage.stores.size import expected_target_bytes, most_block_bytes, most_st
 from storage.targets import TargetWriter
 
 L, K, V = 64, 16, 5000
-MEASURED = Path(__file__).parents[3] / "benchmarks" / "out" / "capture.json"
+MEASURED = REPOSITORY / "benchmarks" / "out" / "capture.json"
 
 
 def form(

@@ -61,9 +61,8 @@ def test_an_endless_loop_ends_when_its_processor_time_is_used_up() -> None:
 
 
 def test_a_program_that_sleeps_ends_when_its_wall_time_is_over() -> None:
-    started = time.monotonic()
-    assert run("import time\ntime.sleep(1000)", Limits(wall_seconds=3)) == Outcome(False, "out of time")
-    assert time.monotonic() - started < 60
+    # For longer than a test may take: whoever waited for it would not come back in time.
+    assert run("import time\ntime.sleep(100_000)", Limits(wall_seconds=3)) == Outcome(False, "out of time")
 
 
 def test_a_memory_bomb_fails_alone() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from byte_tokenizers import byte_tokenizer
+from deaths import killed_at_each_rename
 from tiny_model import make_tiny_model
 
 from ddk.errors import UserError
@@ -30,7 +29,6 @@ from tasks.planning import store_plan as tasks_plan
 from tasks.planning.store_plan import Plan, plan_stores
 from tasks.teachers.config import TeacherConfig
 
-REPOSITORY = Path(__file__).parents[3]
 L = 10
 RECORDS: list[dict[str, Any]] = [
     {
@@ -208,16 +206,23 @@ def test_a_repair_makes_tokens_and_marks_again(packer: Packer, domain: dict[str,
 def test_killed_at_any_write_packing_ends_with_the_same_bytes(packer: Packer, domain: dict[str, str]) -> None:
     done = pack_corpus.fn(packer.plan(**domain), "chat")
     reference = _files(Path(done["url"]))
-    driver = packer.folder / "driver.py"
-    driver.write_text(_DRIVER)
-    command = [sys.executable, str(driver), str(REPOSITORY), str(packer.folder), packer.teacher, json.dumps(domain)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
-    deaths = json.loads(ended.stdout)
+    code = f"""
+from ddk.packing import PackingConfig
+from storage.corpus.domain import DomainConfig
+from tasks.planning import store_plan as tasks_plan
+from tasks.packing.pack_corpus import pack_corpus
+from tasks.teachers.config import TeacherConfig
+tasks_plan.BLOCKS_PER_SHARD = 16
+config = DomainConfig(text_field="answer", prompt_field="question", **{domain!r})
+settings = TeacherConfig(model={packer.teacher!r}, k=4, dtype="float32")
+pack_corpus.fn(tasks_plan.plan_stores(folder, {{"chat": config}}, PackingConfig(seq_len={L}), settings), "chat")
+"""
+    imports = ("tasks.packing.pack_corpus",)
+    deaths = killed_at_each_rename(code, f"{packer.folder}/killed", imports=imports, first=3, every=11)
     assert len(deaths) >= 4
     resumed_at = set()
     for death in deaths:
-        plan = packer.plan(root=f"killed-{death}", **domain)
+        plan = packer.plan(root=f"killed/{death}", **domain)
         url = Path(plan["chat"].blocks_url)
         resumed_at.add(len(list(url.glob("commits/train-*.json"))))
         assert pack_corpus.fn(plan, "chat") == {**done, "url": str(url)}
@@ -233,46 +238,3 @@ def _files(folder: Path) -> dict[str, bytes]:
     del manifest["seal"]
     assert set(manifest.pop("facts")) == {"seconds"}
     return {**found, "": json.dumps(manifest, sort_keys=True).encode()}
-
-
-# One process imports; forks of it are killed (-9), each before its nth file gets its name. Nothing has started a thread
-# by then.
-_DRIVER = """
-import json, os, signal, sys
-
-repository, folder, teacher, domain = sys.argv[1:]
-sys.path.insert(0, repository)
-from ddk.packing import PackingConfig
-from storage.corpus.domain import DomainConfig
-from tasks.planning import store_plan as tasks_plan
-from tasks.packing.pack_corpus import pack_corpus
-from tasks.teachers.config import TeacherConfig
-
-tasks_plan.BLOCKS_PER_SHARD = 16
-config = DomainConfig(text_field="answer", prompt_field="question", **json.loads(domain))
-replace, deaths = os.replace, []
-while True:
-    last = 3 + 11 * len(deaths)
-    child = os.fork()
-    if child == 0:
-        renames = 0
-
-        def dying(source, target):
-            global renames
-            renames += 1
-            if renames == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-
-        os.replace = dying
-        settings = TeacherConfig(model=teacher, k=4, dtype="float32")
-        root = f"{folder}/killed-{last}"
-        pack_corpus.fn(tasks_plan.plan_stores(root, {"chat": config}, PackingConfig(seq_len=10), settings), "chat")
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if not os.WIFSIGNALED(status):
-        assert status == 0
-        break
-    deaths.append(last)
-print(json.dumps(deaths))
-"""

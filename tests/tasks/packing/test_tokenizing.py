@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -151,10 +152,16 @@ def test_a_broken_file_stops_the_stream(files, tokenizer) -> None:
         run(files, tokenizer)
 
 
+def tokenizing_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("tokenize")]
+
+
 def test_abandoning_the_stream_leaves_no_thread(files, tokenizer) -> None:
     stream = tokenize_documents(files, config(), "train", tokenizer, domain="words", batch_documents=3)
     next(stream)
+    assert len(tokenizing_threads()) == 1
     stream.close()
+    assert tokenizing_threads() == []
 
 
 def test_a_tokenizer_without_rust_is_called_as_such(files) -> None:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from foreign_rows import topk_rows, write_topk
 from safetensors.torch import load_file, save_file
+from tiny_model import SMALLEST
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -32,17 +33,6 @@ from tasks.teachers.vllm_engine import Engine
 from tasks.training.saved_student import check_saved_student, sample_of
 
 L, BYTES = 10, 257
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
 
 
 def write_tokenizer(folder: Path, *, added: tuple[str, ...] = (), shift: int = 0, files: str = "json") -> None:
@@ -67,7 +57,7 @@ def write_tokenizer(folder: Path, *, added: tuple[str, ...] = (), shift: int = 0
 def make_model(folder: Path, config: Any = None, *, rows: int = 320, **tokenizer: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = config or transformers.LlamaConfig(vocab_size=rows, **SMALL)
+        config = config or transformers.LlamaConfig(vocab_size=rows, **SMALLEST)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="40KB")
     write_tokenizer(folder, **tokenizer)
     return folder
@@ -312,7 +302,7 @@ def test_the_saved_student_computes_what_was_reported(
     plan = planned(models, tmp_path / "root")
     pack_rows.fn(plan, "web")
     blocks = {"web": plan["web"].blocks_url}
-    config = transformers.GraniteConfig(vocab_size=320, logits_scaling=8.0, initializer_range=1.0, **SMALL)
+    config = transformers.GraniteConfig(vocab_size=320, logits_scaling=8.0, initializer_range=1.0, **SMALLEST)
     folder = str(make_model(tmp_path / "granite", config))
     model = load_student(StudentConfig(model=folder), BYTES)
     right = plain_perplexity(model, open_blocks(blocks["web"], "validation"), vocab_size=BYTES)

@@ -181,10 +181,13 @@ def test_a_history_that_cannot_be_shown_costs_a_warning(prefect_server, folder, 
     assert "the mixture history is empty" in said[1]
 
 
-def test_outside_of_a_run_nothing_is_read(tmp_path, make_summary):
+def test_outside_of_a_run_nothing_is_read(tmp_path, make_summary, requests_made, caplog):
     nowhere = RunFolder(str(tmp_path / "nowhere"), "a")
-    publish_measurement(nowhere)
-    publish_report(nowhere, make_summary(), [], {})
+    with caplog.at_level(logging.WARNING, logger="ddk"):
+        publish_measurement(nowhere)
+        publish_report(nowhere, make_summary(), [], {})
+    assert caplog.records == [], "a history that is read, and is not there, costs a warning"
+    assert requests_made == []
 
 
 def manifest(blocks, size):

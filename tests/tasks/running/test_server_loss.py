@@ -99,7 +99,9 @@ def test_training_that_loses_its_server_finishes_and_says_so_in_one_line(
 
     began = time.monotonic()
     assert surviving.going_on_without_its_server(pipeline) == "trained and reported"
-    assert time.monotonic() - began < 60
+    # Against a wait that has no end in sight: Prefect's clients ask a server that is gone for minutes, each of them. It
+    # takes seconds, and took 20 s on two cores that were busy with much else, so the bound is far from that.
+    assert time.monotonic() - began < 120
     assert trained == [0, 1, 2]
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     said = [line for line in said if "Prefect's server" in line]

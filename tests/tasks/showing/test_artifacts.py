@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import socket
-import time
 import warnings
 from contextlib import suppress
 
@@ -169,7 +168,9 @@ def test_outside_of_a_run_nobody_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("answers", [False, True], ids=["refuses", "hangs"])
-def test_a_server_that_is_gone_costs_a_warning_and_not_the_work(prefect_server, monkeypatch, caplog, answers):
+def test_a_server_that_is_gone_costs_a_warning_and_not_the_work(
+    prefect_server, monkeypatch, caplog, requests_made, answers
+):
     monkeypatch.setattr(artifacts, "SECONDS_TO_WAIT", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -179,17 +180,16 @@ def test_a_server_that_is_gone_costs_a_warning_and_not_the_work(prefect_server, 
 
         @flow
         def run():
-            started = time.monotonic()
             with temporary_settings({PREFECT_API_URL: url}):
                 with Board("ddk-gone", "markdown") as board:
                     shown = [board.show("a", ""), board.show("b", "")]
                 shown.append(add_version("ddk-gone", "markdown", "a", ""))
-            return shown, time.monotonic() - started
+            return shown
 
         with caplog.at_level(logging.WARNING, logger="ddk"):
-            shown, seconds = run()
+            shown = run()
     assert shown == [False] * 3
-    assert seconds < 30, "Prefect itself would try for minutes"
+    assert len([asked for asked in requests_made if asked.startswith(url)]) == 3, "Prefect itself would try for minutes"
     messages = [record.getMessage() for record in caplog.records if record.name == "ddk"]
     assert len(messages) == (3 if answers else 1), "that it is not there is said once"
     assert all(message.startswith("'ddk-gone' is not shown in Prefect's UI: ") for message in messages)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import REPOSITORY
 
 from tasks.teachers.reduction import reduce_logits
 from tasks.teachers.reduction_cpu import CpuReducer
@@ -158,7 +159,7 @@ CpuReducer([0])(logits, 4990, np.arange(64), np.arange(64), np.array([0.5], np.f
 content = b"".join(out[name].tobytes() for name in sorted(out))
 print(sum(_reduce.stats.cache_hits.values()), hashlib.sha256(content).hexdigest())
 """
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     runs = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         for _ in range(2)

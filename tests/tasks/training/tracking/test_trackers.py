@@ -1,4 +1,7 @@
-"""A run's metrics in TensorBoard, Weights & Biases and MLflow, each read back by its own reader."""
+"""A run's metrics in TensorBoard, Weights & Biases and MLflow, each read back by its own reader.
+
+What all three do comes first, as one suite that each of them passes; then what each does by itself.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 from pydantic import ValidationError
+from repository import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddk.errors import UserError
@@ -122,19 +126,157 @@ def steps(found: EventAccumulator, name: str) -> list[int]:
     return [event.step for event in found.Scalars(name)]
 
 
-def test_tensorboard_reads_every_step_once_and_what_was_measured(run: Run) -> None:
-    follower = opened(run)
-    follow(run, follower, 0, 2, 4)
-    follower.finish(6, {"steps": 6})
-    found = read(run)
-    assert set(found.Tags()["scalars"]) == STEP_NAMES | GAP_NAMES
+# What every tracker does
+
+
+# SQLAlchemy 2.1 deprecates what MLflow 3.17 calls.
+with_mlflow = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::sqlalchemy.exc.SADeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database of its own; making its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+
+
+class WandbFolder:
+    """What one process has left, read by `wandb leet inspect`."""
+
+    def __init__(self, folder: Path) -> None:
+        call = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60)
+        self._records = [json.loads(line) for line in done.stdout.splitlines()]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record[kind] for record in self._records if record["type"] == kind]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [record["item"] for record in self.of("history")]
+
+
+def wandb_folders(run: Run) -> list[WandbFolder]:
+    return [WandbFolder(path) for path in sorted(Path(run.folder.url).glob("wandb/offline-run-*"))]
+
+
+Told = dict[str, list[tuple[int, float, float]]]
+"""What a service has of a run: by metric, the steps with their times and values."""
+
+
+class TensorBoard:
+    config: ClassVar[dict[str, Any]] = {}
+
+    def told(self, run: Run) -> Told:
+        found = read(run)
+        names = found.Tags()["scalars"]
+        return {name: [(event.step, event.wall_time, event.value) for event in found.Scalars(name)] for name in names}
+
+    def check_stopped(self, run: Run) -> None:
+        """It knows of no end."""
+
+    def check_finished(self, run: Run) -> None:
+        """Nor of a summary."""
+
+
+class Wandb:
+    config: ClassVar[dict[str, Any]] = {"wandb_project": "p", "wandb_entity": "team"}
+
+    def told(self, run: Run) -> Told:
+        rows = [row for folder in wandb_folders(run) for row in folder.rows]
+        told: Told = {}
+        for row in rows:
+            for name in (name for name in row if name.startswith(("train/", "gap/", "mixture/"))):
+                told.setdefault(name, []).append((row["optimizer_step"], row["_timestamp"], row[name]))
+        return told
+
+    def check_stopped(self, run: Run) -> None:
+        time.sleep(1.1)  # the client names its folders by the second
+
+    def check_finished(self, run: Run) -> None:
+        first, second = wandb_folders(run)
+        for folder in (first, second):
+            (head,) = folder.of("run")
+            assert (head["project"], head["entity"], head["display_name"]) == ("p", "team", "a")
+            assert head["run_id"] == run.folder.tracking_id()
+        assert first.of("run")[0]["config"]["update"]["train"] == CONFIG["train"]
+        assert [folder.of("exit")[0]["exit_code"] for folder in (first, second)] == [1, 0]
+        axes = [metric["step_metric"] for metric in first.of("metric") if metric.get("glob_name") == "*"]
+        assert axes == ["optimizer_step"]
+        trained = [row for row in first.rows if "train/ce" in row]
+        assert {name for name in trained[0] if "/" in name} == STEP_NAMES, "a row has what was measured at one time"
+        measured = [row for row in first.rows if "gap/math/ratio" in row]
+        assert {name for name in measured[0] if "/" in name} == GAP_NAMES
+        summary: dict[str, Any] = {}
+        for record in second.of("summary"):
+            summary |= record["update"]
+        assert summary["run/steps"] == 6
+        assert summary["gap/math/ratio"] == pytest.approx(2.4)
+
+
+class MLflow:
+    def __init__(self, uri: str, experiment: str) -> None:
+        from mlflow import MlflowClient
+
+        self.config = {"mlflow_uri": uri, "mlflow_experiment": experiment}
+        self._client = MlflowClient(tracking_uri=uri)
+
+    def found(self) -> Any:
+        experiment = self._client.get_experiment_by_name(self.config["mlflow_experiment"])
+        assert experiment is not None
+        (found,) = self._client.search_runs([experiment.experiment_id])
+        return found
+
+    def told(self, run: Run) -> Told:
+        found = self.found()
+        histories = {name: self._client.get_metric_history(found.info.run_id, name) for name in found.data.metrics}
+        return {name: sorted((m.step, m.timestamp / 1000, m.value) for m in of) for name, of in histories.items()}
+
+    def check_stopped(self, run: Run) -> None:
+        assert self.found().info.status == "FAILED"
+
+    def check_finished(self, run: Run) -> None:
+        found = self.found()
+        assert (found.info.status, found.info.run_name) == ("FINISHED", "a")
+        assert found.data.params == {
+            "run": "a",
+            "train.steps": "6",
+            "train.learning_rate": "0.5",
+            "domains.zh.books.train": '["x", "y"]',
+        }
+        assert (found.data.tags["ddk.steps"], found.data.tags["ddk.url"]) == ("6", run.folder.url)
+
+
+@pytest.fixture(params=["tensorboard", "wandb", pytest.param("mlflow", marks=with_mlflow)])
+def service(request: pytest.FixtureRequest) -> TensorBoard | Wandb | MLflow:
+    if request.param == "wandb":
+        request.getfixturevalue("offline")
+        return Wandb()
+    if request.param == "mlflow":
+        return MLflow(request.getfixturevalue("mlflow_uri"), request.node.name)
+    return TensorBoard()
+
+
+def check_told(told: Told) -> None:
+    """Six steps, measured before the first and after every second, each once."""
+    assert set(told) == STEP_NAMES | GAP_NAMES
+    # When it happened, whenever it was told; the gap is that of the student after its last step.
     for name in STEP_NAMES:
-        assert steps(found, name) == [1, 2, 3, 4, 5, 6], name
+        assert [(step, at) for step, at, _ in told[name]] == [(s, START + 4 * s) for s in range(1, 7)], name
     for name in GAP_NAMES:
-        assert steps(found, name) == [0, 2, 4, 6], name
+        assert [step for step, _, _ in told[name]] == [0, 2, 4, 6], name
+        assert [at for _, at, _ in told[name]][1:] == [START + 4 * s for s in (2, 4, 6)], name
 
     def values(name: str) -> list[float]:
-        return [event.value for event in found.Scalars(name)]
+        return [value for _, _, value in told[name]]
 
     assert values("train/loss") == pytest.approx([4.0 - s / 10 + GAMMA * (1.0 + s) for s in range(1, 7)])
     assert values("train/tokens_per_second") == [200.0] * 6
@@ -142,9 +284,40 @@ def test_tensorboard_reads_every_step_once_and_what_was_measured(run: Run) -> No
     assert values("gap/math/ratio") == pytest.approx([3.0, 2.8, 2.6, 2.4])
     assert values("gap/web/teacher_ppl") == [8.0] * 4
     assert values("mixture/math") == [0.75] * 4
-    # When it happened, whenever the file was written; the gap is that of the student after its last step.
-    assert [event.wall_time for event in found.Scalars("train/ce")] == [START + 4 * s for s in range(1, 7)]
-    assert [event.wall_time for event in found.Scalars("gap/math/ratio")][1:] == [START + 4 * s for s in (2, 4, 6)]
+
+
+def test_it_goes_on_in_the_same_run_and_no_step_comes_twice(
+    local_run: Run, service: TensorBoard | Wandb | MLflow
+) -> None:
+    follower = opened(local_run, **service.config)
+    follow(local_run, follower, 0, 2)
+    follower.close(failed=True)
+    service.check_stopped(local_run)
+    again = opened(local_run, **service.config)
+    follow(local_run, again, 4)
+    again.finish(6, {"steps": 6, "stopped_early": None})
+    again.close(failed=False)
+    check_told(service.told(local_run))
+    service.check_finished(local_run)
+
+
+def test_switched_on_late_it_gets_all_there_is(local_run: Run, service: TensorBoard | Wandb | MLflow) -> None:
+    follow(local_run, opened(local_run, tensorboard=False), 0, 2)
+    follower = opened(local_run, **service.config)
+    follow(local_run, follower, 4)
+    follower.finish(6, {})
+    follower.close(failed=False)
+    check_told(service.told(local_run))
+
+
+# TensorBoard
+
+
+def test_on_either_storage_tensorboard_reads_every_step_once(run: Run) -> None:
+    follower = opened(run)
+    follow(run, follower, 0, 2, 4)
+    follower.finish(6, {"steps": 6})
+    check_told(TensorBoard().told(run))
 
 
 def test_a_run_that_goes_on_and_an_interval_trained_again_keep_each_step_once(run: Run) -> None:
@@ -163,15 +336,6 @@ def test_a_run_that_goes_on_and_an_interval_trained_again_keep_each_step_once(ru
     found = read(run)
     assert steps(found, "train/ce") == [1, 2, 3, 4]
     assert [event.value for event in found.Scalars("train/ce")][2:] == pytest.approx([49.7, 49.6])
-
-
-def test_a_tracker_switched_on_late_gets_all_there_is(run: Run) -> None:
-    without = opened(run, tensorboard=False)
-    follow(run, without, 0, 2)
-    follow(run, opened(run), 4)
-    found = read(run)
-    assert steps(found, "train/ce") == [1, 2, 3, 4, 5, 6]
-    assert steps(found, "gap/web/ratio") == [0, 2, 4]
 
 
 class Watching:
@@ -270,72 +434,6 @@ assert "wandb" not in sys.modules and "mlflow" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
-    monkeypatch.delenv("WANDB_DIR", raising=False)
-
-
-class WandbFolder:
-    """What one process has left, read by `wandb leet inspect`."""
-
-    def __init__(self, folder: Path) -> None:
-        call = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-        done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60)
-        self._records = [json.loads(line) for line in done.stdout.splitlines()]
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record[kind] for record in self._records if record["type"] == kind]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [record["item"] for record in self.of("history")]
-
-
-def wandb_folders(run: Run) -> list[WandbFolder]:
-    return [WandbFolder(path) for path in sorted(Path(run.folder.url).glob("wandb/offline-run-*"))]
-
-
-@pytest.mark.usefixtures("offline")
-def test_wandb_goes_on_in_the_same_run_and_no_step_comes_twice(local_run: Run) -> None:
-    run = local_run
-    follower = opened(run, wandb_project="p", wandb_entity="team")
-    follow(run, follower, 0, 2)
-    follower.close(failed=True)
-    time.sleep(1.1)  # the client names its folders by the second
-    again = opened(run, wandb_project="p", wandb_entity="team")
-    follow(run, again, 4)
-    again.finish(6, {"steps": 6, "stopped_early": None})
-    again.close(failed=False)
-
-    first, second = wandb_folders(run)
-    for folder in (first, second):
-        (head,) = folder.of("run")
-        assert (head["project"], head["entity"], head["display_name"]) == ("p", "team", "a")
-        assert head["run_id"] == run.folder.tracking_id()
-    assert first.of("run")[0]["config"]["update"]["train"] == CONFIG["train"]
-    assert [folder.of("exit")[0]["exit_code"] for folder in (first, second)] == [1, 0]
-
-    rows = [*first.rows, *second.rows]
-    trained = [row for row in rows if "train/ce" in row]
-    assert [row["optimizer_step"] for row in trained] == [1, 2, 3, 4, 5, 6]
-    assert [row["_timestamp"] for row in trained] == [START + 4 * s for s in range(1, 7)]
-    assert {name for name in trained[0] if "/" in name} == STEP_NAMES
-    measured = [row for row in rows if "gap/math/ratio" in row]
-    assert [row["optimizer_step"] for row in measured] == [0, 2, 4, 6]
-    assert {name for name in measured[0] if "/" in name} == GAP_NAMES
-    axes = [metric["step_metric"] for metric in first.of("metric") if metric.get("glob_name") == "*"]
-    assert axes == ["optimizer_step"]
-    summary: dict[str, Any] = {}
-    for record in second.of("summary"):
-        summary |= record["update"]
-    assert summary["run/steps"] == 6
-    assert summary["gap/math/ratio"] == pytest.approx(2.4)
-
-
 @pytest.mark.usefixtures("offline")
 def test_what_a_killed_process_had_not_written_is_not_held_for_logged(
     local_run: Run, monkeypatch: pytest.MonkeyPatch
@@ -364,7 +462,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def wandb_server(port: int, history: Path) -> Iterator[None]:
-    call = [sys.executable, str(Path(__file__).parents[3] / "support" / "fake_wandb.py"), str(port), str(history)]
+    call = [sys.executable, str(REPOSITORY / "tests" / "support" / "fake_wandb.py"), str(port), str(history)]
     server = subprocess.Popen(call)
     try:
         deadline = time.monotonic() + 30
@@ -465,51 +563,6 @@ except UserError as error:
     )
     assert done.stdout.startswith("tracking.wandb_project: No API key configured"), done.stderr
     assert "set WANDB_API_KEY, or WANDB_MODE=offline" in done.stdout
-
-
-# SQLAlchemy 2.1 deprecates what MLflow 3.17 calls.
-with_mlflow = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::sqlalchemy.exc.SADeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A database of its own; making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@with_mlflow
-def test_mlflow_goes_on_in_the_same_run_and_no_step_comes_twice(local_run: Run, mlflow_uri: str) -> None:
-    from mlflow import MlflowClient
-
-    run = local_run
-    config = {"mlflow_uri": mlflow_uri, "mlflow_experiment": "distil"}
-    follower = opened(run, **config)
-    follow(run, follower, 0, 2)
-    follower.close(failed=True)
-    client = MlflowClient(tracking_uri=mlflow_uri)
-    experiment = client.get_experiment_by_name("distil")
-    assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.status == "FAILED"
-
-    again = opened(run, **config)
-    follow(run, again, 4)
-    again.finish(6, {"steps": 6, "stopped_early": None})
-    again.close(failed=False)
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert (found.info.status, found.info.run_name) == ("FINISHED", "a")
-    assert found.data.params == {
-        "run": "a",
-        "train.steps": "6",
-        "train.learning_rate": "0.5",
-        "domains.zh.books.train": '["x", "y"]',
-    }
-    assert (found.data.tags["ddk.steps"], found.data.tags["ddk.url"]) == ("6", run.folder.url)
-    assert set(found.data.metrics) == STEP_NAMES | GAP_NAMES
-    losses = client.get_metric_history(found.info.run_id, "train/ce")
-    assert [(m.step, m.timestamp) for m in losses] == [(s, int(1000 * (START + 4 * s))) for s in range(1, 7)]
-    ratios = client.get_metric_history(found.info.run_id, "gap/math/ratio")
-    assert sorted((m.step, m.value) for m in ratios) == [(0, 3.0), (2, 2.8), (4, 2.6), (6, 2.4)]
 
 
 @with_mlflow
