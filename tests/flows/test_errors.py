@@ -251,7 +251,7 @@ def test_missing_credentials_are_explained(ddk_error: Any, tmp_path: Path, monke
 
     S3.clear_instance_cache()
     found = "no credentials for S3 were found; set AWS_ACCESS_KEY_ID"
-    assert f"s3://nowhere/ddk/digests.json: {found}" in ddk_error(
+    assert f"s3://nowhere/ddk/complete.json: {found}" in ddk_error(
         "plan", config_with(tmp_path, root="s3://nowhere/ddk")
     )
     S3.clear_instance_cache()
