@@ -44,14 +44,15 @@ class PackingConfig(Section):
     """How token streams are cut into blocks."""
 
     seq_len: int = Field(default=1024, ge=1, le=2**24)
-    """Predictions in a block, which holds one token more. Teacher and student must both take sequences this long."""
+    """Number of predictions in a block; the block holds one token more. Teacher and student must both accept sequences
+    of this length."""
     bos: Literal["auto", "never", "always"] = "auto"
-    """Whether each document, and each block that begins within one, begins with the BOS token. 'auto': where the
-    teacher's tokenizer puts it before every text, as those of Llama, Gemma and Mistral do. To predict it carries no
-    loss."""
+    """Whether the BOS token is put at the start of each document, and of each block that begins within a document.
+    'auto' does so if the teacher's tokenizer puts it before every text, as those of Llama, Gemma and Mistral do.
+    Predicting BOS carries no loss."""
     eos: str | None = Field(default=None, min_length=1)
-    """The token that ends each document, such as '<|endoftext|>'. Empty: the student's end of text, at which it stops
-    once it is trained; a chat teacher's may be another."""
+    """The token that ends each document, such as '<|endoftext|>'. If empty, the token at which the student stops
+    generating; the EOS of a chat teacher may be another."""
 
 
 @dataclass(frozen=True, slots=True)
