@@ -36,8 +36,9 @@ class CodecConfig(Section):
     name: Literal["compact", "exact"] = "compact"
     """'compact' (ids as differences, probabilities on a grid) or 'exact' (float32, about three times the size)."""
     levels: int = Field(default=254, ge=16, le=65534)
-    """With 'compact': number of steps of the square root of a probability between 0 and 1. Halving it saves a bit for
-    each stored token, and quadruples the distortion. From 255 on, a code takes two bytes before compression."""
+    """With 'compact': number of steps of the square root of a probability between 0 and 1. Halving it saves about
+    one bit for each stored token, and quadruples the distortion. From 255 on, a code takes two bytes before
+    compression."""
     keep_mass: float = Field(default=1.0, gt=0.0, le=1.0)
     """With 'compact': share of the stored tokens' probability that is kept. The least probable tokens beyond it are
     dropped, and their probability is added to the tail. 1 drops only tokens that the grid rounds to 0."""
