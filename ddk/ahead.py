@@ -1,7 +1,7 @@
-"""Brings near what the loader is going to read: some threads walk the plans ahead of the one that reads.
+"""Prefetches the data that the loader will read next: some threads work ahead of the thread that reads.
 
-Of every coming step, in the order of need, each reader that can (`FetchesAhead`) is told which blocks will be wanted.
-What goes wrong here is not reported: the read itself meets it again, at the batch that it concerns.
+For every coming step, in the order of need, each reader that supports it (`FetchesAhead`) is told which blocks will be
+needed. Errors here are not reported; the read itself meets them again, at the batch that they concern.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From draws to batches: reads the drawn blocks and their targets, ahead of the training step.
 
-One thread reads and decodes the next batches while the current one trains; where blocks and targets lie far away,
-others bring them near for the steps after that (`ddk.ahead`). The readers are Protocols (`ddk.values`), so that this
-package does not know where blocks and targets are stored.
+One thread reads and decodes the next batches while the current one trains. If blocks and targets are remote, other
+threads prefetch those of later steps (`ddk.ahead`). The readers are Protocols (`ddk.values`), so that this package does
+not depend on where blocks and targets are stored.
 """
 
 from __future__ import annotations
@@ -269,6 +269,6 @@ def _next_of(
             return ready.get(timeout=_PATIENCE_S) if alive else ready.get_nowait()
         if not alive:
             raise LostPartError(
-                "the thread that reads the training data has ended without a word; run the same command again, it goes "
-                "on at the newest checkpoint"
+                "the thread that reads the training data has ended without an error; run the same command again to "
+                "resume at the newest checkpoint"
             )

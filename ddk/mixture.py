@@ -1,4 +1,4 @@
-"""Equations 1 and 2 of the paper: from perplexities to the next sampling mixture; and mixtures that stay.
+"""Equations 1 and 2 of the paper, which turn perplexities into the next sampling mixture; also fixed mixtures.
 
 r is the paper's domain discrepancy factor, ℓ_S and ℓ_T the perplexities of student and teacher on a domain's
 validation set. Everything is computed in log space: a ratio of 800 does not overflow.

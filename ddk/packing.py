@@ -1,24 +1,25 @@
-"""From documents to blocks: append EOS to each document, lay them end to end, cut every L + 1 tokens.
+"""From documents to blocks: append EOS to each document, concatenate them, cut every L + 1 tokens.
 
     documents   [5 6 7] [8] [9 9 9]        EOS = 0, L = 3
     stream       5 6 7 0 8 0 9 9 9 0
     blocks      [5 6 7 0] [8 0 9 9]        the remainder, [9 0], is shorter than a block and is dropped
 
-Blocks do not overlap: each is L + 1 tokens and yields L predictions. With every block comes a `Cursor`, the place in
-the documents where the next one begins, so that packing which was stopped goes on without reading what came before.
+Blocks do not overlap: each has L + 1 tokens and yields L predictions. Every block comes with a `Cursor`, the place in
+the documents where the next block begins, so that interrupted packing resumes without reading the earlier documents
+again.
 
-A document may begin with a prompt, whose tokens are packed as all others are and marked: to predict them carries no
-loss. The mark belongs to the token that is predicted; position j of a block predicts its token j + 1, so whoever wants
-positions takes the block's marks from the second on:
+A document may begin with a prompt. Its tokens are packed like all others and marked: predicting them carries no loss.
+The mark belongs to the token that is predicted. As position j of a block predicts its token j + 1, the marks of the
+positions are the block's marks from the second on:
 
     document     [5 6 7 8] of which [5 6] is the prompt, L = 4
     tokens        5 6 7 8 0
     loss          0 0 1 1 1       EOS counts: it ends what follows the prompt
     positions       0 1 1 1       position 0 predicts 6, within the prompt
 
-Where the models read every text behind a BOS (Llama, Gemma and Mistral do), each document begins with it, and so does
-each block that begins within a document: a model that has never seen a sequence without it predicts nonsense there. To
-predict it carries no loss:
+If the models read every text after a BOS (as Llama, Gemma and Mistral do), each document begins with BOS, and so does
+each block that begins within a document, because a model that has never seen a sequence without BOS predicts nonsense
+there. Predicting BOS carries no loss:
 
     documents    [5 6 7 8 9] [4 4], BOS = 1, L = 4
     blocks       1 5 6 7 8    1 9 0 1 4

@@ -1,4 +1,4 @@
-"""One student on several processes: who computes what, and what they tell each other.
+"""One student on several processes: what each computes, and what they exchange.
 
 Each process ('rank') holds one device. Under 'ddp' every rank has the whole student and gradients are averaged; under
 'fsdp' (FSDP2) each has a share of every matrix, layer by layer, and optimizer state likewise. Either way a step's

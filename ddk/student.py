@@ -1,4 +1,4 @@
-"""The student: an ordinary Hugging Face causal language model, from a folder and back into one."""
+"""The student, an ordinary Hugging Face causal language model: loads it from a folder and saves it to one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _check_finite(model: torch.nn.Module, place: str) -> None:
         if parameter.is_floating_point() and not math.isfinite(parameter.sum(dtype=torch.float32).item()):
             raise UserError(
                 f"{place} holds NaN or infinite weights, first in '{name}'; the file is damaged, or was saved after "
-                f"its training had diverged: take another"
+                f"its training had diverged: use another"
             )
 
 

@@ -1,6 +1,6 @@
-"""What a configuration says of a student's training: the model, the loss, the optimizer, and the method ted.
+"""The sections of the configuration that describe training: the student, the loss, the optimizer, and the method ted.
 
-Nothing heavy is imported here, so that a configuration is read in a moment.
+This module imports nothing heavy, so that a configuration is read quickly.
 """
 
 from __future__ import annotations

@@ -139,13 +139,13 @@ class Config(Section):
         if temperature is not None and temperature not in self.teacher.tail_temperatures:
             raise ValueError(
                 f"loss.temperature {temperature} with tail '{loss.tail}' needs the tail's mass at that temperature: "
-                f"add it to teacher.tail_temperatures (the teacher is then captured anew), or set loss.tail: "
+                f"add it to teacher.tail_temperatures (the teacher is then captured again), or set loss.tail: "
                 f"renormalise, or loss.temperature: 1.0"
             )
         if loss.needs_draws and not self.teacher.draws:
             raise ValueError(
-                "loss.tail 'sampled' reads random draws, and teacher.draws is 0: set it, e.g. to 50 (the teacher is "
-                "then captured anew), or set loss.tail: bucket"
+                "loss.tail 'sampled' reads random draws, but teacher.draws is 0: set it, e.g. to 50 (the teacher is "
+                "then captured again), or set loss.tail: bucket"
             )
         return self
 

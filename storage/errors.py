@@ -1,4 +1,4 @@
-"""What can be wrong with something stored, each naming the place and the remedy."""
+"""Errors of stored data; each names the place and the remedy."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""What a run will take of disk, memory and GPU time, before anything of it is there: `ddk plan CONFIG --cost`.
+"""Estimates the disk space, memory and GPU time of a run before it starts: `ddk plan CONFIG --cost`.
 
-Worked out from the configuration and the models' configs (`flows.costing.model_configs`): no corpus, no weights and no
-network are needed, and nothing is hashed. Every figure says how it came about.
+The estimate needs only the configuration and the models' configs (`flows.costing.model_configs`), no corpus, weights or
+network, and nothing is hashed. Every figure is shown with its calculation.
 
     positions   steps × batch_size × seq_len for training; the domains' blocks × seq_len for capture
     disk        `storage.stores.size`: the layout's bound, and what was measured; 12 bytes a parameter for a checkpoint
     memory      `tasks.teachers.memory` for the teacher, `ddk.cost.memory` for the student, of one GPU each
     GPU hours   operations (`ddk.cost.shape`) / (a GPU's peak × the utilisation that is assumed)
 
-Capture takes all blocks of a domain, whatever training draws of them. Where `max_train_blocks` is not set nobody knows
-how many these are without reading the corpus; reckoned with is then an equal share of what training draws, with a
+Capture takes all blocks of a domain, whether training draws them or not. If `max_train_blocks` is not set, the number
+of blocks is unknown until the corpus is read; the estimate then assumes an equal share of what training draws, with a
 warning.
 
-GPU hours are estimates and not measured: utilisation is what they stand and fall with, and what does not compute on a
-GPU (packing, compression, loading, the training of ted's filters before the first step) is not in them.
+GPU hours are estimates, not measurements. They depend mainly on the assumed utilisation, and do not include work
+outside the GPU (packing, compression, loading) or the training of ted's filters before the first step.
 """
 
 from __future__ import annotations

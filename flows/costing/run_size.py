@@ -1,6 +1,6 @@
 """A run's quantities, from its configuration and its models' shapes: positions, operations, parts of a GPU's memory.
 
-`flows.costing.estimate` makes figures of them. What the configuration does not say stands in `Assumptions`.
+`flows.costing.estimate` turns them into figures. `Assumptions` holds what the configuration does not say.
 """
 
 from __future__ import annotations

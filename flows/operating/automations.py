@@ -6,8 +6,8 @@
     ddk: rebalance after each checkpoint (<deployment>)
         `ddk.checkpoint.written` starts a run of a deployment of `rebalance`.
 
-They are found again by name and tag: a second call changes nothing, one with other options changes what differs, and
-`prefect deploy --all` leaves them alone. Whether one is switched on is the server's business, in its UI.
+They are identified by name and tag: a second call changes nothing, a call with other options changes what differs, and
+`prefect deploy --all` does not touch them. They are switched on and off only in the server's UI.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def _server() -> Iterator[SyncPrefectClient]:
     url = PREFECT_API_URL.value()
     if not url:
         raise UserError(
-            "no Prefect server is named, and an automation lives on one; start it (`prefect server start`) and set "
+            "automations are stored on a Prefect server, and PREFECT_API_URL names none; start one (`prefect server "
+            "start`) and set "
             "PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
     try:

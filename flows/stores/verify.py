@@ -1,4 +1,4 @@
-"""What `ddk verify` does: every byte of one store, of one run, or of all that lies in a root."""
+"""`ddk verify`: checks every byte of a store, of a run, or of everything in a root."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _verify_store(store: str, *, full: bool, repair: bool, say: Callable[[str], 
             say(line)
         return False
     if not manifest.complete:
-        say(f"{store}: not finished, and sound so far; `{_stage(manifest)}` goes on with it")
+        say(f"{store}: not finished, but sound so far; `{_stage(manifest)}` goes on with it")
         return True
     shards = sum(len(split.shards) for split in manifest.splits.values())
     say(f"{store}: {shards} shards, {total_bytes(store, manifest):,} bytes, sound{'' if full else ' in size'}")

@@ -1,7 +1,7 @@
-"""Whether what lies in a root beside its stores still is what was written: runs, comparisons, what is remembered.
+"""Checks whether the files of a root other than its stores are unchanged: runs, comparisons, remembered facts.
 
-Each finding names a file, what is wrong with it, and what to do. Nothing is changed here: what can be made again, the
-stages make again, and they say so.
+Each finding names a file, what is wrong with it, and what to do. Nothing is changed here; the stages recreate what can
+be recreated, and log it.
 """
 
 from __future__ import annotations

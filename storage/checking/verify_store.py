@@ -1,14 +1,14 @@
-"""Whether a store still is what was written, and how its damaged shards come to be made again.
+"""Checks whether a store is unchanged, and prepares its damaged shards to be recreated.
 
-    fast   every object is there and has the size that the manifest says; the metadata of Zarr too
-    full   besides, every object has the sha256 that the manifest says: any flipped byte is found, and so is an
-           intact shard that belongs elsewhere
+    fast   every object, including Zarr's metadata, exists and has the size in the manifest
+    full   in addition, every object has the sha256 in the manifest; this finds any flipped byte, and an intact shard
+           that belongs elsewhere
 
-Of a store that is not finished, the shards that are committed are looked at likewise.
+In an unfinished store, the committed shards are checked in the same way.
 
-Repair needs no teacher and no corpus: it takes the damaged shards out of the manifest, so that the store is
-unfinished, and the stage that wrote it (`ddk pack`, `ddk cache`) makes exactly these again. What is lost or damaged of
-the manifest and its copy is written from the other.
+Repair needs no teacher and no corpus. It removes the damaged shards from the manifest, so that the store is unfinished
+and the stage that wrote it (`ddk pack`, `ddk cache`) recreates exactly these shards. If either the manifest or its copy
+is lost or damaged, it is restored from the other.
 """
 
 from __future__ import annotations

@@ -95,17 +95,17 @@ class DomainConfig(Section):
     @model_validator(mode="after")
     def _import_settings_have_their_use(self) -> DomainConfig:
         if self.compression_config is not None and self.targets != "distillkit":
-            raise ValueError(f"compression_config goes with targets: distillkit, and targets is '{self.targets}'")
+            raise ValueError(f"compression_config needs targets: distillkit, but targets is '{self.targets}'")
         if self.shift != 1 and not self.imported:
-            raise ValueError("shift goes with files that hold predictions; set targets: topk, or leave shift out")
+            raise ValueError("shift applies only to files that hold predictions; set targets: topk, or leave shift out")
         return self
 
     @model_validator(mode="after")
     def _a_prompt_is_a_field_of_documents(self) -> DomainConfig:
         if self.prompt_field is not None and self.imported:
             raise ValueError(
-                f"prompt_field goes with documents, and targets: {self.targets} takes rows of tokens, of which nobody "
-                "says which are the prompt's; leave prompt_field out, or capture the domain (targets: teacher)"
+                f"prompt_field applies only to documents, and targets: {self.targets} takes rows of tokens, which do "
+                f"not mark the prompt; leave prompt_field out, or capture the domain (targets: teacher)"
             )
         if self.prompt_field == self.text_field:
             raise ValueError(
@@ -116,11 +116,11 @@ class DomainConfig(Section):
     @model_validator(mode="after")
     def _a_path_is_a_field_of_documents(self) -> DomainConfig:
         if self.path_depth is not None and self.path_field is None:
-            raise ValueError("path_depth goes with path_field, and there is none; name the field of the records' paths")
+            raise ValueError("path_depth needs path_field, which is not set; name the field of the records' paths")
         if self.path_field is not None and self.imported:
             raise ValueError(
-                f"path_field goes with documents, and targets: {self.targets} takes rows of tokens; give the files of "
-                "each leaf a domain of its own, named by its path (such as math/algebra)"
+                f"path_field applies only to documents, and targets: {self.targets} takes rows of tokens; make the "
+                f"files of each leaf a separate domain, named by its path (such as math/algebra)"
             )
         others = {"text_field": self.text_field, "prompt_field": self.prompt_field}
         if twice := [name for name, value in others.items() if value is not None and value == self.path_field]:

@@ -1,4 +1,4 @@
-"""The paths of domains in what is stored: as a record's field gives them, and as a store's folder is named by them.
+"""The paths of domains: as a record's field gives them, and as they appear in the names of store folders.
 
     field   " /Algebra/Linear algebra/ "        path   Algebra/Linear algebra
     domain  math/Algebra/Linear algebra         store  math~Algebra~Linear=20algebra.zarr

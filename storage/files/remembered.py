@@ -1,7 +1,7 @@
-"""Small facts that save work, kept in one sealed JSON file: what is lost or damaged is found out again.
+"""Small facts that save work, kept in one sealed JSON file; lost or damaged facts are computed again.
 
-So a flipped digit is never taken for a fact, and neither is a file that belongs elsewhere. Two processes that write at
-once may lose each other's facts; that costs time only.
+Because of the seal, neither a flipped digit nor a file that belongs elsewhere is ever taken for a fact. Two processes
+that write at the same time may lose each other's facts, which only costs time.
 """
 
 from __future__ import annotations

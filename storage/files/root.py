@@ -1,4 +1,4 @@
-"""The place where everything is stored: whether it can be one, before anything is made for it."""
+"""Checks whether a place can serve as the root, before anything is written there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run, and the promise that it holds one run only.
+"""The folder of a run, which is guaranteed to hold only one run.
 
 <root>/runs/<name>/identity.json   what determines the trained student; another one is refused
                    config.json     the resolved configuration
@@ -11,8 +11,8 @@
                    report/         what a person looks at; report.json lists its files
                    summary.json    written last: the run is complete
 
-All JSON of a run is sealed (`storage.files.sealed`): `identity.json` to the run's name, the rest to the identity. So a
-record of another run, or of the same name under other settings, is none of this one.
+All JSON of a run is sealed (`storage.files.sealed`): `identity.json` to the run's name, the rest to the identity. A
+record of another run, or of a run with the same name but other settings, is therefore not accepted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A folder of files that others read too (a model, a report), and a sealed list of what was written there.
+"""A folder of files for use by others too (a model, a report), and a sealed list of the files that were written there.
 
-The list lies beside the folder, so that the folder stays an ordinary one. Further files in it are nobody's business
-here; one of the list that is missing or changed is a finding.
+The list is stored beside the folder, so that the folder stays an ordinary one. Additional files in the folder are
+ignored; a listed file that is missing or changed is reported.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How targets become arrays of a store, and targets again.
+"""Encodes targets as the arrays of a store, and decodes them.
 
     exact     ids and float32 log-probabilities as they were captured
     compact   ids in ascending order as differences, probabilities on a grid of their square roots
               (`storage.stores.compact`)
 
-Both keep the same things of a position; what is optional is said by `TargetFormat`. The compact codec loses something;
-how much is measured while a shard is encoded (`Distortion`) and printed by `ddk inspect`.
+Both store the same quantities for a position; `TargetFormat` says which optional ones. The compact codec is lossy; the
+loss is measured while a shard is encoded (`Distortion`), and `ddk inspect` prints it.
 """
 
 from __future__ import annotations

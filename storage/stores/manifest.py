@@ -1,21 +1,20 @@
-"""Which shards of a store count, and how a store comes to be complete.
+"""Which shards of a store are valid, and how a store becomes complete.
 
 Written in this order, each file in one atomic step:
 
 1. `manifest.json` with `"complete": false`: what the store is (its inputs and dimensions).
 2. For each shard: its objects (one an array), then `commits/<split>-<shard>.json` with their sizes and digests.
-   A shard counts when its commit record is there, so a kill leaves at most the shards in flight to redo.
+      A shard is valid once its commit record exists, so after a kill only the shards in flight must be redone.
 3. Zarr's own metadata, then `manifest.json` with `"complete": true` and all the records folded in, after a copy of it
-   (`copy/manifest.json`); `commits/` goes.
+   (`copy/manifest.json`); `commits/` is then removed.
 
-So a complete store is opened with one read, however many shards it has, and an incomplete one is resumed with one
-listing. Writers of different shards do not meet: they write different files. Who writes which is agreed in
-`storage.files.claims`.
+A complete store is therefore opened with one read, regardless of its number of shards, and an incomplete one is resumed
+with one listing. Writers of different shards do not conflict, because they write different files;
+`storage.files.claims` decides who writes which shard.
 
-Manifest and records are sealed (`storage.files.sealed`), and `storage.stores.schema` bounds what they may say. A
-manifest's fingerprint is that of the inputs in it, and that of its folder. Where `manifest.json` is lost or damaged,
-`ddk verify --repair` puts its copy in its place: what the teacher's GPU hours were spent on does not hang on one small
-file.
+Manifest and records are sealed (`storage.files.sealed`), and `storage.stores.schema` bounds their values. A manifest's
+fingerprint must match the inputs in it and the name of its folder. If `manifest.json` is lost or damaged, `ddk verify
+--repair` restores it from its copy, so that hours of GPU time do not depend on one small file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a manifest and a commit record may say: their fields, and the bounds of every number in them.
+"""The schema of manifests and commit records: their fields, and the bounds of every number in them.
 
-A reader allocates, divides and looks up by these numbers, so all of them are checked when a file is read, before any is
-used. The bounds lie far beyond what anybody stores: they keep a foreign or edited file from asking for terabytes.
+Readers use these numbers to allocate memory, to divide and as indices, so all of them are checked when a file is read,
+before any is used. The bounds lie far beyond any real store; they prevent a foreign or edited file from requesting
+terabytes.
 """
 
 from __future__ import annotations

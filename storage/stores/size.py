@@ -1,4 +1,4 @@
-"""What a store will take on disk, before there is one: a bound from its layout, and what was measured.
+"""Estimates the size of a store before it exists: a bound from its layout, and an expectation from measurements.
 
 The bound is the layout itself (`storage.stores.layout`) before compression, so no data can exceed it. What compression
 leaves depends on the teacher; `make bench-capture` measured it with the compact codec at 254 levels on the quickstart's

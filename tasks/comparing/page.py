@@ -1,6 +1,6 @@
-"""A comparison on one page: HTML that needs nothing but itself. The template is `templates/comparison.html.j2`.
+"""A comparison on one self-contained HTML page. The template is `templates/comparison.html.j2`.
 
-Every number is worked out in `compare_data` and only put into words here; jinja2 escapes every value.
+`tasks.comparing.data` calculates every number; this module only formats them. jinja2 escapes every value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models as folders of files: where they lie, and what of them goes into a fingerprint."""
+"""Models as folders of files: finds the folders, and computes what goes into a fingerprint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def local_folder(model: str, revision: str | None, field: str, *, weights: bool 
         return str(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         first = first_line(error)
-        raise UserError(f"{field} is '{model}': no such folder, and not to be had from the hub ({first})") from error
+        raise UserError(
+            f"{field} is '{model}': no such folder, and it cannot be fetched from the hub ({first})"
+        ) from error
 
 
 def weight_digests(folder: str, digests: DigestCache, field: str) -> dict[str, str]:

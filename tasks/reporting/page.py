@@ -1,4 +1,4 @@
-"""A run on one page: HTML that needs nothing but itself, and the same tables for a terminal.
+"""A run on one self-contained HTML page, and the same tables for a terminal.
 
 The page holds its plots as data URIs, runs no script and loads nothing, so that it can be mailed, put on S3 or
 opened years later. The template is `templates/report.html.j2`; every value that it shows is escaped by jinja2.

@@ -1,7 +1,7 @@
 """The report of a run as files below one folder.
 
-It may be written again as a run goes on: each file is replaced whole. What Prefect's UI shows of the same run stands
-in `tasks.reporting.run_artifacts`.
+It may be written again while a run continues; each file is replaced as a whole. `tasks.reporting.run_artifacts` has the
+artifacts of the same run in Prefect's UI.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several processes at one store: they share the shards of a capture, and wait for each other elsewhere."""
+"""Several processes on one store: in a capture they share the shards; in other stages they wait for each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def alone(url: str, what: str) -> Iterator[None]:
         what: for the log, e.g. 'pack math'.
     """
     with Claims(url) as claims:
-        claims.wait_for("all", lambda: logger.info("%s: another process is at it; waiting for its end", what))
+        claims.wait_for("all", lambda: logger.info("%s: another process is doing this; waiting for it to finish", what))
         yield
 
 

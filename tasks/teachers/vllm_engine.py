@@ -1,7 +1,7 @@
-"""A vLLM engine of our own, and the processes that it consists of: what all that start one share.
+"""A vLLM engine and its processes: code shared by all modules that start one.
 
-Its processes may be killed at any time, by the kernel for want of memory above all. Every call goes through `run`,
-which notices that.
+The processes may be killed at any time, mostly by the kernel when memory runs out. Every call goes through `run`, which
+notices that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A student in training on several devices, seen from the flow's process: torchrun's workers behind one socket.
 
-The workers (`tasks.training.worker`) live as long as the flow trains, so that a mixture that changes costs a message
-and no start. What they log goes to our log. They end when this process does, however it ends
+The workers (`tasks.training.worker`) live as long as the flow trains, so that a new mixture costs only a message, not a
+restart. Their log lines go to the flow's log. They always end when this process ends, even if it is killed
 (`tasks.running.descendants`).
 """
 
