@@ -119,9 +119,9 @@ class TrainData:
         return {domain: len(reader) for domain, reader in self.blocks.items()}
 
     def windows(self, mib: int) -> dict[str, Window]:
-        """How the sampler shuffles each domain, so that all windows together hold about so many MiB, decoded.
+        """The shuffling window of each domain, such that all windows together hold about that many MiB of decoded data.
 
-        A window is made of whole shards of whichever reader has the most to read (the targets, where there are some),
+        A window consists of whole shards of the reader with the most data (the targets, if there are any),
         and of one at least. A domain whose readers know no shards has no window, and is shuffled as a whole. Depends
         on the format and the number of domains alone, never on the machine: a run that goes on elsewhere draws the
         same.

@@ -75,7 +75,7 @@ class World:
 
 
 def join_world(device: Literal["cpu", "cuda"]) -> World:
-    """Meet the other processes that torchrun has started; alone where it has not.
+    """Join the other processes that torchrun has started; without torchrun, the world is this process only.
 
     Args:
         device: each rank takes one GPU of its machine, or the CPU with gloo.

@@ -41,7 +41,7 @@ def empty_model(config: Any, *, trust_remote_code: bool = False, dtype: torch.dt
 
 @torch.no_grad()
 def is_projection(model: Any) -> bool:
-    """Whether the logits are the output embedding applied to the last hidden states of `model.base_model`, and no more.
+    """Whether the logits are just the output embedding applied to the last hidden states of `model.base_model`.
 
     The model's own forward pass runs with the decoder's output and the projection's output replaced: what the
     projection then reads must be the one, and the logits must be the other, in training as in evaluation. Scales, soft

@@ -108,7 +108,7 @@ def cannot_be_loaded(config: StudentConfig, field: str, error: Exception) -> Use
 
 
 def check_loading(config: StudentConfig, field: str, loading: Mapping[str, Any]) -> None:
-    """That every weight was there: transformers would only warn, and go on from random numbers.
+    """Check that no weight was missing; transformers would only warn, and continue with random numbers.
 
     Args:
         loading: as `from_pretrained` gives it with `output_loading_info`.
@@ -257,8 +257,8 @@ def student_weights(model: Any, world: World) -> dict[str, Tensor]:
 
 
 def save_student(model: Any, weights: Mapping[str, Tensor], folder: str) -> None:
-    """An ordinary Hugging Face folder: config, safetensors weights in bfloat16, and the code of a model that has its
-    own. The tokenizer goes beside them.
+    """Write an ordinary Hugging Face folder: config, safetensors weights in bfloat16, the model's own code if it has
+    any, and the tokenizer.
 
     Args:
         model: whose configuration is written.

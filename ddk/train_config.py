@@ -137,10 +137,10 @@ class TrainConfig(Section):
         return self
 
     def share(self, ranks: int) -> int:
-        """Blocks of a step that each of so many ranks takes.
+        """Number of blocks of a step that each rank takes.
 
         Raises:
-            ValueError: the batch cannot be cut into equal shares, or these into micro-batches.
+            ValueError: the batch cannot be cut into equal shares, or a share into micro-batches.
         """
         share, rest = divmod(self.batch_size, ranks)
         if rest:

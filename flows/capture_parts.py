@@ -36,7 +36,7 @@ def capture_run_name() -> str:
 
 @contextmanager
 def other_parts(plan: Plan, teacher: TeacherConfig, part: int, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """Parts 2 to `teacher.workers` run while the context lasts, where this is part 1 and anything is to be captured.
+    """While the context lasts, parts 2 to `teacher.workers` run, if this is part 1 and anything must be captured.
 
     Args:
         parameters: of the deployment's runs, besides `part`.

@@ -21,7 +21,7 @@ class StoreMissingError(StoreError):
 
 
 class StoreDamagedError(StoreError):
-    """Bytes of a store are missing, or are not those that were written."""
+    """Bytes of a store are missing or have changed since they were written."""
 
 
 class FormatVersionError(StoreError):

@@ -60,7 +60,7 @@ def activation_bytes(shape: ModelShape, *, bf16: bool) -> int:
 def student_memory(
     shape: ModelShape, train: TrainConfig, loss: LossConfig, *, seq_len: int, ranks: int, extra: int = 0
 ) -> list[Part]:
-    """Of one GPU, at the peak of a step.
+    """Memory of one GPU at the peak of a step.
 
     Args:
         ranks: processes that train together, over all machines.

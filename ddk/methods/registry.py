@@ -56,7 +56,7 @@ def mixture_after(
 ) -> Mixture:
     """The mixture of the next interval, over the leaves.
 
-    With `config.level` the method sees the domains cut to that level, and what it finds is spread over their leaves.
+    With `config.level`, the method sees the domains cut to that level, and its mixture is spread over their leaves.
 
     Args:
         previous: that of the interval that has just ended; None before the first.
@@ -105,13 +105,13 @@ def _mixture_after(
 
 
 def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:
-    """That the method, the mixture and the loss of a configuration go together.
+    """Check that the method, the mixture and the loss of a configuration are compatible.
 
     Args:
         domains: all leaves.
 
     Raises:
-        ValueError: they do not; the fields and the remedy are named.
+        ValueError: they are not; the fields and the remedy are named.
     """
     chosen = METHODS[method]
     if mixture.weights is not None and chosen.follows_gap:

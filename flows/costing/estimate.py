@@ -65,10 +65,10 @@ class Cost:
 
 
 def estimate(config: Config, assumed: Assumptions) -> Cost:
-    """Work it all out.
+    """Calculate the estimate.
 
     Raises:
-        UserError: a model's config is not to be had, or the GPUs cannot share the batch.
+        UserError: a model's config is not available, or the GPUs cannot share the batch.
     """
     of_teacher, of_student = config.teacher, config.student
     teacher, student = (

@@ -191,16 +191,16 @@ class RunSize:
 
     @property
     def capture_flops(self) -> float:
-        """Of a position's capture."""
+        """Operations to capture one position."""
         return self.teacher.forward_flops(self.seq_len)
 
     @property
     def train_flops(self) -> float:
-        """Of a position's training."""
+        """Operations to train on one position."""
         own = self.student.train_flops(self.seq_len, recompute=self.config.train.activation_checkpointing)
         return own + (self.capture_flops if self.live else 0.0)
 
     @property
     def gap_flops(self) -> float:
-        """Of a position's evaluation."""
+        """Operations to evaluate one position."""
         return self.student.forward_flops(self.seq_len)

@@ -56,7 +56,7 @@ def import_caches(
 
 
 def imported_only(config: Config, names: Sequence[str] = ()) -> Config:
-    """The configuration with its imported domains alone; of these, the named ones where names are given.
+    """The configuration with only its imported domains or, if names are given, only the named ones of these.
 
     Raises:
         UserError: there is none, or a name is of another domain.
@@ -79,7 +79,7 @@ def imported_only(config: Config, names: Sequence[str] = ()) -> Config:
 def export_targets(
     url: str, folder: str, *, row_format: str, config: str, split: str, say: Callable[[str], None]
 ) -> None:
-    """Write one split of a targets store as Parquet files, with a card; goes on where it was stopped.
+    """Write one split of a targets store as Parquet files, with a card; an interrupted export is resumed.
 
     Args:
         url: of the targets store; the blocks store is found from its manifest.

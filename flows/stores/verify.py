@@ -21,13 +21,13 @@ def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]
     Args:
         url: of a store, of a run, or of a root with all that lies in it.
         full: every byte; else presence and sizes only.
-        repair: mark damaged shards to be made again, and put a manifest's copy in its place.
+        repair: remove damaged shards so that they are recreated, and restore manifests from their copies.
 
     Returns:
         Whether everything was as it should be.
 
     Raises:
-        UserError: there is nothing of ours.
+        UserError: there is no store, run or root at the URL.
     """
     url = url.rstrip("/")
     run = run_at(url)

@@ -85,7 +85,7 @@ def verify(
 
 
 def shards_that_count(url: str, manifest: Manifest) -> tuple[Shards, list[Damage]]:
-    """The shards of a store, finished or not; and the commit records that are not what was written."""
+    """The valid shards of a store, finished or not, and the commit records that are damaged."""
     if manifest.complete:
         return {split: dict(enumerate(manifest.splits[split].shards)) for split in SPLITS}, []
     shards: dict[Split, dict[int, ShardRecord]] = {split: {} for split in SPLITS}
@@ -101,7 +101,7 @@ def shards_that_count(url: str, manifest: Manifest) -> tuple[Shards, list[Damage
 
 
 def uncommit(url: str, manifest: Manifest, damages: Sequence[Damage]) -> dict[Split, list[int]]:
-    """Take the damaged shards of a store out, so that the stage makes them again; and write the manifest anew.
+    """Remove the damaged shards of a store, so that the stage recreates them, and write the manifest again.
 
     In this order, so that a kill between any two steps leaves a store that is either complete as before or
     unfinished with every good shard committed: commit records of the good shards, the manifest, the damaged objects.

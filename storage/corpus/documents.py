@@ -43,9 +43,9 @@ def iter_documents(
 ) -> Iterator[Text]:
     """Every document whose record number is at least `start`.
 
-    What lies before `start` is passed over unparsed: lines are only counted, Parquet row groups not even read.
-    `on_bytes` hears how many stored bytes were read since its last call (a Parquet file is not read whole, so their
-    sum may differ from the file's size). Where the text is white space alone, its prompt is left out with it.
+    Records before `start` are skipped without parsing: lines are only counted, Parquet row groups not even read.
+    `on_bytes` is called with the number of stored bytes read since its last call (a Parquet file is not
+    read whole, so their sum may differ from the file's size). If a text is only white space, its prompt is left out too.
 
     Raises:
         UserError: with file and line or row: broken JSON, no object, a missing field or column, a field that is no
@@ -66,7 +66,7 @@ def iter_filed(
     """As `iter_documents`, each with the path that its record has (`storage.corpus.record_paths.record_path`).
 
     Raises:
-        UserError: besides, a record without a path, or with a value that is none.
+        UserError: also for a record without a path, or with a value that is not a path.
     """
     yield from _iter(file, _Fields(text_field, prompt_field, path_field), 0, on_bytes)
 

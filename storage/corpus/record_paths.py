@@ -39,7 +39,7 @@ def cut_path(path: str, depth: int | None) -> str:
 
 
 def store_name(domain: str) -> str:
-    """Of the folder of a domain's store, below the one of its fingerprint."""
+    """Name of the folder of a domain's store, below the folder of its fingerprint."""
     return "~".join(map(_spelt, domain.split("/"))) + ".zarr"
 
 

@@ -21,7 +21,7 @@ _SPECIAL = frozenset('/\\:*?[]#%"<>|')
 
 
 def plain_name(name: Any, place: str) -> str:
-    """The name itself, where it can be nothing but the name of a file or folder directly below another folder.
+    """Return the name if it can only be the name of a file or folder directly below another folder.
 
     Args:
         name: as it was read, of whatever type.

@@ -130,7 +130,7 @@ def _fault(seal: Any, raw: bytes, of: str | None) -> str | None:
 
 
 def sealed_rows(rows: Sequence[Mapping[str, Any]], of: str) -> bytes:
-    """Rows of a table with a seal as the last one, so that the file stays a plain list for who reads it by hand."""
+    """Rows of a table with a seal as the last one, so that the file stays a plain list for readers."""
     return _with_digest([*map(dict, rows), {_SEAL: {"of": of, "sha256": _BLANK}}])
 
 

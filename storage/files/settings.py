@@ -29,7 +29,7 @@ _SECRET = {"key", "secret", "token", "username", "password", "account_key", "sas
 
 @functools.cache
 def prepare_s3() -> None:
-    """From now on `s3://` is `storage.files.s3.S3`, for whoever opens it."""
+    """Register `storage.files.s3.S3` for `s3://` in this process."""
     from storage.files.s3 import S3  # heavy, and not needed by whoever stays on a disk
 
     for protocol in S3.protocol:

@@ -64,7 +64,7 @@ class ShardObject:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An object's file, open for reading; whoever gets it closes it."""
+    """An object's file, open for reading; the caller closes it."""
 
     descriptor: int
     fetched: bool
@@ -72,7 +72,7 @@ class Held:
 
 
 class NotWhatWasWrittenError(Exception):
-    """What lies at the URL is not what the manifest says."""
+    """The object at the URL does not match the manifest."""
 
 
 def shared() -> ShardCache | None:
@@ -191,7 +191,7 @@ class ShardCache:
         return store not in self._not_worth_it
 
     def drop(self, wanted: ShardObject) -> None:
-        """Forget the object: it is fetched anew when it is wanted again."""
+        """Forget the object, so that it is fetched again when it is needed next."""
         self._files.remove(wanted.name, wanted.size)
 
     def _spare(self, wanted: ShardObject, *, ahead: bool) -> None:

@@ -93,7 +93,7 @@ class CheckpointFolder:
         _STATE.write(uri.join(self.url(step), _COMMIT), commit.model_dump(), self._of(step))
 
     def differences(self, step: int, *, full: bool = True) -> Iterator[Difference]:
-        """The files of a checkpoint that counts which are missing or changed.
+        """The files of a valid checkpoint that are missing or changed.
 
         Raises:
             FormatVersionError, StoreDamagedError: its `state.json` is not what was written.
@@ -130,7 +130,7 @@ class CheckpointFolder:
             yield folder
 
     def state(self, step: int) -> dict[str, Any]:
-        """The small state of a checkpoint that counts.
+        """The small state of a valid checkpoint.
 
         Raises:
             FormatVersionError, StoreDamagedError: it cannot be read.

@@ -112,7 +112,7 @@ class RunFolder:
         return uri.join(self.url, "report")
 
     def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Begin the run, or go on with it.
+        """Begin the run, or resume it.
 
         Args:
             identity: plain JSON data that determines the student: data, models, method, loss, training, mixture.
@@ -147,9 +147,9 @@ class RunFolder:
         return _plain(content) if content is not None else None
 
     def tracking_id(self) -> str:
-        """By which services outside know this run: 16 hexadecimal digits, made when they are first asked for.
+        """The id under which external services know this run: 16 hexadecimal digits, created at first use.
 
-        They lie in the folder, so that a run that is begun anew where another one was removed is another run.
+        It is stored in the folder, so that a run that replaces a removed one of the same name gets another id.
         """
         place, of = uri.join(self.url, "tracking.json"), self._of("the tracking")
         found = TRACKING.read(place, of)
@@ -223,7 +223,7 @@ class RunFolder:
         return Listing(self.student_url, uri.join(self.url, "student.json"), self._of("the student's files"))
 
     def student_faults(self) -> list[str]:
-        """What is wrong with a complete run's student: files that are missing, or not what was written.
+        """The faults of a complete run's student: files that are missing or changed.
 
         On a local disk by every byte, read anew where a file has changed since it was read; elsewhere by the sizes.
         """

@@ -74,7 +74,7 @@ class Listing:
         _LISTING.write(self.url, content, self.of)
 
     def add(self, files: Mapping[str, FileRecord]) -> None:
-        """Say of some files what they hold, beside those that are listed; a list that is damaged begins anew."""
+        """Add some files to the list, with their sizes and digests; a damaged list is started again."""
         try:
             known = self.read() or {}
         except StoreDamagedError:
@@ -114,7 +114,7 @@ class Listing:
 
 
 def difference(url: str, record: FileRecord, sha256_of: Callable[[str], str | None] | None) -> Difference | None:
-    """What is wrong with one file; None where nothing is.
+    """The fault of one file; None if there is none.
 
     Args:
         sha256_of: gives the digest of the file's content; None compares the size alone.

@@ -165,7 +165,7 @@ class MixtureHistory:
         return records
 
     def at_step(self, step: int) -> MixtureRecord | None:
-        """The newest record of a student with so many steps; None where it has not been measured."""
+        """The newest record of the student at this step; None if it has not been measured."""
         return next((record for record in reversed(self.records()) if record.step == step), None)
 
     def append(self, record: MixtureRecord) -> None:

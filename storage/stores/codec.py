@@ -142,7 +142,7 @@ class Distortion:
 
 
 def encode(targets: SparseTargets, form: TargetFormat, vocab_size: int) -> tuple[Arrays, Distortion | None]:
-    """The arrays that are stored of some blocks, by name, and how far they are from the targets (compact only).
+    """The arrays to store for some blocks, by name, and their distortion (compact only).
 
     Raises:
         ValueError: the targets lack what the format keeps, or hold something else besides.

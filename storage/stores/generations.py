@@ -27,7 +27,7 @@ def newest_complete(url: str) -> str:
 
 
 def to_make_again(url: str) -> str:
-    """The store to write where what is there is not to be used. An unfinished one is resumed."""
+    """The store to write when existing ones must not be used. An unfinished new store is resumed."""
     if read_manifest(url) is None:
         return url
     number = 2

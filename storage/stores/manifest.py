@@ -73,7 +73,7 @@ def read_manifest(url: str) -> Manifest | None:
 
 
 def stored_manifest(url: str, name: str) -> Manifest | None:
-    """What lies at one of the two places, `MANIFEST` or `COPY`; None where there is none.
+    """The manifest at one of the two places, `MANIFEST` or `COPY`; None if there is none.
 
     Raises:
         FormatVersionError, StoreDamagedError: as `read_manifest`.
@@ -92,7 +92,7 @@ def stored_manifest(url: str, name: str) -> Manifest | None:
 
 
 def sound_copy(url: str) -> Manifest | None:
-    """The manifest of a complete store from its copy alone; None where that is not to be had."""
+    """The manifest of a complete store, read from its copy; None if the copy is missing or damaged."""
     try:
         copy = stored_manifest(url, COPY)
     except StoreDamagedError:
@@ -126,7 +126,7 @@ def require_complete(url: str, kind: Kind) -> Manifest:
 
 
 def store_attributes(manifest: Manifest) -> dict[str, Any]:
-    """What the root group's attributes say of a store, for readers that do not know the manifest."""
+    """The attributes of the root group, which describe the store to readers that do not know the manifest."""
     # Sorted: the dimensions of a store that was resumed come in the order in which JSON had them.
     dims = dict(sorted(manifest.dims.items()))
     return {"ddk": {"format_version": manifest.format_version, "kind": manifest.kind, "dims": dims}}

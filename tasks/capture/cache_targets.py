@@ -97,7 +97,7 @@ class _Capture:
                 progress.advance(others - self._blocks_of(queue.left))
 
     def _capture_ours(self, queue: ShardQueue, executor: ThreadPoolExecutor, progress: Meter) -> int:
-        """All that is to be had without waiting. Three shards are in hand at most: one read ahead, one in the engine,
+        """All that are available without waiting. Three shards are in hand at most: one read ahead, one in the engine,
         one being written."""
         captured = 0
         ahead = executor.submit(self._take, queue)
@@ -144,7 +144,7 @@ def _captured(teacher: Teacher, tokens: Int32Array, progress: Meter) -> SparseTa
 
 
 def check_distribution(targets: SparseTargets) -> None:
-    """That what was captured is a distribution: a broken engine must not fill a cache.
+    """Check that the captured targets are a distribution, so that a broken engine cannot fill a cache.
 
     Raises:
         UserError: a value is not a number, as where float16 overflows.

@@ -67,7 +67,7 @@ class ComparedRun(_Frozen):
 
     @property
     def counts(self) -> bool:
-        """Whether its numbers are those of a finished run."""
+        """Whether the run is finished, so that its numbers count."""
         return self.status == "complete" and bool(self.records)
 
     @property

@@ -49,7 +49,7 @@ class Evaluation:
         self.harness = require_harness()
 
     def question(self, part: Part) -> dict[str, Any]:
-        """What of a part determines its score, whoever answers: scores under the same one may be compared."""
+        """The inputs that determine a part's score, apart from the model; scores with equal inputs are comparable."""
         return {
             "task": part.name,
             "shots": part.shots,

@@ -103,7 +103,7 @@ def build_measures(
         seed: of the choice of worked examples.
 
     Raises:
-        UserError: no such task, its questions are not to be had, or it cannot be run here.
+        UserError: there is no such task, its questions cannot be reached, or it cannot be run here.
     """
     return [
         _measure(benchmark, tasks, group, source, limit=limit, seed=seed)

@@ -98,7 +98,7 @@ def run_programs(
     """Run the programs, as many at a time as there are processors, and say of each how it ended.
 
     Raises:
-        UserError: the isolation cannot be had; nothing was run.
+        UserError: isolation is not possible; nothing was run.
     """
     if isolated and programs:
         check_isolation()

@@ -200,7 +200,7 @@ def judge(channel: int, tests: str, setup: str, entries: Sequence[str]) -> str |
         entries: names that are the program's in the tests, whatever they mean elsewhere.
 
     Returns:
-        None where the tests came to their end, else the name of what ended them.
+        None if the tests came to their end, else the name of the exception that ended them.
     """
     link = _Link(channel)
     try:

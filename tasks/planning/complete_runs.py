@@ -64,7 +64,7 @@ class RunSources:
     """The whole configuration as plain data."""
 
     def digest(self) -> str | None:
-        """Of everything that a plan depends on; None where that cannot be told from files alone: a teacher behind a
+        """Digest of everything that a plan depends on; None if files alone do not determine it: a teacher behind a
         server, a model on the hub that is not pinned to a commit, a run that another one's result goes into, files
         that are not there.
         """
@@ -96,7 +96,7 @@ class RunSources:
 
 
 def find_complete(sources: RunSources) -> CompleteRun | None:
-    """The run, where it is complete and all that it was made of is as it was; else None, whatever the reason."""
+    """The run, if it is complete and none of its inputs has changed; otherwise None."""
     if not uri.exists(uri.join(sources.root, MEMORY)):
         return None
     try:

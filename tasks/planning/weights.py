@@ -41,7 +41,7 @@ class TensorHeader(BaseModel):
 
 
 def check_weights(folder: str, field: str) -> dict[str, TensorHeader]:
-    """That every weight file is there and whole.
+    """Check that every weight file exists and is complete.
 
     Args:
         folder: of the model, a local one.

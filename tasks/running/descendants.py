@@ -41,9 +41,9 @@ _SECONDS_TO_KILL = 60.0
 
 
 class Descendants:
-    """Whatever is started with `environment`, by us or by one of them: it ends at `close`, or with us.
+    """All processes that are started with `environment`, and their children: they end at `close`, or with this process.
 
-    Costs a small process until it is closed.
+    Uses one small process until it is closed.
     """
 
     def __init__(self) -> None:

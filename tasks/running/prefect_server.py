@@ -47,10 +47,10 @@ class _Watch:
 
 
 def going_on_without_its_server(call: Callable[[], _T]) -> _T:
-    """What the call gives: a flow, that may be run again and goes on where it stopped.
+    """The result of the call: a flow that can be run again and resumes where it stopped.
 
     Raises:
-        LostPartError: a server of our own dies again and again.
+        LostPartError: the Prefect servers that this process starts die repeatedly.
     """
     _watch_requests()
     _Watch.answered, _Watch.lost = False, None

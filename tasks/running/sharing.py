@@ -28,10 +28,10 @@ def alone(url: str, what: str) -> Iterator[None]:
 
 
 class ShardQueue:
-    """The missing shards of a store, for this process to capture as long as nobody else does.
+    """The missing shards of a store that no other process is capturing, for this process to capture.
 
-    Each process begins at a place of its own and goes round, so that several seldom reach for the same shard; who has
-    done with its own part helps with the others'. A shard that its owner leaves behind is taken over.
+    Each process begins at its own place and goes round, so that two processes seldom want the same shard. A process
+    that has finished its own part helps with the others. A shard that its owner abandons is taken over.
 
     Args:
         shards: how many there are of each split.

@@ -60,8 +60,8 @@ _refused: set[str] = set()
 
 @contextmanager
 def showing(what: str) -> Iterator[None]:
-    """Whatever goes wrong in here becomes a warning; a server that refuses every connection is one warning for each
-    thing that it cannot show."""
+    """Any error in this context becomes a warning; if a server refuses every connection, there is one warning for
+    each artifact."""
     try:
         yield
         _refused.discard(what)
@@ -127,7 +127,7 @@ class Board:
         return self.change(lambda _: data, description)
 
     def change(self, change: Callable[[Any], Any], description: str) -> bool:
-        """Replace what hangs there by `change(of it)`; `change(None)` where nothing does."""
+        """Replace the present content by `change(content)`; by `change(None)` if there is none."""
         here = self._here
         if here is None:
             return False

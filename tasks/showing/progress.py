@@ -33,7 +33,7 @@ LONGEST_PAUSE = 600.0
 
 class Meter(Protocol):
     def advance(self, amount: float, note: str = "") -> None:
-        """So much more is done; `note` says something of it."""
+        """Report that `amount` more is done; `note` is shown beside it."""
         ...
 
 
@@ -41,7 +41,7 @@ class Meter(Protocol):
 def meter(
     label: str, total: float, unit: str, *, done: float = 0.0, positions: int = 0, artifact: str | None = None
 ) -> Iterator[Meter]:
-    """Shows how far something is.
+    """Shows the progress of some work.
 
     Args:
         label: e.g. 'capture math'.

@@ -28,7 +28,7 @@ _LONGEST = 60
 
 
 class EngineFolder:
-    """A folder for one engine, until `remove`. Making one clears away those of the dead."""
+    """A folder for one engine, until `remove`. Creating one removes the folders of dead engines."""
 
     def __init__(self) -> None:
         place = _short_place()
@@ -62,7 +62,7 @@ class EngineFolder:
                         self.list_file(path, inode)
 
     def remove(self) -> None:
-        """Harmless when called twice. What is listed is left to whoever made it: he is alive to see to it."""
+        """Can be called twice. The listed shared memory is left to the process that made it, which is still alive."""
         if self._lock >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)

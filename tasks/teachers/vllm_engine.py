@@ -152,7 +152,7 @@ class Engine:
 
 
 def engine_died(exit_code: int) -> LostPartError:
-    """What to say of an engine whose process has ended by itself."""
+    """The error for an engine whose process has died."""
     likely = _LIKELY.get(signal.Signals(-exit_code), _UNKNOWN) if exit_code < 0 else _UNKNOWN
     return LostPartError(f"the engine's process {ending(exit_code)}; {likely}. {_AGAIN}")
 

@@ -43,8 +43,8 @@ class TrainingProcesses:
     """`tasks.training.rank.Training` by `processes` workers on this machine, and those of the other nodes.
 
     Raises:
-        UserError: the workers report that something is to be put right.
-        LostPartError: they could not start, or have ended without a word.
+        UserError: the workers report an error that the user can fix.
+    LostPartError: they could not start, or have ended without an error.
     """
 
     def __init__(self, job: TrainingJob, processes: int) -> None:

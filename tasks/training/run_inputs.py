@@ -35,7 +35,7 @@ _OPERATIONAL = {
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
-    """What the configuration alone cannot tell where records give the paths: that every leaf has its weight.
+    """Check that every leaf has a weight, which needs the plan if the records give the paths.
 
     Raises:
         UserError: `mixture.weights` are of other domains than the plan's, cut to `mixture.level`.

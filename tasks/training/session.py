@@ -83,7 +83,7 @@ class StudentSession:
 
     @cached_property
     def tracking(self) -> Tracking:
-        """Where the run's metrics go besides its own files."""
+        """Where the run's metrics are sent besides its own files."""
         return open_tracking(self.settings.tracking, self.run, self._config, self.inputs.job.loss.gamma)
 
     @property

@@ -187,7 +187,7 @@ def test_a_parquet_column_without_any_prompt(tmp_path: Path) -> None:
             "no prompt): 'text', 'question'",
         ),
         ({"prompt": "a"}, "FILE, line 1: no field 'text'; set text_field to one that is there: 'prompt'"),
-        ({"text": "a", "prompt": ["b"]}, "FILE, line 1: field 'prompt' is not a string but an array; mend"),
+        ({"text": "a", "prompt": ["b"]}, "FILE, line 1: field 'prompt' is not a string but an array; correct"),
         ({"text": "a", "prompt": 7}, "FILE, line 1: field 'prompt' is not a string but a number"),
         ({"text": None, "prompt": "a"}, "FILE, line 1: field 'text' is not a string but null"),
         ({"text": "a", "prompt": "\ud800"}, "FILE, line 1: field 'prompt' holds \\ud800, half a character"),

@@ -476,7 +476,9 @@ def test_a_full_disk_is_tried_again_later(
             check(view, content, np.arange(BLOCKS))
     assert 0 < len(calls) <= 4 * 5, "not for every read"
     (record,) = caplog.records
-    assert record.message.startswith(f"shards cannot be copied to {folder} ([Errno 28] No space left on device): they ")
+    assert record.message.startswith(
+        f"shards cannot be copied to {folder} ([Errno 28] No space left on device), so they "
+    )
     assert "free some space there, set DDK_SHARD_CACHE_DIR to a folder with more space" in record.message
     assert files_in(folder) == {}
     monkeypatch.setattr(view._reader._cache, "_paused_until", 0.0)
@@ -607,7 +609,9 @@ def test_the_warning_says_how_much_was_wasted(place: str, maker, cache_of, caplo
         for _ in range(10):
             view.read(np.arange(0, 320, 32))
     (record,) = caplog.records
-    assert re.match(r"of \d+ MiB of shards that were copied to .*, only \d+ MiB were read before they", record.message)
+    assert re.match(
+        r"of \d+ MiB of shards that were copied to .*, only \d+ MiB were read before the copies", record.message
+    )
     assert f"are read remotely: {place} (train). Raise DDK_SHARD_CACHE_MIB" in record.message
 
 
