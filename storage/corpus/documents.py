@@ -45,7 +45,7 @@ def iter_documents(
 
     Records before `start` are skipped without parsing: lines are only counted, Parquet row groups not even read.
     `on_bytes` is called with the number of stored bytes read since its last call (a Parquet file is not
-    read whole, so their sum may differ from the file's size). If a text is only white space, its prompt is left out too.
+    read whole, so their sum may differ from the file's size). If a text is only white space, its prompt is skipped too.
 
     Raises:
         UserError: with file and line or row: broken JSON, no object, a missing field or column, a field that is no
