@@ -91,7 +91,7 @@ def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run:
 def plan(
     config: ConfigPath,
     cost: Annotated[
-        bool, typer.Option("--cost", help="Estimate the run's cost instead; the options below need this one.")
+        bool, typer.Option("--cost", help="Estimate the run's cost instead; options from --gpu to --json need this.")
     ] = False,
     gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU: a100, h100 or h200.")] = "h100",
     gpu_memory: Annotated[

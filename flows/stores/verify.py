@@ -27,7 +27,7 @@ def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]
         Whether everything was as it should be.
 
     Raises:
-        UserError: there is no store, run or root at the URL.
+        UserError: there is no store, run, comparison or root at the URL.
     """
     url = url.rstrip("/")
     run = run_at(url)

@@ -35,7 +35,7 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
         evaluation: sections with the benchmarks' scores.
 
     Raises:
-        ValueError: as `report_data.domains_of`.
+        ValueError: as `tasks.reporting.records.domains_of`.
     """
     rows, table, shown, few = render_rows(records), tree_table(records), overview(records), weakest(records)
     leaves = domains_of(records)

@@ -41,7 +41,7 @@ def write_report(
         listing: where it is kept what was written.
 
     Raises:
-        ValueError: as `report_data.domains_of`; nothing is written then.
+        ValueError: as `tasks.reporting.records.domains_of`; nothing is written then.
         OSError: the folder cannot be written to.
     """
     rows, above, shown = render_rows(records), rollup_rows(records), overview(records)
