@@ -54,9 +54,9 @@ plain_errors()
 loopback_past_proxies()
 
 OPTIONS = {
-    "force": "Make it again beside what is there, instead of going on with that.",
-    "evaluation": "Benchmarks, and how they are asked.",
-    "part": "Of several runs that capture together: which one this is.",
+    "force": "Redo a complete stage into a new store or run; existing ones are kept.",
+    "evaluation": "Benchmarks to run, and their options.",
+    "part": "Number of this run, if several runs capture together.",
 }
 """What the form says of parameters that are no section of the configuration."""
 Force = Annotated[bool, Field(description=OPTIONS["force"])]

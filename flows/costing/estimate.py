@@ -176,7 +176,7 @@ def _memory(section: Section, parts: list[Part]) -> Iterator[Figure]:
 def _host(size: RunSize) -> Iterator[Figure]:
     teacher, processes = size.config.teacher, size.processes
     shared = shared_memory(teacher, seq_len=size.seq_len)
-    how = f"in /dev/shm, a shard of {teacher.shard_blocks} blocks; a container has 64 MB unless it is told otherwise"
+    how = f"in /dev/shm, a shard of {teacher.shard_blocks} blocks; a container has 64 MB by default"
     yield Figure(section="host", what="shared memory in capture", value=shared, unit="bytes", how=how)
     loading = 4 * size.student.parameters * processes
     how = f"the student in float32 in each of {processes} process{'es' if processes > 1 else ''}, before its GPU has it"
@@ -222,8 +222,8 @@ def _unknown_blocks(size: RunSize) -> Iterator[str]:
     fine = [name for name, domain in domains.items() if domain.path_field is not None]
     if fine:
         yield (
-            f"the limits of {', '.join(fine)} hold for each leaf of path_field, and how many there are stands in the "
-            f"records alone; one is assumed"
+            f"the limits of {', '.join(fine)} hold for each leaf of path_field, whose number only the records tell; "
+            f"one is assumed"
         )
     unknown = [name for name, domain in domains.items() if domain.max_validation_blocks is None]
     if unknown:
@@ -256,6 +256,6 @@ def _misfits(size: RunSize) -> Iterator[str]:
     teacher, student = size.teacher.rows, size.student.rows
     if abs(teacher - student) > MOST_PADDING:
         yield (
-            f"the teacher predicts {teacher:,} tokens and the student {student:,}, further apart than padding puts "
-            f"them; do they share a tokenizer?"
+            f"the teacher predicts {teacher:,} tokens and the student {student:,}, which is more than padding "
+            f"explains; do they share a tokenizer?"
         )

@@ -84,8 +84,10 @@ def dead_runs(silence: timedelta) -> AutomationCore:
                 name=None,
                 state=StateType.CRASHED,
                 force=False,
-                message=f"No heartbeat for {silence.total_seconds():.0f} s: its process is gone. Run it again, it goes "
-                "on where it stopped.",
+                message=(
+                    f"No heartbeat for {silence.total_seconds():.0f} s: its process is gone. Run it again; it resumes "
+                    f"where it stopped."
+                ),
             )
         ],
     )

@@ -106,7 +106,7 @@ def say_that_it_crashed(run: UUID) -> None:
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(run).state
         if state is not None and not state.is_final():
-            crashed: State[Any] = Crashed(message="Its worker was gone, and it did not end in time.")
+            crashed: State[Any] = Crashed(message="Its worker died, and the run did not end in time.")
             client.set_flow_run_state(run, crashed, force=True)
 
 

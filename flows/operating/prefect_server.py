@@ -43,7 +43,7 @@ SECONDS_BETWEEN_LINES = 60.0
 _ATTEMPTS = 3
 """To start a server, where another program takes the port in between."""
 _TIMEOUT = httpx.Timeout(10.0, connect=4.0)
-_OTHERWISE = "unset PREFECT_API_URL, and a server is started for the time of the run"
+_OTHERWISE = "unset PREFECT_API_URL to start a server for the duration of the run"
 
 
 def reach() -> None:
@@ -180,6 +180,6 @@ def _did_not_start(lines: list[str]) -> str:
     why = f" ({' '.join(lines[-1].split())[:300]})" if lines else ""
     home = get_current_settings().home
     return (
-        f"the Prefect server that this run starts for itself ended at once{why}; see that {home} (PREFECT_HOME) can be "
-        f"written and its database is sound, or set PREFECT_API_URL to a server that runs"
+        f"the Prefect server that this run starts for itself ended at once{why}; see that {home} (PREFECT_HOME) can "
+        f"be written and its database is intact, or set PREFECT_API_URL to a server that runs"
     )

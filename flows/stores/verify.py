@@ -106,7 +106,7 @@ def _without_blocks(root: str, stores: Sequence[str]) -> Iterator[Finding]:
             continue
         blocks = uri.join(root, "blocks", str(manifest.inputs.get("blocks")), manifest.name)
         if not uri.list_names(blocks):
-            yield Finding(url=blocks, what="missing, and there are targets of it; `ddk pack CONFIG` makes it again")
+            yield Finding(url=blocks, what="missing, and there are targets of it; `ddk pack CONFIG` recreates it")
 
 
 def told(store: str, manifest: Manifest, damages: list[Damage], *, repair: bool) -> Iterator[str]:

@@ -146,7 +146,7 @@ class _RunAudit(_Audit):
                 url = uri.join(self._root, kind, str(fingerprints.get(kind)), store_name(domain))
                 manifest = self.read(url, partial(read_manifest, url))
                 if manifest is None and not uri.list_names(url):
-                    self.add(url, f"missing, and a run was trained on it; `{stage} CONFIG` makes it again")
+                    self.add(url, f"missing, and a run was trained on it; `{stage} CONFIG` recreates it")
 
     def _checkpoints(self) -> None:
         checkpoints = CheckpointFolder(self._folder.url)
@@ -156,7 +156,7 @@ class _RunAudit(_Audit):
         if self._summary is None:
             return
         for url in checkpoints.unfinished():
-            self.add(uri.join(url, "state.json"), f"missing: the checkpoint does not count; remove {url}")
+            self.add(uri.join(url, "state.json"), f"missing: the checkpoint is not valid; remove {url}")
         if self._steps and self._steps not in steps:  # one that never trained is saved from the student it began with
             self.add(checkpoints.url(self._steps), "missing: the last checkpoint, from which the student can be saved")
 

@@ -14,7 +14,7 @@ from storage.files import uri
 from storage.files.sealed import Sealed
 
 _MEMORY = Sealed(
-    what="memory of a root", version=1, remedy="nothing need be done: what it held is found out again when it is needed"
+    what="memory of a root", version=1, remedy="nothing need be done: its content is computed again when it is needed"
 )
 
 

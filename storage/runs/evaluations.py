@@ -27,7 +27,7 @@ RECORD_FORMAT = 2
 RECORD = Sealed(
     what="record of an evaluation",
     version=RECORD_FORMAT,
-    remedy="remove it and run the same `ddk eval` again, which asks the model anew",
+    remedy="remove it and run the same `ddk eval` again, which asks the model again",
 )
 _ANSWERS = "samples_sha256"
 

@@ -50,12 +50,12 @@ _STAGE = {"blocks": "ddk pack", "targets": "ddk cache"}
 _MANIFEST = Sealed(
     what="manifest",
     version=FORMAT_VERSION,
-    remedy="`ddk verify {folder} --repair` puts it right where it can; else remove {folder} and run the stage again",
+    remedy="`ddk verify {folder} --repair` restores it if possible; otherwise remove {folder} and run the stage again",
 )
 _COMMIT = Sealed(
     what="commit record",
     version=FORMAT_VERSION,
-    remedy="remove it and run the stage again: this shard alone is made anew",
+    remedy="remove it and run the stage again: only this shard is recreated",
 )
 
 

@@ -124,7 +124,7 @@ def parse(text: str) -> Benchmark:
 def _preset(name: str, local: Collection[str], data: str | None) -> tuple[Benchmark, ...]:
     if name == LOCAL_PRESET:
         if not local:
-            where = f"in {data} there is no file that belongs to a task" if data else "it needs a folder (--data)"
+            where = f"{data} has no file that belongs to a task" if data else "it needs a folder (--data)"
             raise UserError(f"preset '{name}' takes what the data folder holds, and {where}; see docs/evaluating.md")
         return tuple(Benchmark(task) for task in local)
     if name not in PRESETS:

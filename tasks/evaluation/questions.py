@@ -327,7 +327,7 @@ def _reaching_hub(name: str, data_set: str, folder: DataFolder | None) -> Iterat
         cause = "HF_HUB_OFFLINE is set, and the cache has none" if _offline() else first_line(error)
         remedy = "fetch it where there is a network"
         if name in FORMATS:
-            where = f"into {folder.url}" if folder is not None else "into a folder of yours"
+            where = f"into {folder.url}" if folder is not None else "into a folder"
             remedy = f"put {name}.jsonl {where} (--data FOLDER; docs/evaluating.md says what is in it)"
         raise UserError(
             f"task '{name}' takes its questions from the hub ({data_set}), which cannot be reached: {cause}; {remedy}, "

@@ -169,7 +169,7 @@ def _refuse_empty(store: StorePlan, split: Split) -> None:
         else "give it more validation text (domains.*.validation or validation_fraction), or lower packing.seq_len"
     )
     if store.path is not None and "/" in store.path:
-        remedy += f", or set path_depth: {depth(store.path) - 1}, so that it joins its neighbours"
+        remedy += f", or set path_depth: {depth(store.path) - 1}, so that it is merged with its neighbours"
     raise UserError(
         f"domain '{store.domain}' has fewer {split} tokens than one block of {store.blocks_dims['seq_len'] + 1} "
         f"(in {names}); {remedy}"

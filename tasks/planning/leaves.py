@@ -144,10 +144,14 @@ def _missing(domain: str, paths: Sequence[str], split: Split) -> str:
     named = ", ".join(f"'{path}'" for path in paths[:_SHOWN])
     named += f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     deepest = max(map(depth, paths))
-    coarser = f", set domains.{domain}.path_depth: {deepest - 1} so that it joins its neighbours" if deepest > 1 else ""
+    coarser = (
+        f", set domains.{domain}.path_depth: {deepest - 1} so that it is merged with its neighbours"
+        if deepest > 1
+        else ""
+    )
     return (
         f"domain '{domain}' has no {split} records of the path {named}, and a leaf is trained and measured on its own; "
-        f"add some{coarser}, or take that path's records out"
+        f"add some{coarser}, or remove that path's records"
     )
 
 

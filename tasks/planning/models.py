@@ -128,8 +128,8 @@ def check_same_tokenizer(
         remedy = "choose models that share one"
         if not set(differing) - (set(tokenizers[0].get_added_vocab()) - student.keys()):
             remedy += (
-                ", or take the tokenizer's files out of the student's folder where it is to learn the teacher's "
-                "further tokens (the teacher's tokenizer is used then)"
+                ", or remove the tokenizer's files from the student's folder if the student should learn the "
+                "teacher's additional tokens (the teacher's tokenizer is then used)"
             )
         raise UserError(
             f"teacher and student have different tokenizers ({len(differing)} tokens differ, e.g. {token!r}: "

@@ -66,11 +66,13 @@ def text_ends(packing: PackingConfig, teacher: Any, student: StudentConfig | Non
     warning, end = "", f"documents end with {_shown(teacher, [eos_id])}"
     if stops and eos_id not in stops:
         warning = (
-            f"{end}, and by its generation_config.json the student stops at {_shown(teacher, stops)}: it will write on "
-            f"behind a document; correct that file, or name packing.eos"
+            f"{end}, and by its generation_config.json the student stops at {_shown(teacher, stops)}: it would "
+            f"continue after the end of a document; correct that file, or set packing.eos"
         )
     elif absent is not None:
-        warning = f"{end}, the teacher's end of text, which need not be the student's ({absent}), or name packing.eos"
+        warning = (
+            f"{end}, the teacher's end of text, which may differ from the student's ({absent}), or set packing.eos"
+        )
     return TextEnds(bos_ids=bos_ids, eos_id=eos_id, said=" and ".join(said), warning=warning)
 
 

@@ -51,8 +51,8 @@ def _of_prefect(error: BaseException) -> UserError | None:
     said = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and said.startswith("Failed to reach API at"):
         return UserError(
-            f"the Prefect server does not answer any more ({said}); start it and run the same command again, it "
-            f"goes on where it stopped, or unset PREFECT_API_URL"
+            f"the Prefect server does not answer any more ({said}); start it and run the same command again to "
+            f"resume, or unset PREFECT_API_URL"
         )
     return None
 

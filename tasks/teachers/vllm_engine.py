@@ -23,17 +23,17 @@ from tasks.teachers.leftovers import EngineFolder
 from tasks.teachers.watched_calls import ChildDiedError, WatchedCalls, ending
 
 _T = TypeVar("_T")
-_AGAIN = "Run the same command again then; it goes on where it stopped"
+_AGAIN = "Then run the same command again to resume"
 _LIKELY = {
     signal.SIGKILL: "probably the machine was out of memory (`dmesg` says so): lower teacher.max_batch_tokens or "
-    "teacher.cpu_kv_cache_gib, or let less run beside it",
+    "teacher.cpu_kv_cache_gib, or run fewer programs beside it",
     signal.SIGBUS: "probably /dev/shm is full: give the container more shared memory (--shm-size), or lower "
     "teacher.shard_blocks",
     signal.SIGILL: "this processor lacks an instruction that vLLM was built with: install a build for it",
     signal.SIGTERM: "somebody ended it",
 }
 _UNKNOWN = "its last lines above say more, and so may `dmesg`"
-_GAVE_UP = f"its lines above say why, and where there are none, {_LIKELY[signal.SIGKILL]}"
+_GAVE_UP = f"its lines above say why; if there are none, {_LIKELY[signal.SIGKILL]}"
 _FAILED_AT_START = re.compile(r"Failed core proc\(s\): \{[^}]*?: (-\d+)")
 """vLLM's words, with the exit code of the engine's process."""
 _ON_GPU_ALONE = {

@@ -213,7 +213,7 @@ def join_training(job: TrainingJob, node_rank: int) -> None:
 def _lost(code: int, lines: Sequence[str]) -> LostPartError:
     """What to say of workers that ended without a word: the signal, where torchrun or the kernel names one, and else
     their last lines."""
-    again = "What they have saved is whole: run the same command again then"
+    again = "Saved checkpoints are intact: then run the same command again"
     said = "\n".join(lines)
     # torchrun ends the others when one is killed, and names the first to end last.
     killed = re.search(r"Signal (\d+) \(\w+\) received by PID", said.rpartition("Root Cause")[2])

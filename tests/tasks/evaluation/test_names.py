@@ -82,7 +82,7 @@ def test_presets_that_are_not_there() -> None:
         wanted_benchmarks(EvaluationConfig(preset="papers"), domains)
     with pytest.raises(UserError, match=r"needs a folder \(--data\)"):
         wanted_benchmarks(EvaluationConfig(preset="local"), domains)
-    with pytest.raises(UserError, match="in /x there is no file that belongs to a task"):
+    with pytest.raises(UserError, match="/x has no file that belongs to a task"):
         wanted_benchmarks(EvaluationConfig(data="/x"), domains)
 
 
