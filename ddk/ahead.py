@@ -1,7 +1,7 @@
-"""Brings near what the loader is going to read: some threads walk the plans ahead of the one that reads.
+"""Prefetches the data that the loader will read next: some threads work ahead of the thread that reads.
 
-Of every coming step, in the order of need, each reader that can (`FetchesAhead`) is told which blocks will be wanted.
-What goes wrong here is not reported: the read itself meets it again, at the batch that it concerns.
+For every coming step, in the order of need, each reader that supports it (`FetchesAhead`) is told which blocks will be
+needed. Errors here are not reported; the read itself meets them again, at the batch that they concern.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _PATIENCE_S = 0.5
 
 @runtime_checkable
 class FetchesAhead(Protocol):
-    """A reader of what lies far away, and can be brought near before it is read."""
+    """A reader of remote data that can be prefetched."""
 
     def fetch(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> bool:
-        """Bring near what the given blocks lie in, without decoding it.
+        """Fetch the shards that hold the given blocks, without decoding them.
 
         Returns:
-            False where there is no room before more of what was fetched so has been read: ask again then.
+            False if there is no room until more of the fetched data has been read; ask again then.
         """
         ...
 
 
 class FetchAhead:
-    """Fetches for the steps after the one that is being read. Closed by `close`.
+    """Prefetches the data of the steps after the one that is being read. Call `close` at the end.
 
     Args:
         plans: of every step, what it reads.

@@ -1,8 +1,8 @@
 """From draws to batches: reads the drawn blocks and their targets, ahead of the training step.
 
-One thread reads and decodes the next batches while the current one trains; where blocks and targets lie far away,
-others bring them near for the steps after that (`ddk.ahead`). The readers are Protocols (`ddk.values`), so that this
-package does not know where blocks and targets are stored.
+One thread reads and decodes the next batches while the current one trains. If blocks and targets are remote, other
+threads prefetch those of later steps (`ddk.ahead`). The readers are Protocols (`ddk.values`), so that this package does
+not depend on where blocks and targets are stored.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ class TrainData:
         return {domain: len(reader) for domain, reader in self.blocks.items()}
 
     def windows(self, mib: int) -> dict[str, Window]:
-        """How the sampler shuffles each domain, so that all windows together hold about so many MiB, decoded.
+        """The shuffling window of each domain, such that all windows together hold about that many MiB of decoded data.
 
-        A window is made of whole shards of whichever reader has the most to read (the targets, where there are some),
+        A window consists of whole shards of the reader with the most data (the targets, if there are any),
         and of one at least. A domain whose readers know no shards has no window, and is shuffled as a whole. Depends
         on the format and the number of domains alone, never on the machine: a run that goes on elsewhere draws the
         same.
@@ -269,6 +269,6 @@ def _next_of(
             return ready.get(timeout=_PATIENCE_S) if alive else ready.get_nowait()
         if not alive:
             raise LostPartError(
-                "the thread that reads the training data has ended without a word; run the same command again, it goes "
-                "on at the newest checkpoint"
+                "the thread that reads the training data has ended without an error; run the same command again to "
+                "resume at the newest checkpoint"
             )

@@ -1,9 +1,9 @@
 """Domains that have a path: `math/algebra/linear` lies below `math/algebra`, and that below `math`.
 
-Blocks, perplexities and draws belong to the leaves. What is said of a domain above them is rolled up:
+Blocks, perplexities and draws belong to the leaves. The values of a domain above them are aggregated:
 
-- its perplexity is exp(Σ n·ln ℓ / Σ n) over its leaves, n the validation positions that carry loss. That is what a
-  measurement over all of these positions at once gives, and no approximation: ln ℓ is a leaf's mean cross-entropy.
+- its perplexity is exp(Σ n·ln ℓ / Σ n) over its leaves, n the validation positions that carry loss. This equals
+  a measurement over all of these positions at once, without approximation, since ln ℓ is a leaf's mean cross-entropy.
 - its probability, and its blocks, are the sums of its leaves'.
 
 A mixture that is kept at a level is computed over the domains cut to that many parts (level 1: `math`), and spread

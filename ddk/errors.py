@@ -1,8 +1,8 @@
-"""What a user got wrong, said in one line: the cause, the place and the remedy.
+"""Errors that a user can fix, each in one line with the cause, the place and the remedy.
 
-The `ddk` command prints such an error without a traceback and exits with 2. So it does with the loss of a part (a
-process that was killed, a server that is gone), which is nobody's mistake, and exits with 1. Anything else that is
-raised is a defect of ours (or of the machine) and keeps its traceback.
+The `ddk` command prints such an error without a traceback and exits with 2. If a process was killed or a server is
+gone, which is nobody's mistake, the command also prints one line, but exits with 1. Any other exception is a bug (or a
+fault of the machine) and keeps its traceback.
 """
 
 from ddk.redaction import redacted

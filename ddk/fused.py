@@ -1,23 +1,23 @@
 """The output projection and the loss in one: from hidden states to CE + γ·divergence and its gradients, in chunks.
 
 A step's logits are its largest tensor by far: at 8,192 positions and 152,000 tokens, 5 GB in float32, and plain code
-holds three of them. Here a chunk of positions at a time is projected, its loss taken and its gradients formed in the
-chunk's own memory; only the gradients of the hidden states [T, D] and of the projection [V, D] outlive it. The
-gradient is taken in the forward pass, while the chunk is there (as Liger-Kernel and cut-cross-entropy do), so a
-backward pass only scales it.
+holds three of them. Here, the projection, the loss and the gradients are computed for
+one chunk of positions at a time, in the chunk's own memory; only the gradients of the hidden states [T, D] and of the
+projection [V, D] are kept. The gradient is computed in the forward pass, while the chunk exists (as in Liger-Kernel and
+cut-cross-entropy), so the backward pass only scales it.
 
 For a chunk, with H the columns of the stored ids and of the label:
 
 1. z = h·Wᵀ + b; z_H is gathered, and hidden from the rest of the row by −inf;
 2. one sweep turns the row into exp(z − max) and its sum: the log-sum-exp of everything outside H;
-3. `ddk.loss.position_losses` says the loss as a function of z_H and of that number, and autograd its derivatives:
-   K + 2 numbers a position, whatever the divergence and the treatment of the tail (those of the usual loss are
-   written out, in `ddk.loss.closed_form`);
+3. `ddk.loss.position_losses` gives the loss as a function of z_H and of that number, and autograd its derivatives:
+   K + 2 numbers per position, for any divergence and treatment of the tail (the derivatives of the usual loss are
+   written out in `ddk.loss.closed_form`);
 4. the gradient of the logits is the row of step 2 times one number, and the derivatives added at H;
 5. two products give the gradients of h and W.
 
-At a temperature T other than 1 step 2 is done for z/T also. Nothing here knows of a divergence, so that a new one is
-a line in `ddk.loss`.
+At a temperature T other than 1, step 2 is done for z/T too. Nothing here depends on the divergence, so a new one only
+needs a line in `ddk.loss`.
 """
 
 from __future__ import annotations

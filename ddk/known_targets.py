@@ -1,7 +1,8 @@
-"""Targets of a teacher that predicts more tokens than the student has rows for: what the student can be asked for.
+"""Restricts a teacher's targets to the tokens that the student can predict, if the teacher predicts more.
 
-A tokenizer may have added tokens at its end (one for pictures, say) that no text becomes. A teacher with rows for them
-gives them a little probability; where the student has none, that joins the probability outside the kept tokens.
+A tokenizer may end with added tokens that never occur in text (one for images, say). A teacher with rows for them gives
+them a little probability. If the student has no such rows, this probability is added to the mass outside the stored
+tokens.
 """
 
 from __future__ import annotations

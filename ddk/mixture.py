@@ -1,4 +1,4 @@
-"""Equations 1 and 2 of the paper: from perplexities to the next sampling mixture; and mixtures that stay.
+"""Equations 1 and 2 of the paper, which turn perplexities into the next sampling mixture; also fixed mixtures.
 
 r is the paper's domain discrepancy factor, ℓ_S and ℓ_T the perplexities of student and teacher on a domain's
 validation set. Everything is computed in log space: a ratio of 800 does not overflow.
@@ -20,14 +20,15 @@ NamedWeights = Literal["equal", "proportional"]
 
 
 class MixtureConfig(Section):
-    """From which domains the student learns, and how that follows the gap."""
+    """Which domains the sampler draws from, and how it follows the gap."""
 
     interval: int = Field(default=1000, ge=1, le=MOST_STEPS)
-    """Optimizer steps under one mixture (the paper's K)."""
+    """Number of optimizer steps under one mixture (the paper's K)."""
     evaluation: Literal["inline", "scheduled"] = "inline"
-    """Who measures the gap: 'inline', the training itself after each interval; or 'scheduled', the flow `rebalance`, on
-    a schedule of its own and another worker. The training then takes the newest mixture at each interval's start, and
-    waits for none; it measures only before its first step and after its last."""
+    """Who measures the gap. With 'inline', the training itself measures it after each interval. With 'scheduled', the
+    flow `rebalance` measures it on another worker and its own schedule; the training then takes the newest mixture at
+    the start of each interval without waiting for one, and measures the gap only before its first step and after its
+    last."""
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """Smoothing coefficient α of Eq. 2: every domain keeps at least (1 − α)/N."""
     initial: Literal["gap", "proportional"] = "gap"
@@ -35,23 +36,23 @@ class MixtureConfig(Section):
     cpt_doremi); 'proportional' draws uniformly over all blocks, as Algorithm 1 of the paper does before its first
     update."""
     level: int | None = Field(default=None, ge=1, le=100)
-    """How many parts of the domains' paths the mixture is kept at: with 1, `math/algebra` and `math/geometry` are one
-    domain `math` to Eq. 1 and Eq. 2, whose blocks are drawn in proportion to their numbers. Empty: every leaf by
-    itself. Gaps are measured and reported at the leaves all the same."""
+    """Number of parts of the domains' paths at which the mixture is kept. With 1, Eq. 1 and Eq. 2 treat `math/algebra`
+    and `math/geometry` as one domain `math`, whose leaves are drawn in proportion to their numbers of blocks. If empty,
+    every leaf has its own probability. Gaps are always measured and reported for each leaf."""
     weights: NamedWeights | dict[str, float] | None = None
-    """Mixture of the methods that do not follow the gap (kd, cpt, minillm, ddk_equal, ted): 'equal', 'proportional'
-    (to the domains' numbers of blocks), or a positive weight for each domain (cut to `level`). Default: the method's
+    """Mixture of the methods that do not follow the gap (kd, cpt, minillm, ddk_equal, ted): 'equal', 'proportional' (to
+    the domains' numbers of blocks), or a positive weight for each domain (cut to `level`). Default: the method's
     own."""
     stop_ratio: float | None = Field(default=None, ge=0.0)
-    """Stop early once the largest ℓ_S/ℓ_T of all domains (leaves, whatever `level` is) is at or below this ratio, e.g.
-    1.05. Never by default."""
+    """Stop early once the largest ℓ_S/ℓ_T of all domains (or leaves, at any `level`) is at most this ratio, e.g. 1.05.
+    By default, training never stops early."""
     doremi_step: float = Field(default=1.0, ge=0.0, le=1e6)
     """With cpt_doremi: step size η of the domain weights, per nat of excess loss."""
     doremi_smoothing: float = Field(default=1e-3, ge=0.0, le=1.0)
-    """With cpt_doremi: c, so that every domain keeps at least c/N."""
+    """With cpt_doremi: smoothing c, with which every domain keeps at least c/N."""
     reference_run: str | None = Field(default=None, min_length=1)
     """With cpt_doremi: a finished run in the same root, on the same domains, whose student is the reference. Default:
-    the teacher is."""
+    the teacher is the reference."""
 
     @field_validator("weights", mode="before")
     @classmethod

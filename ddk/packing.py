@@ -1,24 +1,25 @@
-"""From documents to blocks: append EOS to each document, lay them end to end, cut every L + 1 tokens.
+"""From documents to blocks: append EOS to each document, concatenate them, cut every L + 1 tokens.
 
     documents   [5 6 7] [8] [9 9 9]        EOS = 0, L = 3
     stream       5 6 7 0 8 0 9 9 9 0
     blocks      [5 6 7 0] [8 0 9 9]        the remainder, [9 0], is shorter than a block and is dropped
 
-Blocks do not overlap: each is L + 1 tokens and yields L predictions. With every block comes a `Cursor`, the place in
-the documents where the next one begins, so that packing which was stopped goes on without reading what came before.
+Blocks do not overlap: each has L + 1 tokens and yields L predictions. Every block comes with a `Cursor`, the place in
+the documents where the next block begins, so that interrupted packing resumes without reading the earlier documents
+again.
 
-A document may begin with a prompt, whose tokens are packed as all others are and marked: to predict them carries no
-loss. The mark belongs to the token that is predicted; position j of a block predicts its token j + 1, so whoever wants
-positions takes the block's marks from the second on:
+A document may begin with a prompt. Its tokens are packed like all others and marked: predicting them carries no loss.
+The mark belongs to the token that is predicted. As position j of a block predicts its token j + 1, the marks of the
+positions are the block's marks from the second on:
 
     document     [5 6 7 8] of which [5 6] is the prompt, L = 4
     tokens        5 6 7 8 0
     loss          0 0 1 1 1       EOS counts: it ends what follows the prompt
     positions       0 1 1 1       position 0 predicts 6, within the prompt
 
-Where the models read every text behind a BOS (Llama, Gemma and Mistral do), each document begins with it, and so does
-each block that begins within a document: a model that has never seen a sequence without it predicts nonsense there. To
-predict it carries no loss:
+If the models read every text after a BOS (as Llama, Gemma and Mistral do), each document begins with BOS, and so does
+each block that begins within a document, because a model that has never seen a sequence without BOS predicts nonsense
+there. Predicting BOS carries no loss:
 
     documents    [5 6 7 8 9] [4 4], BOS = 1, L = 4
     blocks       1 5 6 7 8    1 9 0 1 4
@@ -44,14 +45,15 @@ class PackingConfig(Section):
     """How token streams are cut into blocks."""
 
     seq_len: int = Field(default=1024, ge=1, le=2**24)
-    """Predictions in a block, which holds one token more. Teacher and student must both take sequences this long."""
+    """Number of predictions in a block; the block holds one token more. Teacher and student must both accept sequences
+    of this length."""
     bos: Literal["auto", "never", "always"] = "auto"
-    """Whether each document, and each block that begins within one, begins with the BOS token. 'auto': where the
-    teacher's tokenizer puts it before every text, as those of Llama, Gemma and Mistral do. To predict it carries no
-    loss."""
+    """Whether the BOS token is put at the start of each document, and of each block that begins within a document.
+    'auto' does so if the teacher's tokenizer puts it before every text, as those of Llama, Gemma and Mistral do.
+    Predicting BOS carries no loss."""
     eos: str | None = Field(default=None, min_length=1)
-    """The token that ends each document, such as '<|endoftext|>'. Empty: the student's end of text, at which it stops
-    once it is trained; a chat teacher's may be another."""
+    """The token that ends each document, such as '<|endoftext|>'. If empty, the token at which the student stops
+    generating; the EOS of a chat teacher may be another."""
 
 
 @dataclass(frozen=True, slots=True)

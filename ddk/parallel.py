@@ -1,4 +1,4 @@
-"""One student on several processes: who computes what, and what they tell each other.
+"""One student on several processes: what each computes, and what they exchange.
 
 Each process ('rank') holds one device. Under 'ddp' every rank has the whole student and gradients are averaged; under
 'fsdp' (FSDP2) each has a share of every matrix, layer by layer, and optimizer state likewise. Either way a step's
@@ -75,7 +75,7 @@ class World:
 
 
 def join_world(device: Literal["cpu", "cuda"]) -> World:
-    """Meet the other processes that torchrun has started; alone where it has not.
+    """Join the other processes that torchrun has started; without torchrun, the world is this process only.
 
     Args:
         device: each rank takes one GPU of its machine, or the CPU with gloo.

@@ -1,8 +1,8 @@
-"""What a message must not hold: keys, passwords and signatures, and letters that change how a terminal shows it.
+"""Removes from messages what they must not hold: keys, passwords, signatures, and control characters for a terminal.
 
-Everything that a person, a log or a stored file is told of an error goes through `redacted`: services repeat in their
-answers what they were sent (an access key's id, a signature, a presigned address), and libraries repeat addresses.
-`holds_credentials` finds them in an address that somebody gives, so that it can be refused.
+Every error text for a person, a log or a stored file goes through `redacted`, because services repeat in their answers
+what they were sent (an access key's id, a signature, a presigned address), and libraries repeat addresses.
+`holds_credentials` finds credentials in an address that a user gives, so that it can be refused.
 """
 
 from __future__ import annotations

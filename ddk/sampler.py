@@ -39,7 +39,7 @@ class SamplerState:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How many neighbouring blocks are shuffled with how many others.
+    """The number of blocks that are shuffled together.
 
     An epoch's order is: the domain's shards in random order, cut into windows of `shards` of them, the blocks of a
     window shuffled together. A window that holds the whole domain makes no difference: any order is as likely.

@@ -1,8 +1,8 @@
-"""What a model computes, found by its structure and never by its present weights.
+"""Finds out what a model computes from its structure, not from its present weights.
 
-A soft cap is the identity near zero, and every scale maps zeros to zeros: comparing two ways of computing on a model's
-own small logits says that they agree where after training they do not. So large synthetic values in both signs are put
-in where the two ways part, and what comes out is compared.
+A soft cap is the identity near zero, and every scale maps zeros to zeros. If two ways of computing were compared on a
+model's own small logits, they could agree now and differ after training. Therefore large synthetic values of both signs
+are fed in at the point where the two ways differ, and the results are compared.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def empty_model(config: Any, *, trust_remote_code: bool = False, dtype: torch.dt
 
 @torch.no_grad()
 def is_projection(model: Any) -> bool:
-    """Whether the logits are the output embedding applied to the last hidden states of `model.base_model`, and no more.
+    """Whether the logits are just the output embedding applied to the last hidden states of `model.base_model`.
 
     The model's own forward pass runs with the decoder's output and the projection's output replaced: what the
     projection then reads must be the one, and the logits must be the other, in training as in evaluation. Scales, soft

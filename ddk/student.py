@@ -1,4 +1,4 @@
-"""The student: an ordinary Hugging Face causal language model, from a folder and back into one."""
+"""The student, an ordinary Hugging Face causal language model: loads it from a folder and saves it to one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _check_finite(model: torch.nn.Module, place: str) -> None:
         if parameter.is_floating_point() and not math.isfinite(parameter.sum(dtype=torch.float32).item()):
             raise UserError(
                 f"{place} holds NaN or infinite weights, first in '{name}'; the file is damaged, or was saved after "
-                f"its training had diverged: take another"
+                f"its training had diverged: use another"
             )
 
 
@@ -108,7 +108,7 @@ def cannot_be_loaded(config: StudentConfig, field: str, error: Exception) -> Use
 
 
 def check_loading(config: StudentConfig, field: str, loading: Mapping[str, Any]) -> None:
-    """That every weight was there: transformers would only warn, and go on from random numbers.
+    """Check that no weight was missing; transformers would only warn, and continue with random numbers.
 
     Args:
         loading: as `from_pretrained` gives it with `output_loading_info`.
@@ -257,8 +257,8 @@ def student_weights(model: Any, world: World) -> dict[str, Tensor]:
 
 
 def save_student(model: Any, weights: Mapping[str, Tensor], folder: str) -> None:
-    """An ordinary Hugging Face folder: config, safetensors weights in bfloat16, and the code of a model that has its
-    own. The tokenizer goes beside them.
+    """Write an ordinary Hugging Face folder: config, safetensors weights in bfloat16, the model's own code if it has
+    any, and the tokenizer.
 
     Args:
         model: whose configuration is written.

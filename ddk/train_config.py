@@ -1,6 +1,6 @@
-"""What a configuration says of a student's training: the model, the loss, the optimizer, and the method ted.
+"""The sections of the configuration that describe training: the student, the loss, the optimizer, and the method ted.
 
-Nothing heavy is imported here, so that a configuration is read in a moment.
+This module imports nothing heavy, so that a configuration is read quickly.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ class StudentConfig(Section):
     revision: str | None = Field(default=None, min_length=1)
     """Commit, branch or tag, for a name on the hub."""
     trust_remote_code: bool = False
-    """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
+    """Whether code in the model's folder may be executed. Leave it off unless you have read that code."""
 
 
 class LossConfig(Section):
-    """CE + γ·divergence and its settings."""
+    """Settings of the loss, CE + γ·divergence."""
 
     gamma: float = Field(default=0.2, ge=0.0, le=1e6)
-    """Weight γ of the divergence; 0 trains on cross-entropy alone and reads no targets."""
+    """Weight γ of the divergence; 0 trains on cross-entropy only and reads no targets."""
     temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
-    """Temperature T of both distributions in the divergence. Other than 1, `teacher.tail_temperatures` must name it,
-    or `tail` must be 'renormalise'."""
+    """Temperature T of both distributions in the divergence. If it is not 1, it must be one of
+    `teacher.tail_temperatures`, or `tail` must be 'renormalise'."""
     divergence: Divergence = "forward_kl"
     """'forward_kl' (teacher ‖ student), 'reverse_kl' (student ‖ teacher) or 'jensen_shannon'."""
     beta: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Of 'jensen_shannon': the teacher's share β of the mean of the two. Near 0 it is like forward_kl, near 1 like
-    reverse_kl."""
+    """With 'jensen_shannon': weight β of the teacher in the mean of both distributions. Near 0 the divergence behaves
+    like forward_kl, near 1 like reverse_kl."""
     tail: Tail = "bucket"
-    """What becomes of the teacher's probability outside the stored tokens: 'bucket', 'renormalise', 'residual', or
-    'sampled' (random draws in place of the top k)."""
+    """How the teacher's probability outside the stored tokens is treated: 'bucket', 'renormalise', 'residual', or
+    'sampled' (which uses random draws instead of the top k)."""
     mask_document_starts: bool = False
-    """Whether the first token of a document, which nothing before it in the block foretells, carries no loss."""
+    """Whether to exclude the first token of each document from the loss, as nothing before it in the block helps to
+    predict it."""
 
     @model_validator(mode="after")
     def _is_known(self) -> LossConfig:
@@ -74,52 +75,54 @@ class TrainConfig(Section):
     """How the student is trained."""
 
     steps: int = Field(ge=1, le=MOST_STEPS)
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     batch_size: int = Field(ge=1, le=10**6)
-    """Blocks an optimizer step (over all devices)."""
+    """Number of blocks per optimizer step, over all devices."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Blocks a forward and backward pass of one device; smaller needs less memory. Must divide a device's share of
-    batch_size. Default: all of that share."""
+    """Number of blocks per forward and backward pass of one device; a smaller value needs less memory. It must divide a
+    device's share of batch_size. Default: that whole share."""
     learning_rate: float = Field(default=3e-5, gt=0.0, le=10.0)
-    """Peak, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = Field(default=3e-6, ge=0.0)
-    """Where the cosine ends, at the last step."""
+    """Learning rate at the last step, where the cosine schedule ends."""
     warmup_steps: int = Field(default=1000, ge=0, le=MOST_STEPS)
-    """Steps of linear warm-up from 0."""
+    """Number of steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.1, ge=0.0, le=1e6)
-    """AdamW's, on matrices; biases and norms have none."""
+    """Weight decay of AdamW. It applies to matrices, not to biases and norms."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """AdamW's decay of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """AdamW's decay of the second moment."""
+    """Decay rate of AdamW's second moment."""
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
-    """Largest norm of the gradient; null for no clipping."""
+    """Largest norm of the gradient; null turns clipping off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """'auto' takes the GPU where there is one."""
+    """Device to train on. 'auto' takes the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; weights and optimizer are always float32. 'auto': bf16 on a GPU that has it."""
+    """Precision of the forward pass; weights and optimizer are always float32. 'auto' is bf16 on a GPU that supports
+    it."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Whether to recompute activations in the backward pass; this saves memory and takes about a third more time."""
     processes: int | Literal["auto"] = "auto"
-    """Processes on this machine, one a device. 'auto': one for each GPU, or one where there is none. They must
-    divide batch_size."""
+    """Number of processes on this machine, one per device. 'auto' is one per GPU, or one if there is no GPU. The number
+    must divide batch_size."""
     nodes: int = Field(default=1, ge=1, le=10**5)
-    """Machines, each with as many processes; see docs/training.md for how the others are started."""
+    """Number of machines, each with the same number of processes; docs/training.md explains how to start the others."""
     rendezvous: str = "127.0.0.1:0"
-    """HOST:PORT at which the machines meet, for more than one: an address of the first that the others reach."""
+    """HOST:PORT at which several machines meet: an address of the first machine that the others can reach."""
     parallel: Parallel = "ddp"
-    """With more than one process: 'ddp' (the whole student on each) or 'fsdp' (FSDP2: each holds a share of weights,
-    gradients and optimizer, for students that do not fit one device with theirs)."""
+    """How several processes share the work: 'ddp' (each holds the whole student) or 'fsdp' (FSDP2: each holds a share
+    of the weights, gradients and optimizer state, for students too large for one device)."""
     compile: bool = False
-    """Compile the decoder's layers with torch.compile: slower to start, faster steps on a GPU."""
+    """Whether to compile the decoder's layers with torch.compile: training starts more slowly, and steps on a GPU are
+    faster."""
     keep_checkpoints: int = Field(default=2, ge=1, le=MOST_STEPS)
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     shuffle_mib: int = Field(default=2048, ge=1, le=2**30)
-    """Data that is shuffled together, over all domains, in MiB (decoded; on S3 about a third of it). An epoch goes
-    through a domain's shards in random order, as many at a time as find room here, so that each is fetched once an
-    epoch. Domains that find room whole are shuffled as a whole."""
+    """Amount of data that is shuffled together, over all domains, in MiB (decoded; on S3 it is about a third of that).
+    In each epoch, a domain's shards are read in random order, as many at a time as fit into this amount, so that each
+    shard is fetched once. Domains that fit entirely are shuffled as a whole."""
     log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
-    """Steps between two lines of the log, besides the one at the end of each interval."""
+    """Number of steps between log lines. There is also a line at the end of each interval."""
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> TrainConfig:
@@ -134,10 +137,10 @@ class TrainConfig(Section):
         return self
 
     def share(self, ranks: int) -> int:
-        """Blocks of a step that each of so many ranks takes.
+        """Number of blocks of a step that each rank takes.
 
         Raises:
-            ValueError: the batch cannot be cut into equal shares, or these into micro-batches.
+            ValueError: the batch cannot be cut into equal shares, or a share into micro-batches.
         """
         share, rest = divmod(self.batch_size, ranks)
         if rest:
@@ -154,14 +157,16 @@ class TedConfig(Section):
     """Task-aware layer-wise distillation, for method ted."""
 
     weight: float = Field(default=0.02, gt=0.0, le=1e6)
-    """Weight λ of the layers' distances, summed over the layers; a layer's is about 2 where student and teacher have
-    nothing in common, 0 where they agree."""
+    """Weight λ of the sum of the layers' distances. The distance of a layer is about 2 if student and teacher have
+    nothing in common, and 0 if they agree."""
     layers: int | None = Field(default=None, ge=1, le=10**5)
-    """Matched pairs of layers, spread evenly over both depths; the last is always matched. Default: as many as the
-    shallower model has."""
+    """Number of matched pairs of layers, spread evenly over the depth of both models; the last layers are always
+    matched. Default: the number of layers of the shallower model."""
     filter_steps: int = Field(default=500, ge=0, le=MOST_STEPS)
-    """Steps of stage 1, in which the filters are trained."""
+    """Number of steps of stage 1, in which the filters are trained."""
     filter_batch_size: int = Field(default=8, ge=1, le=10**6)
-    """Blocks a step of stage 1. A step projects twice as many hidden states as there are pairs onto the vocabulary."""
+    """Number of blocks per step of stage 1. Each step projects twice as many hidden states as there are pairs onto the
+    vocabulary."""
     filter_learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0)
-    """Adam's in stage 1, falling to 0 linearly. In stage 2 the student's filters train at the student's rate."""
+    """Learning rate of Adam in stage 1; it falls linearly to 0. In stage 2 the student's filters train at the student's
+    rate."""

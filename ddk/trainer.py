@@ -36,7 +36,7 @@ from ddk.values import BlockReader, BoolArray, Draw, Mixture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """Where a training stands, besides its tensors."""
+    """The state of a training besides its tensors."""
 
     sampler: SamplerState
     mixture_versions: tuple[int, ...] = ()

@@ -35,7 +35,7 @@ class SampledTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseTargets:
-    """What is kept of the teacher's distribution at every position of some blocks.
+    """The stored part of the teacher's distribution at every position of some blocks.
 
     Position j of a block predicts the block's token j + 1. Entries are in descending order of probability. A position
     may keep fewer than K: the entries behind the last have log-probability −inf and id 0, and stand for no token.

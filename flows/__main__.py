@@ -1,22 +1,22 @@
 """The `ddk` command.
 
     ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
-    ddk distill CONFIG          everything: pack, cache, train, report
-    ddk pack|cache|train|gap|report CONFIG      one stage
-    ddk eval CONFIG             benchmarks of the student before, the distilled student and the teacher
-    ddk compare CONFIG          several methods and seeds on one teacher cache, and what they show
-    ddk plan CONFIG             which stages are complete, stale or missing, and why; nothing is run
-    ddk plan CONFIG --cost      what it will take of disk, GPU memory and GPU hours; needs no data and no weights
-    ddk serve CONFIG            every stage as a deployment served from this process, for development
-    ddk automations             on the Prefect server: runs that died become Crashed
-    ddk join CONFIG             on the further machines of a training on several
-    ddk import CONFIG           caches that others made become stores, without an engine
-    ddk export URL DEST         a store becomes Parquet files that others read
-    ddk inspect URL             what a store or a run holds
-    ddk verify URL              whether every byte of a store, or of all stores of a root, is what was written
+    ddk distill CONFIG          run all stages: pack, cache, train, report
+    ddk pack|cache|train|gap|report CONFIG      run one stage
+    ddk eval CONFIG             benchmark the student before and after distillation, and the teacher
+    ddk compare CONFIG          run several methods and seeds on one teacher cache, and compare them
+    ddk plan CONFIG             show which stages are complete, stale or missing, and why; runs nothing
+    ddk plan CONFIG --cost      estimate disk, GPU memory and GPU hours; needs no data and no weights
+    ddk serve CONFIG            serve every stage as a deployment from this process, for development
+    ddk automations             let the Prefect server mark runs that died as Crashed
+    ddk join CONFIG             join a training from a further machine
+    ddk import CONFIG           make stores from caches that others made, without an engine
+    ddk export URL DEST         write a store as Parquet files
+    ddk inspect URL             show what a store or a run holds
+    ddk verify URL              check every byte of a store, a run or a whole root
 
-Exit codes: 0 done, 1 something failed, 2 something to put right in the call, the configuration or the data (one
-line says what; `--debug` shows the traceback).
+Exit codes: 0 success; 1 something failed; 2 the user must fix something in the call, the configuration, the data or the
+machine (one line says what; `--debug` shows the traceback).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import flows.commands  # noqa: F401 (they register themselves)
 from flows.commands.app import FlowInterruptedError, app
 
 _LONGEST = 1000
-"""Characters that are shown of what nobody foresaw."""
+"""Characters shown of an unexpected error."""
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
     try:
         call()
     except FlowInterruptedError:
-        typer.secho("ddk: interrupted; the same command goes on where it stopped", err=True)
+        typer.secho("ddk: interrupted; run the same command to resume", err=True)
         return 1
     except (SystemExit, KeyboardInterrupt):
         raise
@@ -65,8 +65,8 @@ def _exit_code(call: Callable[[], Any], debug: bool) -> int:
         said = redacted(" ".join(str(error).split()))
         typer.secho(f"ddk: {type(error).__name__}: {said[:_LONGEST]}", fg=typer.colors.RED, err=True)
         typer.secho(
-            "ddk: this looks like a bug in ddk; --debug shows the traceback. What was complete is kept, and the same "
-            "command goes on from there.",
+            "ddk: this looks like a bug in ddk; --debug shows the traceback. Complete work is kept, and the same "
+            "command resumes from there.",
             err=True,
         )
         return 1

@@ -1,9 +1,9 @@
-"""One capture by several runs: each a deployment run of its own, on whichever worker takes it, with a Retry of its own.
+"""One capture by several runs: each is a separate deployment run, on any free worker, with its own retries.
 
-The run that is started first is part 1 and starts the others. All of them share the shards of every store
-(`tasks.running.sharing`), so that it matters to none of them how many the others are, when they begin or whether they
-die: part 1 returns when everything is captured, and would do it alone. A part that no worker has taken by then is
-called off.
+The run that is started first is part 1 and starts the others. All parts share the shards of every store
+(`tasks.running.sharing`), so none depends on how many others there are, when they begin or whether they die. Part 1
+returns when everything is captured, and can do all the work alone. Parts that no worker has started by then are
+cancelled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def capture_run_name() -> str:
 
 @contextmanager
 def other_parts(plan: Plan, teacher: TeacherConfig, part: int, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """Parts 2 to `teacher.workers` run while the context lasts, where this is part 1 and anything is to be captured.
+    """While the context lasts, parts 2 to `teacher.workers` run, if this is part 1 and anything must be captured.
 
     Args:
         parameters: of the deployment's runs, besides `part`.
@@ -62,7 +62,8 @@ def _start(teacher: TeacherConfig, parameters: Mapping[str, Any]) -> list[UUID]:
     except ObjectNotFound:
         logger.warning(
             "teacher.workers is %d, and Prefect's server has no deployment '%s' to start the others with "
-            "(teacher.deployment); this run captures alone, or with whoever runs `ddk cache` elsewhere",
+            "(teacher.deployment); this run captures without them (`ddk cache` on other machines can still share the "
+            "work)",
             teacher.workers,
             teacher.deployment,
         )

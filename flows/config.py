@@ -67,18 +67,18 @@ class Config(Section):
     root: str
     """Where everything is stored: a folder, or a URL such as s3://bucket/prefix."""
     storage_block: str | None = Field(default=None, min_length=1)
-    """Name of a Prefect block with endpoint and credentials for S3: a Secret whose value is a JSON object of s3fs's
-    options, or a RemoteFileSystem. Empty: they come from the environment."""
+    """Name of a Prefect block with the endpoint and credentials for S3: a Secret whose value is a JSON object of s3fs
+    options, or a RemoteFileSystem. If empty, they come from the environment."""
     method: MethodName = "ddk"
-    """Which loss and which mixture: see docs/methods.md. 'ddk' is the paper's."""
+    """Method, which sets the loss and the mixture: see docs/methods.md. 'ddk' is the paper's."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Of the sampler and of dropout."""
+    """Seed of the sampler and of dropout."""
     domains: dict[DomainName, DomainConfig] = Field(min_length=1)
     """The corpora, by domain. A name may be a path, such as `math/algebra`: see docs/training.md."""
     packing: PackingConfig = PackingConfig()
     """How documents become blocks."""
     teacher: TeacherConfig
-    """The teacher, and what is kept of it."""
+    """The teacher, and what is stored of its predictions."""
     student: StudentConfig
     """The model that is trained."""
     loss: LossConfig = LossConfig()
@@ -86,11 +86,11 @@ class Config(Section):
     train: TrainConfig
     """Steps, batches, learning rate."""
     mixture: MixtureConfig = MixtureConfig()
-    """How the sampling follows the gap."""
+    """How the sampling follows the gap between student and teacher."""
     ted: TedConfig = TedConfig()
-    """Of method ted alone."""
+    """Settings of the method `ted` only."""
     tracking: TrackingConfig = TrackingConfig()
-    """Where the metrics go besides the run's own files."""
+    """Where metrics are sent besides the run's own files."""
 
     @model_validator(mode="before")
     @classmethod
@@ -139,13 +139,13 @@ class Config(Section):
         if temperature is not None and temperature not in self.teacher.tail_temperatures:
             raise ValueError(
                 f"loss.temperature {temperature} with tail '{loss.tail}' needs the tail's mass at that temperature: "
-                f"add it to teacher.tail_temperatures (the teacher is then captured anew), or set loss.tail: "
+                f"add it to teacher.tail_temperatures (the teacher is then captured again), or set loss.tail: "
                 f"renormalise, or loss.temperature: 1.0"
             )
         if loss.needs_draws and not self.teacher.draws:
             raise ValueError(
-                "loss.tail 'sampled' reads random draws, and teacher.draws is 0: set it, e.g. to 50 (the teacher is "
-                "then captured anew), or set loss.tail: bucket"
+                "loss.tail 'sampled' reads random draws, but teacher.draws is 0: set it, e.g. to 50 (the teacher is "
+                "then captured again), or set loss.tail: bucket"
             )
         return self
 

@@ -1,6 +1,7 @@
-"""The flow `evaluate`: a run's three models put to benchmarks, and the page that shows them beside the perplexities.
+"""The flow `evaluate`: runs benchmarks on a run's three models, and shows the results beside the perplexities.
 
-One task run a model. What was answered before is found and not asked again (`tasks.evaluation.evaluate_model`).
+There is one task run per model. Questions that were answered before are not asked again
+(`tasks.evaluation.evaluate_model`).
 """
 
 from __future__ import annotations

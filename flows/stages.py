@@ -1,12 +1,12 @@
-"""The pipelines as Prefect flows. Each takes the configuration's sections as parameters of its own.
+"""The pipelines as Prefect flows. Each takes sections of the configuration as its parameters.
 
     pack_corpus    documents → blocks            cache_teacher   blocks → teacher targets
     train          intervals of training, each followed by gap and mixture; ends with student and report
     rebalance      gap of the newest checkpoint → the next mixture
     report         a run's report, at any time   distill         all of it, in order
 
-Every stage skips what is complete, so that any of them may be run again, alone. One that is run alone plans its stores
-for itself; `distill` plans once for all of its stages.
+Every stage skips complete work, so any stage may be run again, alone. A stage that runs alone plans its own stores;
+`distill` plans once for all of its stages.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ plain_errors()
 loopback_past_proxies()
 
 OPTIONS = {
-    "force": "Make it again beside what is there, instead of going on with that.",
-    "evaluation": "Benchmarks, and how they are asked.",
-    "part": "Of several runs that capture together: which one this is.",
+    "force": "Redo a complete stage into a new store or run; existing ones are kept.",
+    "evaluation": "Benchmarks to run, and their options.",
+    "part": "Number of this run, if several runs capture together.",
 }
 """What the form says of parameters that are no section of the configuration."""
 Force = Annotated[bool, Field(description=OPTIONS["force"])]
@@ -199,7 +199,7 @@ def train_student(config: Config, force: Force = False) -> dict[str, Any]:
     """
     if force:
         config = config.model_copy(update={"run": name_to_make_again(config.root, config.run)})
-        logger.info("train: the run made again is '%s'", config.run)
+        logger.info("train: the new run is called '%s'", config.run)
     with open_session(config) as session:
         done = session.run.summary()
         done_before = done is not None
@@ -284,7 +284,7 @@ def _mixture_now(session: StudentSession) -> MixtureRecord:
         records = session.history.records()
         if records:
             logger.info(
-                "train: step %d goes on with mixture version %d, measured at step %d",
+                "train: step %d continues with mixture version %d, measured at step %d",
                 *(session.step, records[-1].version, records[-1].step),
             )
             return records[-1]

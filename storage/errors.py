@@ -1,4 +1,4 @@
-"""What can be wrong with something stored, each naming the place and the remedy."""
+"""Errors of stored data; each names the place and the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StoreMissingError(StoreError):
 
 
 class StoreDamagedError(StoreError):
-    """Bytes of a store are missing, or are not those that were written."""
+    """Bytes of a store are missing or have changed since they were written."""
 
 
 class FormatVersionError(StoreError):
@@ -46,7 +46,7 @@ class PassingError(UnreachableError):
     """One that another process has met and found transient (`is_transient`)."""
 
 
-_AGAIN = "run the same command again later, it goes on where it stopped"
+_AGAIN = "run the same command again later to resume"
 _RIGHTS = "check the credentials, or the rights on that place"
 _BREAKS = (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError)
 _OTHER_REGION = {"301", "307", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}
@@ -127,7 +127,7 @@ def _explanation(error: BaseException) -> str | None:
     return _of_the_machine(error)
 
 
-_GOES_ON = "run the same command again, it goes on where it stopped"
+_GOES_ON = "run the same command again to resume"
 _REMEDIES = {
     errno.ENOSPC: f"the disk is full; free some space and {_GOES_ON}",
     errno.EDQUOT: f"the quota of this disk is used up; free some space and {_GOES_ON}",
@@ -138,7 +138,7 @@ _REMEDIES = {
     errno.ENFILE: f"this machine may open no more files; end other programs and {_GOES_ON}",
     errno.ENOMEM: f"there is not enough memory; end other programs and {_GOES_ON}",
     errno.ENAMETOOLONG: "the name is too long for this disk; shorten it",
-    errno.ELOOP: "the links of this path lead in a circle; mend them",
+    errno.ELOOP: "the links of this path lead in a circle; correct them",
 }
 """What a machine says wherever a file is read or written."""
 _WHERE_WRITTEN = {

@@ -1,4 +1,4 @@
-"""Teacher targets of a domain, as stored: opening a store, and writing one."""
+"""The stored teacher targets of a domain: opens and writes a store."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What a student's training takes of each GPU's memory, worked out from its shape and the configuration alone.
+"""How much memory of each GPU a student's training takes, calculated from its shape and the configuration.
 
 With N parameters (Rajbhandari et al. 2020, ZeRO, section 3.1; here weights and gradients are float32 as well):
 
     weights 4·N, gradients 4·N, AdamW's two moments 8·N      with 'fsdp' divided by the ranks
 
-What comes on top is counted for the code as it is: `ddk.trainer` (autocast), `ddk.fused` (the loss in chunks) and
-transformers' decoder layers, where autograd keeps of every position in a layer of width D, with A channels of attention
-(heads · head width) and feed-forward width I, in bytes:
+The rest is counted for the actual code: `ddk.trainer` (autocast), `ddk.fused` (the loss in chunks) and transformers'
+decoder layers. For a layer of width D, with A channels of attention (heads · head width) and feed-forward width I,
+autograd keeps this many bytes per position:
 
     bfloat16 autocast    26·D + 8·A + 8·I   (4·I where the feed-forward layer is not gated)
     float32              24·D + 16·A + 16·I (8·I)
@@ -17,7 +17,7 @@ transformers' decoder layers, where autograd keeps of every position in a layer 
     I: gate, its activation, up, and their product
 
 Activation checkpointing keeps 4·D, a layer's input, and the whole of the one layer that is being recomputed.
-FlashAttention or its like is taken for granted: no matrix of positions by positions is kept.
+FlashAttention or a similar kernel is assumed, so no matrix of positions by positions is kept.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def activation_bytes(shape: ModelShape, *, bf16: bool) -> int:
 def student_memory(
     shape: ModelShape, train: TrainConfig, loss: LossConfig, *, seq_len: int, ranks: int, extra: int = 0
 ) -> list[Part]:
-    """Of one GPU, at the peak of a step.
+    """Memory of one GPU at the peak of a step.
 
     Args:
         ranks: processes that train together, over all machines.

@@ -60,11 +60,11 @@ class ModelShape:
         return self.rows * self.width
 
     def forward_flops(self, seq_len: int) -> int:
-        """Of a position's forward pass in a sequence of so many."""
+        """Operations of one position's forward pass in a sequence of the given length."""
         return 2 * self.products + self._attention_flops(seq_len)
 
     def train_flops(self, seq_len: int, *, recompute: bool = False) -> int:
-        """Of a position's forward and backward pass.
+        """Operations of one position's forward and backward pass.
 
         Args:
             recompute: with activation checkpointing the layers run forward once more in the backward pass.

@@ -3,7 +3,7 @@
 This is the baseline that the DDK paper compares under this name and describes as replacing the forward KL by the
 reverse one: offline, on the tokens of the corpus. The original (Gu et al., ICLR 2024) minimises the reverse KL over
 texts that the student itself writes, by policy gradient, with teacher-mixed sampling, length normalisation and a
-language-modelling loss beside it. None of that is here, as it is not in the DDK paper's comparison.
+language-modelling loss beside it. None of this is implemented here, nor in the DDK paper's comparison.
 
 Over stored tokens the reverse KL is that of the bucketed or renormalised distributions (`ddk.loss`).
 """

@@ -56,7 +56,7 @@ def mixture_after(
 ) -> Mixture:
     """The mixture of the next interval, over the leaves.
 
-    With `config.level` the method sees the domains cut to that level, and what it finds is spread over their leaves.
+    With `config.level`, the method sees the domains cut to that level, and its mixture is spread over their leaves.
 
     Args:
         previous: that of the interval that has just ended; None before the first.
@@ -105,19 +105,20 @@ def _mixture_after(
 
 
 def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:
-    """That the method, the mixture and the loss of a configuration go together.
+    """Check that the method, the mixture and the loss of a configuration are compatible.
 
     Args:
         domains: all leaves.
 
     Raises:
-        ValueError: they do not; the fields and the remedy are named.
+        ValueError: they are not; the fields and the remedy are named.
     """
     chosen = METHODS[method]
     if mixture.weights is not None and chosen.follows_gap:
         others = ", ".join(name for name, known in METHODS.items() if not known.follows_gap)
         raise ValueError(
-            f"mixture.weights is set, and method {method} finds its mixture itself; leave it out, or set method to one "
+            f"mixture.weights is set, and method {method} determines its mixture itself; leave it out, or set method "
+            f"to one "
             f"with a fixed mixture ({others})"
         )
     if mixture.weights is not None:
@@ -129,7 +130,7 @@ def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, d
     if mixture.reference_run is not None and not chosen.reads_reference:
         others = ", ".join(name for name, known in METHODS.items() if known.reads_reference)
         raise ValueError(
-            f"mixture.reference_run is set, and method {method} compares with no reference; leave it out, or set "
+            f"mixture.reference_run is set, and method {method} uses no reference; leave it out, or set "
             f"method: {others}"
         )
     try:
@@ -137,4 +138,4 @@ def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, d
     except ValidationError as error:
         fixed = ", ".join(f"loss.{field}: {value}" for field, value in chosen.loss.items())
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ValueError(f"method {method} means {fixed}, which does not go with the rest of loss: {reason}") from None
+        raise ValueError(f"method {method} means {fixed}, which conflicts with the rest of loss: {reason}") from None

@@ -1,6 +1,7 @@
-"""ted: as kd, and the student's layers follow the teacher's through task-aware filters.
+"""ted: as kd, and the student's layers imitate the teacher's through task-aware filters.
 
-The layer term and its filters are in `ddk.ted.student`; here is only that the method needs the live teacher.
+The layer term and its filters are in `ddk.ted.student`; this module only declares that the method needs the live
+teacher.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TED: the student's layers follow the teacher's, in what of them matters to the task.
+"""TED: the student's layers imitate those parts of the teacher's layers that matter for the task.
 
 Liang et al. (ICML 2023), 'Less is More: Task-aware Layer-wise Distillation for Language Model Compression'; a baseline
 of the DDK paper. Behind matched layers of both models stand linear filters g with bias, the student's from its width
@@ -18,8 +18,8 @@ head of its own, which at 152,000 tokens would be larger than the student); they
 cut or padded with zeros) and are rescaled after stage 1, so that λ means the same for any pair of models; the layers'
 terms are summed, as in the paper, where the authors' code averages them.
 
-It is the one method that needs the live teacher: a transformers model on the student's device, which runs forward at
-every step, whatever is cached. Its memory, and the time of its pass, come on top.
+This is the only method that needs the live teacher: a transformers model on the student's device, which runs forward at
+every step in spite of the cache. It needs additional memory and time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands share: the application, the options that recur, and how a flow is run from a terminal."""
+"""What the commands share: the application, common options, and running a flow from a terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Run = Annotated[str | None, typer.Option("--run", help="Run name; overrides `run
 
 
 class FlowInterruptedError(Exception):
-    """Somebody pressed Ctrl-C while a flow ran."""
+    """The user pressed Ctrl-C while a flow ran."""
 
 
 @app.callback()
@@ -56,7 +56,7 @@ def load(path: str, overrides: list[str] | None, root: str | None, run: str | No
 
 
 def run_flow(name: str, config: Any, module: str = "flows.stages", **options: Any) -> Any:
-    """Run one flow with those of the configuration's sections that it takes, and further parameters."""
+    """Run one flow with the sections of the configuration that it takes, and further parameters."""
     import importlib
     import inspect as introspection
 
@@ -78,7 +78,7 @@ def loading_libraries() -> AbstractContextManager[None]:
 
 
 def reach_prefect() -> None:
-    """See that there is a Prefect server, before anything is asked of it.
+    """Make sure that a Prefect server is reachable before it is used.
 
     Raises:
         UserError: there is none.
@@ -99,7 +99,7 @@ def use_block(name: str | None) -> None:
 
 
 def interruptible(call: Callable[[], Any]) -> Any:
-    """Run a flow, which goes on where it stopped when it is called again."""
+    """Run a flow; Ctrl-C raises `FlowInterruptedError`. The same call resumes the flow later."""
     from tasks.running.server_loss import going_on_without_its_server
 
     try:
@@ -109,7 +109,7 @@ def interruptible(call: Callable[[], Any]) -> Any:
 
 
 def command() -> str:
-    """How this very command is called from here: `ddk` where it is on the PATH, else e.g. `.venv/bin/ddk`."""
+    """How to call this command from here: `ddk` if it is on the PATH, otherwise e.g. `.venv/bin/ddk`."""
     called = sys.argv[0]
     if os.path.basename(called) != "ddk" or shutil.which("ddk") is not None:
         return "ddk"
@@ -121,7 +121,7 @@ def say(line: str) -> None:
 
 
 def set_up(debug: bool) -> None:
-    """Before anything heavy is imported: no outside calls, quiet libraries, our own log on stderr."""
+    """Turn off outside calls, silence libraries and log to stderr; call this before any heavy import."""
     loopback_past_proxies()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

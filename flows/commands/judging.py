@@ -1,4 +1,4 @@
-"""Commands that judge what came out: benchmarks, and methods beside each other."""
+"""Commands that evaluate results: benchmarks, and comparisons of methods."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flows.commands.app import (
 )
 
 
-@app.command("eval", short_help="Run benchmarks on the student before and after, and on the teacher.")
+@app.command("eval", short_help="Run benchmarks on the student before and after distillation, and on the teacher.")
 def evaluate(
     config: ConfigPath,
     tasks: Annotated[
@@ -41,9 +41,7 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data", metavar="FOLDER", help="Folder with files of questions; what it lacks comes from the hub."
-        ),
+        typer.Option("--data", metavar="FOLDER", help="Folder with files of questions; other tasks use the hub."),
     ] = None,
     models: Annotated[
         str, typer.Option("--models", help="Models to evaluate: before, student, teacher.")
@@ -62,9 +60,9 @@ def evaluate(
     root: Root = None,
     run: Run = None,
 ) -> None:
-    """Put the student before, the distilled student and the teacher to benchmarks.
+    """Run benchmarks on the student before distillation, the distilled student and the teacher.
 
-    What was answered before, here or in another run of the same root, is not asked again.
+    Questions that were answered before, in this run or another run of the same root, are not asked again.
     """
     # tqdm reads it when it is first imported; the harness has a bar for every one of its loops.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -89,29 +87,36 @@ def evaluate(
 def compare(
     config: ConfigPath,
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="A,B,…", help="By default all that need no live teacher.")
+        str | None,
+        typer.Option(
+            "--methods", metavar="A,B,…", help="Methods to compare; by default all that need no live teacher."
+        ),
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,…")] = "0,1,2",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,…", help="Seeds of each variant.")] = "0,1,2",
     sweeps: Annotated[
         list[str] | None,
-        typer.Option("--sweep", metavar="SECTION.FIELD=V,V,…", help="A variant for each value; may be repeated."),
+        typer.Option("--sweep", metavar="SECTION.FIELD=V,V,…", help="Compare one variant per value; may be repeated."),
     ] = None,
     variants: Annotated[
         list[str] | None,
-        typer.Option("--variant", metavar="'NAME: FIELD=V; FIELD=V'", help="One by hand; may be repeated."),
+        typer.Option(
+            "--variant", metavar="'NAME: FIELD=V; FIELD=V'", help="Add one variant with these fields; may be repeated."
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", metavar="NAME", help="Take differences from it; by default ddk."),
+        typer.Option("--baseline", metavar="NAME", help="Variant that the others are compared with; by default ddk."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the comparison; by default the file's `run`.")] = None,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is there.")] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the comparison; by default the file's `run`.")
+    ] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report existing results.")] = False,
     overrides: Overrides = None,
     root: Root = None,
 ) -> None:
-    """Run several methods and seeds on one teacher cache, and report how they differ; goes on where it stopped.
+    """Run several methods and seeds on one teacher cache, and report how they differ; the same call resumes.
 
-    Exits with 1 where runs have failed; the others are compared all the same.
+    If some runs fail, the others are still compared, and the exit code is 1.
     """
     with loading_libraries():
         from flows.comparing import compare as comparing
@@ -142,7 +147,7 @@ def compare(
 
 
 def _show_comparison(root: str, name: str) -> bool:
-    """The table, what failed, and where the report lies. Returns whether nothing failed."""
+    """Print the table, the failures and the report's URL. Returns whether nothing failed."""
     from rich.console import Console
 
     from tasks.comparing.page import in_words, terminal_comparison

@@ -1,4 +1,4 @@
-"""Commands of those who operate the pipeline: serving it, Prefect's automations, further machines."""
+"""Commands to operate the pipeline: serve it, set up Prefect's automations, join from further machines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.commands.app import ConfigPath, Overrides, Root, Run, app, load, reac
 def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
     """Serve every stage as a deployment from this process, for development; Ctrl-C ends it.
 
-    No work pool and no worker is needed. Start runs in Prefect's UI, or with `prefect deployment run distill/dev`.
+    Work pools and workers are not needed. Start runs in Prefect's UI, or with `prefect deployment run distill/dev`.
     """
     loaded = load(config, overrides, root, run)
     from flows.operating import serve as serving
@@ -27,21 +27,23 @@ def automations(
     silence: Annotated[
         int,
         typer.Option(
-            "--within", min=90, metavar="SECONDS", help="A run without a heartbeat for so long counts as dead."
+            "--within", min=90, metavar="SECONDS", help="Time without a heartbeat after which a run counts as dead."
         ),
     ] = 540,
     rebalance: Annotated[
-        bool, typer.Option("--rebalance-on-checkpoint", help="Besides, measure the gap after each checkpoint.")
+        bool, typer.Option("--rebalance-on-checkpoint", help="Also measure the gap after each checkpoint.")
     ] = False,
     deployment: Annotated[
-        str, typer.Option("--deployment", help="With --rebalance-on-checkpoint: which one measures.")
+        str, typer.Option("--deployment", help="With --rebalance-on-checkpoint: deployment that measures the gap.")
     ] = "rebalance/rebalance",
-    remove: Annotated[bool, typer.Option("--remove", help="Remove those that this command has made.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the automations that this command has created.")
+    ] = False,
 ) -> None:
-    """Make the automation on the Prefect server that marks runs as Crashed whose heartbeats have stopped.
+    """Create an automation on the Prefect server that marks runs as Crashed when their heartbeats stop.
 
-    A second call changes nothing. The default is three times Prefect's own pace, 180 s; the deployments of prefect.yaml
-    send a heartbeat every 30 s, so that where there are no other runs --within 90 will do.
+    A second call changes nothing. The default of --within is three times Prefect's heartbeat interval of 180 s. Runs of
+    the deployments in prefect.yaml send a heartbeat every 30 s; if there are no other runs, --within 90 is enough.
     """
     from flows.operating import automations as made
 
@@ -52,15 +54,17 @@ def automations(
         say("there were none")
 
 
-@app.command(short_help="Take part in a training from a further machine.")
+@app.command(short_help="Join a training from a further machine.")
 def join(
     config: ConfigPath,
-    node_rank: Annotated[int, typer.Option("--node-rank", min=1, help="Which of the further machines this is.")],
+    node_rank: Annotated[
+        int, typer.Option("--node-rank", min=1, help="Number of this machine, from 1; the first machine is 0.")
+    ],
     overrides: Overrides = None,
     root: Root = None,
     run: Run = None,
 ) -> None:
-    """On every machine but the first, where train.nodes is above 1: help with the training that `ddk train` leads."""
+    """Join the training that `ddk train` leads on the first machine; run this on every other one if train.nodes > 1."""
     from flows.stages import open_session
     from tasks.training.processes import join_training
 

@@ -32,10 +32,10 @@ def quickstart(
     overrides: Overrides = None,
     run: Run = None,
 ) -> None:
-    """Distil a small student from a small teacher on five domains, here and now: about four minutes on two cores.
+    """Distil a small student from a small teacher on five domains; takes a few minutes on two cores.
 
-    The models, the corpora and the configuration come with the project; vLLM captures the teacher, as in a large
-    run. A second call finds everything done.
+    The models, the corpora and the configuration come with the project. vLLM captures the teacher, as in a large run.
+    A second call finds everything complete.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     with resources.as_file(resources.files("flows.presets")) as presets:
@@ -47,7 +47,7 @@ def quickstart(
 
 @app.command(short_help="Run every stage in order: pack, cache, train, report.")
 def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
-    """Everything in order: pack, cache, train, report. What is complete is skipped."""
+    """Run every stage in order: pack, cache, train, report. Complete stages are skipped."""
     loaded = load(config, overrides, root, run)
     _distill(loaded)
     _show_result(loaded, _again(config, overrides, root))
@@ -63,9 +63,9 @@ def pack(config: ConfigPath, overrides: Overrides = None, root: Root = None, for
 
 @app.command(short_help="Capture the teacher's targets for every block, with vLLM.")
 def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None, force: Force = False) -> None:
-    """Capture the teacher's targets for every block, with vLLM; goes on where it stopped.
+    """Capture the teacher's targets for every block, with vLLM; an interrupted capture is resumed.
 
-    Several of these, on one machine or on several, share the work.
+    If the command runs several times at once, on one machine or on several, the processes share the work.
     """
     loaded = load(config, overrides, root, None)
     for done in run_flow("cache_teacher", loaded, force=force):
@@ -79,18 +79,18 @@ def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None, fo
 def train(
     config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None, force: Force = False
 ) -> None:
-    """Train the student on the cached targets; goes on at its newest checkpoint.
+    """Train the student on the cached targets; training resumes at the newest checkpoint.
 
-    With --force the run made again is called RUN.2 (and then RUN.3).
+    With --force, the new run is called RUN.2 (then RUN.3, and so on).
     """
     loaded = load(config, overrides, root, run)
     done = run_flow("train_student", loaded, force=force)
     _show_result(loaded.model_copy(update={"run": done["run"]}), _again(config, overrides, root))
 
 
-@app.command(short_help="Measure the gap and append the mixture that follows from it.")
+@app.command(short_help="Measure the gap and append the resulting mixture.")
 def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
-    """Measure the newest checkpoint against the teacher, and append the mixture that follows."""
+    """Measure the gap of the newest checkpoint to the teacher, and append the resulting mixture."""
     record = run_flow("rebalance", load(config, overrides, root, run))
     say(f"version {record['version']} at step {record['step']}")
     for domain, both in record["perplexities"].items():
@@ -100,33 +100,36 @@ def gap(config: ConfigPath, overrides: Overrides = None, root: Root = None, run:
         )
 
 
-@app.command(short_help="Say what is complete and what is missing, or what a run will cost.")
+@app.command(short_help="Show which stages are complete or missing, or estimate a run's cost.")
 def plan(
     config: ConfigPath,
     cost: Annotated[
-        bool, typer.Option("--cost", help="Say what the run will take instead; the options below go with this one.")
+        bool, typer.Option("--cost", help="Estimate the run's cost instead; options from --gpu to --json need this.")
     ] = False,
     gpu: Annotated[str, typer.Option("--gpu", help="Kind of GPU: a100, h100 or h200.")] = "h100",
     gpu_memory: Annotated[
-        float | None, typer.Option("--gpu-memory", min=1.0, metavar="GIB", help="Its memory, if not the kind's.")
+        float | None,
+        typer.Option("--gpu-memory", min=1.0, metavar="GIB", help="Memory of each GPU; overrides that of the kind."),
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of a machine, where train.processes is 'auto'.")] = 1,
-    mfu: Annotated[float, typer.Option("--mfu", help="Share of the GPU's peak that is reached.")] = 0.4,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs per machine if train.processes is 'auto'.")] = 1,
+    mfu: Annotated[float, typer.Option("--mfu", help="Share of the GPU's peak speed that is reached.")] = 0.4,
     usd_per_hour: Annotated[
-        float | None, typer.Option("--usd-per-hour", min=0.0, help="Price of a GPU, for the price of it all.")
+        float | None,
+        typer.Option("--usd-per-hour", min=0.0, help="Price of a GPU hour, to estimate the price of the run."),
     ] = None,
     blocks: Annotated[
-        int | None, typer.Option("--blocks", min=1, help="Train blocks of a domain without max_train_blocks.")
+        int | None,
+        typer.Option("--blocks", min=1, help="Train blocks to assume for each domain without max_train_blocks."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The estimate as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
     overrides: Overrides = None,
     root: Root = None,
     run: Run = None,
 ) -> None:
-    """Say which stages are complete, unfinished, stale or missing, and why, without running any.
+    """Show which stages are complete, unfinished, stale or missing, and why; runs nothing.
 
-    With --cost: what the run will take of disk, memory and GPU time, from the configuration and the models' configs
-    alone. Neither the corpora nor the weights need be there.
+    With --cost, estimate the disk space, memory and GPU time of the run from the configuration and the models' configs.
+    The corpora and the weights are not needed.
     """
     loaded = load(config, overrides, root, run)
     if cost:
@@ -140,7 +143,7 @@ def plan(
     if as_json:
         from ddk.errors import UserError
 
-        raise UserError("--json goes with --cost")
+        raise UserError("--json needs --cost")
     from flows.stores.stages_shown import complete_stages, render
     from tasks.showing.waiting import said_if_slow
 
@@ -157,12 +160,12 @@ def plan(
 
 @app.command(short_help="Write a run's report.")
 def report(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
-    """Write a run's report, finished or not."""
+    """Write the report of a run; the run need not be finished."""
     say(run_flow("report", load(config, overrides, root, run))["index.html"])
 
 
 def _distill(config: Any) -> None:
-    """Every stage in order. Where all are known to be complete no server is asked, and no model library imported."""
+    """Run every stage in order. If all are known to be complete, neither a server nor a model library is needed."""
     from tasks.planning.complete_runs import find_complete
     from tasks.showing.progress import logger
 
@@ -201,8 +204,8 @@ def _show_result(config: Any, command: str) -> None:
 
 def _next_step(config: Any, command: str) -> str:
     if config.method == "ddk":
-        return f"{command} --run equal --set method=ddk_equal   (the same with equal sampling; the cache is reused)"
-    return "ddk report CONFIG for this report again; ddk inspect URL for any store"
+        return f"{command} --run equal --set method=ddk_equal   (the same with equal sampling; reuses the cache)"
+    return "ddk report CONFIG writes this report again; ddk inspect URL shows a store"
 
 
 def _show_cost(config: Any, assumed: Any, *, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands for stores as such: taking over, giving away, looking in, checking."""
+"""Commands for stores: import, export, inspect, verify."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def import_caches(
     overrides: Overrides = None,
     root: Root = None,
 ) -> None:
-    """Make stores of domains whose files hold a teacher's predictions already (targets: topk or distillkit).
+    """Make stores for the domains whose files already hold a teacher's predictions (targets: topk or distillkit).
 
-    These are `pack` and `cache` for these domains alone; no engine is started, and teacher.model is read for its
-    tokenizer only.
+    This runs `pack` and `cache` for these domains only. No engine is started, and only the tokenizer of teacher.model
+    is read.
     """
     loaded = load(config, overrides, root, None)
     from flows.stores.exchange import imported_only
@@ -35,49 +35,53 @@ def import_caches(
 
 @app.command(short_help="Write a targets store as Parquet files.")
 def export(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Of a targets store (<root>/targets/…/<domain>.zarr).")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of a targets store (<root>/targets/…/<domain>.zarr).")],
     folder: Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL for the Parquet files.")],
     row_format: Annotated[
-        str, typer.Option("--format", help="'topk' (plain lists) or 'distillkit' (its bytes).")
+        str, typer.Option("--format", help="'topk' (plain lists) or 'distillkit' (compressed).")
     ] = "topk",
     config: Annotated[
-        str, typer.Option("--config", help="Of distillkit: 'k50', 'k128' or a compression_config.yaml.")
+        str, typer.Option("--config", help="With distillkit: 'k50', 'k128' or a compression_config.yaml.")
     ] = "k50",
-    split: Annotated[str, typer.Option("--split", help="'train' or 'validation'.")] = "train",
+    split: Annotated[str, typer.Option("--split", help="Split to export: 'train' or 'validation'.")] = "train",
 ) -> None:
-    """Write a targets store and its blocks as Parquet files with a card; goes on where it stopped."""
+    """Write a targets store and its blocks as Parquet files with a data card; the same call resumes."""
     from flows.stores.exchange import export_targets
 
     export_targets(url, folder, row_format=row_format, config=config, split=split, say=say)
 
 
 @app.command(short_help="Show what a store or a run holds.")
-def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr) or of a run.")]) -> None:
-    """Say what a store or a run holds: dimensions, blocks, bytes, inputs."""
+def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="URL of a store (….zarr) or of a run.")]) -> None:
+    """Show what a store or a run holds: dimensions, blocks, bytes, inputs."""
     from flows.stores.describe import describe
 
     for line in describe(url):
         say(line)
 
 
-@app.command(short_help="Check every byte of a store, or of all stores of a root.")
+@app.command(short_help="Check every byte of a store, a run or a whole root.")
 def verify(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Of a store (….zarr), or of a root with many.")],
-    fast: Annotated[bool, typer.Option("--fast", help="Only that objects are there, with the right size.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Mark damaged shards to be made again.")] = False,
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of a store (….zarr), a run or a root.")],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Check only that all objects exist and have the right size.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove damaged shards, and restore lost manifests.")
+    ] = False,
     replay: Annotated[
         str | None,
-        typer.Option("--replay", metavar="CONFIG", help="Besides, capture a sample again with this file's teacher."),
+        typer.Option("--replay", metavar="CONFIG", help="Also capture a sample again with this file's teacher."),
     ] = None,
-    blocks: Annotated[int, typer.Option("--blocks", min=2, help="With --replay: how many of each store.")] = 16,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="With --replay: which ones.")] = 0,
+    blocks: Annotated[int, typer.Option("--blocks", min=2, help="With --replay: blocks per store.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With --replay: seed that selects the blocks.")] = 0,
     overrides: Overrides = None,
     root: Root = None,
 ) -> None:
-    """Read every byte of a store and name what is damaged; exits with 1 where something is.
+    """Read every byte of a store, a run or a whole root and name what is damaged; exits with 1 if anything is.
 
-    With --repair the damaged shards are taken out, so that the next `ddk pack` or `ddk cache` makes these again and
-    no others. With --replay the live teacher says whether the numbers are its own.
+    With --repair, damaged shards are removed, so that the next `ddk pack` or `ddk cache` recreates only these. With
+    --replay, the live teacher checks whether the stored numbers are its own.
     """
     from flows.stores.verify import verify_all
 

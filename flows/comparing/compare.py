@@ -1,8 +1,8 @@
 """`ddk compare`: several methods and seeds on one teacher cache, as runs that can be resumed, and what they show.
 
 The flow packs and captures what the variants need (once for all that need the same), trains each run by the ordinary
-flow `train_student`, and writes the report. What is complete is skipped, so that the same call goes on where it was
-stopped. A run that fails is reported as failed, and the others go on.
+flow `train_student`, and writes the report. Complete work is skipped, so that the same call resumes where it was
+stopped. A run that fails is reported as failed, and the others continue.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `ddk compare` is asked to run, and the configuration of every run that follows from it. No run is started here.
+"""The request of `ddk compare`, and the configuration of every run that follows from it. No run is started here.
 
 A variant is a method with some fields changed. Variants come from
 
@@ -112,8 +112,8 @@ def request(
     name = config.run if name is None else name
     if not re.fullmatch(_NAME, name):
         raise UserError(
-            f"the comparison is called '{name}'; give it a --name of at most 30 letters, digits, dots, dashes and "
-            f"underscores, as its runs are called after it"
+            f"the comparison's name is '{name}'; choose a --name of at most 30 letters, digits, dots, dashes and "
+            f"underscores, because the names of its runs begin with it"
         )
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("--seeds takes whole numbers, at least one and none twice, e.g. 0,1,2")
@@ -135,7 +135,7 @@ def request(
     rows = [row for row in rows if row.name not in left_out]
     names = [row.name for row in rows]
     if baseline is not None and baseline not in names:
-        raise UserError(f"--baseline '{baseline}' is no variant; these are {', '.join(names)}")
+        raise UserError(f"--baseline '{baseline}' is not a variant; the variants are {', '.join(names)}")
     refusals = [run.refusal for run in planned_runs(config, asked) if run.variant.name in names]
     if refusals and all(refusals):
         raise UserError(str(refusals[0]))
@@ -233,7 +233,7 @@ def _sweep(text: str) -> tuple[str, list[Any]]:
 
 def _check_free(field: str, place: str) -> None:
     if field in _OWN:
-        raise UserError(f"{place}: {field} is the same for a whole comparison, or goes by seed; use {_OWN[field]}")
+        raise UserError(f"{place}: {field} is fixed for a whole comparison, or set for each seed; use {_OWN[field]}")
 
 
 def _label(method: str, fields: Mapping[str, Any], *, alone: bool) -> str:

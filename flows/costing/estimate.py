@@ -1,19 +1,19 @@
-"""What a run will take of disk, memory and GPU time, before anything of it is there: `ddk plan CONFIG --cost`.
+"""Estimates the disk space, memory and GPU time of a run before it starts: `ddk plan CONFIG --cost`.
 
-Worked out from the configuration and the models' configs (`flows.costing.model_configs`): no corpus, no weights and no
-network are needed, and nothing is hashed. Every figure says how it came about.
+The estimate needs only the configuration and the models' configs (`flows.costing.model_configs`), no corpus, weights or
+network, and nothing is hashed. Every figure is shown with its calculation.
 
     positions   steps × batch_size × seq_len for training; the domains' blocks × seq_len for capture
     disk        `storage.stores.size`: the layout's bound, and what was measured; 12 bytes a parameter for a checkpoint
     memory      `tasks.teachers.memory` for the teacher, `ddk.cost.memory` for the student, of one GPU each
     GPU hours   operations (`ddk.cost.shape`) / (a GPU's peak × the utilisation that is assumed)
 
-Capture takes all blocks of a domain, whatever training draws of them. Where `max_train_blocks` is not set nobody knows
-how many these are without reading the corpus; reckoned with is then an equal share of what training draws, with a
+Capture takes all blocks of a domain, whether training draws them or not. If `max_train_blocks` is not set, the number
+of blocks is unknown until the corpus is read; the estimate then assumes an equal share of what training draws, with a
 warning.
 
-GPU hours are estimates and not measured: utilisation is what they stand and fall with, and what does not compute on a
-GPU (packing, compression, loading, the training of ted's filters before the first step) is not in them.
+GPU hours are estimates, not measurements. They depend mainly on the assumed utilisation, and do not include work
+outside the GPU (packing, compression, loading) or the training of ted's filters before the first step.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Cost:
 
 
 def estimate(config: Config, assumed: Assumptions) -> Cost:
-    """Work it all out.
+    """Calculate the estimate.
 
     Raises:
-        UserError: a model's config is not to be had, or the GPUs cannot share the batch.
+        UserError: a model's config is not available, or the GPUs cannot share the batch.
     """
     of_teacher, of_student = config.teacher, config.student
     teacher, student = (
@@ -176,7 +176,7 @@ def _memory(section: Section, parts: list[Part]) -> Iterator[Figure]:
 def _host(size: RunSize) -> Iterator[Figure]:
     teacher, processes = size.config.teacher, size.processes
     shared = shared_memory(teacher, seq_len=size.seq_len)
-    how = f"in /dev/shm, a shard of {teacher.shard_blocks} blocks; a container has 64 MB unless it is told otherwise"
+    how = f"in /dev/shm, a shard of {teacher.shard_blocks} blocks; a container has 64 MB by default"
     yield Figure(section="host", what="shared memory in capture", value=shared, unit="bytes", how=how)
     loading = 4 * size.student.parameters * processes
     how = f"the student in float32 in each of {processes} process{'es' if processes > 1 else ''}, before its GPU has it"
@@ -222,8 +222,8 @@ def _unknown_blocks(size: RunSize) -> Iterator[str]:
     fine = [name for name, domain in domains.items() if domain.path_field is not None]
     if fine:
         yield (
-            f"the limits of {', '.join(fine)} hold for each leaf of path_field, and how many there are stands in the "
-            f"records alone; one is assumed"
+            f"the limits of {', '.join(fine)} hold for each leaf of path_field, whose number only the records tell; "
+            f"one is assumed"
         )
     unknown = [name for name, domain in domains.items() if domain.max_validation_blocks is None]
     if unknown:
@@ -256,6 +256,6 @@ def _misfits(size: RunSize) -> Iterator[str]:
     teacher, student = size.teacher.rows, size.student.rows
     if abs(teacher - student) > MOST_PADDING:
         yield (
-            f"the teacher predicts {teacher:,} tokens and the student {student:,}, further apart than padding puts "
-            f"them; do they share a tokenizer?"
+            f"the teacher predicts {teacher:,} tokens and the student {student:,}, which is more than padding "
+            f"explains; do they share a tokenizer?"
         )

@@ -1,6 +1,6 @@
 """A run's quantities, from its configuration and its models' shapes: positions, operations, parts of a GPU's memory.
 
-`flows.costing.estimate` makes figures of them. What the configuration does not say stands in `Assumptions`.
+`flows.costing.estimate` turns them into figures. `Assumptions` holds what the configuration does not say.
 """
 
 from __future__ import annotations
@@ -191,16 +191,16 @@ class RunSize:
 
     @property
     def capture_flops(self) -> float:
-        """Of a position's capture."""
+        """Operations to capture one position."""
         return self.teacher.forward_flops(self.seq_len)
 
     @property
     def train_flops(self) -> float:
-        """Of a position's training."""
+        """Operations to train on one position."""
         own = self.student.train_flops(self.seq_len, recompute=self.config.train.activation_checkpointing)
         return own + (self.capture_flops if self.live else 0.0)
 
     @property
     def gap_flops(self) -> float:
-        """Of a position's evaluation."""
+        """Operations to evaluate one position."""
         return self.student.forward_flops(self.seq_len)

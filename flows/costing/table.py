@@ -17,7 +17,7 @@ def table(cost: Cost, run: str) -> Table:
     assumed = cost.assumed
     found = Table(
         title=f"What {run} will take, on {assumed.gpu.upper()} GPUs of {assumed.gib:g} GiB",
-        caption="Worked out from the configuration and the models' configs. GPU time is an estimate at "
+        caption="Calculated from the configuration and the models' configs. GPU time is an estimate at "
         f"{GPUS[assumed.gpu].flops / 1e12:.0f} TFLOP/s × a utilisation of {assumed.mfu:g} (--mfu), not measured.",
         title_justify="left",
         caption_justify="left",

@@ -6,8 +6,8 @@
     ddk: rebalance after each checkpoint (<deployment>)
         `ddk.checkpoint.written` starts a run of a deployment of `rebalance`.
 
-They are found again by name and tag: a second call changes nothing, one with other options changes what differs, and
-`prefect deploy --all` leaves them alone. Whether one is switched on is the server's business, in its UI.
+They are identified by name and tag: a second call changes nothing, a call with other options changes what differs, and
+`prefect deploy --all` does not touch them. They are switched on and off only in the server's UI.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def dead_runs(silence: timedelta) -> AutomationCore:
                 name=None,
                 state=StateType.CRASHED,
                 force=False,
-                message=f"No heartbeat for {silence.total_seconds():.0f} s: its process is gone. Run it again, it goes "
-                "on where it stopped.",
+                message=(
+                    f"No heartbeat for {silence.total_seconds():.0f} s: its process is gone. Run it again; it resumes "
+                    f"where it stopped."
+                ),
             )
         ],
     )
@@ -203,7 +205,8 @@ def _server() -> Iterator[SyncPrefectClient]:
     url = PREFECT_API_URL.value()
     if not url:
         raise UserError(
-            "no Prefect server is named, and an automation lives on one; start it (`prefect server start`) and set "
+            "automations are stored on a Prefect server, and PREFECT_API_URL names none; start one (`prefect server "
+            "start`) and set "
             "PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
     try:

@@ -3,10 +3,10 @@
     prefect deploy --all                          the quickstart
     DDK_CONFIG=my.yaml prefect deploy --all       a run of your own, every field of it spelt out
 
-Whoever overrides a parameter of a deployment replaces it whole: `{"train": {"steps": 100, "batch_size": 8}}` would
-leave every other field of `train` at its default, whatever the deployment says. So the form of these flows asks for
-every field of a section that is given at all; Prefect's server refuses a section with a part of them, before
-anything starts. (The flows themselves take a part; it is the deployment's schema that is stricter.)
+Overriding a parameter of a deployment replaces it as a whole: `{"train": {"steps": 100, "batch_size": 8}}` would set
+every other field of `train` to its default, not to the deployment's value. Therefore the schema of these deployments
+requires every field of a section that is given; Prefect's server refuses an incomplete section before anything starts.
+(The flows themselves accept an incomplete section; only the deployment's schema is stricter.)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def say_that_it_crashed(run: UUID) -> None:
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(run).state
         if state is not None and not state.is_final():
-            crashed: State[Any] = Crashed(message="Its worker was gone, and it did not end in time.")
+            crashed: State[Any] = Crashed(message="Its worker died, and the run did not end in time.")
             client.set_flow_run_state(run, crashed, force=True)
 
 

@@ -1,9 +1,9 @@
-"""The Prefect server that a run reports to, reached before anything begins: one of yours that PREFECT_API_URL names, or
-one that is started for the time of this process.
+"""Reaches the Prefect server that a run reports to before anything begins: the one that PREFECT_API_URL names, or one
+that is started for the lifetime of this process.
 
-Prefect gives a server of its own 20 s to start, also on a busy machine, and one that does not answer is found out late,
-by an error that names no remedy. Here the first is waited for as long as its process lives, and of the second a line
-says at once which server it is and what to do.
+Prefect itself gives a server that it starts only 20 s, even on a busy machine, and reports a server that does not
+answer late, with an error that names no remedy. This module waits for a started server as long as its process lives,
+and reports a server that does not answer at once, in a line that names the server and the remedy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SECONDS_BETWEEN_LINES = 60.0
 _ATTEMPTS = 3
 """To start a server, where another program takes the port in between."""
 _TIMEOUT = httpx.Timeout(10.0, connect=4.0)
-_OTHERWISE = "unset PREFECT_API_URL, and a server is started for the time of the run"
+_OTHERWISE = "unset PREFECT_API_URL to start a server for the duration of the run"
 
 
 def reach() -> None:
@@ -80,7 +80,7 @@ def _ask(url: str) -> None:
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{place} does not answer ({why}){_proxy(url)}; start it, or {_OTHERWISE}") from error
     if not _is_true(answer.content):
-        raise UserError(f"{place} answers, and not as Prefect's does; does its URL end in /api?")
+        raise UserError(f"{place} answers, but not like a Prefect server; does its URL end in /api?")
 
 
 def _refusal(status: int) -> str:
@@ -146,8 +146,8 @@ class OwnServer(SubprocessASGIServer):
                 waited = time.monotonic() - started
                 if waited > next_line:
                     logger.info(
-                        "waiting for the Prefect server that this run starts for itself (%.0f s so far): a busy "
-                        "machine takes its time; PREFECT_API_URL names one that runs already",
+                        "waiting for the Prefect server that this run starts for itself (%.0f s so far): the machine "
+                        "may be busy; to use a running server, set PREFECT_API_URL",
                         waited,
                     )
                     next_line += SECONDS_BETWEEN_LINES
@@ -180,6 +180,6 @@ def _did_not_start(lines: list[str]) -> str:
     why = f" ({' '.join(lines[-1].split())[:300]})" if lines else ""
     home = get_current_settings().home
     return (
-        f"the Prefect server that this run starts for itself ended at once{why}; see that {home} (PREFECT_HOME) can be "
-        f"written and its database is sound, or set PREFECT_API_URL to a server that runs"
+        f"the Prefect server that this run starts for itself ended at once{why}; see that {home} (PREFECT_HOME) can "
+        f"be written and its database is intact, or set PREFECT_API_URL to a server that runs"
     )

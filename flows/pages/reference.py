@@ -19,10 +19,10 @@ PATH = str(Path(__file__).resolve().parents[2] / "docs" / "configuration.md")
 
 HEAD = """# Configuration
 
-Written by `make reference` from the code. One YAML file describes a run; an unknown field, or a value out of range, is
-refused before anything starts, by its name. Relative paths are relative to the file. `--set section.field=value`
-replaces one field in a call. Secrets have no place here: credentials come from the environment, or from a Prefect
-block ([storage](storage.md)).
+`make reference` writes this page from the code. One YAML file describes a run. Before anything starts, an unknown field
+or a value out of range is refused with an error that names it. Relative paths are relative to the file.
+`--set section.field=value` replaces one field for one call. The file must not hold secrets: credentials come from the
+environment, or from a Prefect block ([storage](storage.md)).
 """
 
 

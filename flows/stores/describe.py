@@ -1,4 +1,4 @@
-"""What `ddk inspect` prints of a store or a run."""
+"""Describes a store or a run for `ddk inspect`."""
 
 from __future__ import annotations
 

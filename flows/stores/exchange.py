@@ -1,4 +1,4 @@
-"""Caches given away and taken over: what `ddk export` and `ddk import` do.
+"""Exporting and importing caches: `ddk export` and `ddk import`.
 
 An export is a folder of Parquet files with a card, as the Hugging Face hub shows it. An import is an ordinary domain
 of a configuration whose `targets` are 'topk' or 'distillkit': `pack` and `cache` for these domains alone.
@@ -56,7 +56,7 @@ def import_caches(
 
 
 def imported_only(config: Config, names: Sequence[str] = ()) -> Config:
-    """The configuration with its imported domains alone; of these, the named ones where names are given.
+    """The configuration with only its imported domains or, if names are given, only the named ones of these.
 
     Raises:
         UserError: there is none, or a name is of another domain.
@@ -64,7 +64,8 @@ def imported_only(config: Config, names: Sequence[str] = ()) -> Config:
     imported = {name: domain for name, domain in config.domains.items() if domain.imported}
     if unknown := [name for name in names if name not in imported]:
         raise UserError(
-            f"'{unknown[0]}' is no domain with targets: topk or distillkit; these are {', '.join(imported) or '(none)'}"
+            f"'{unknown[0]}' is not a domain with targets: topk or distillkit; those are "
+            f"{', '.join(imported) or '(none)'}"
         )
     chosen = {name: domain for name, domain in imported.items() if name in (names or imported)}
     if not chosen:
@@ -78,7 +79,7 @@ def imported_only(config: Config, names: Sequence[str] = ()) -> Config:
 def export_targets(
     url: str, folder: str, *, row_format: str, config: str, split: str, say: Callable[[str], None]
 ) -> None:
-    """Write one split of a targets store as Parquet files, with a card; goes on where it was stopped.
+    """Write one split of a targets store as Parquet files, with a card; an interrupted export is resumed.
 
     Args:
         url: of the targets store; the blocks store is found from its manifest.

@@ -1,4 +1,4 @@
-"""What `ddk verify --replay` does: the live teacher says whether a store's numbers are its own."""
+"""`ddk verify --replay`: compares a store's numbers with those of the live teacher."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def replay_all(url: str, config: Config, *, blocks: int, seed: int, repair: bool
         wrong = [block for block in compared if not block.holds]
         worst = max(compared, key=lambda block: block.divergence)
         say(
-            f"{store}: {len(compared) - len(wrong)} of {len(compared)} blocks are what the teacher says now; "
+            f"{store}: {len(compared) - len(wrong)} of {len(compared)} blocks match what the teacher predicts now; "
             f"largest difference: {worst}"
         )
         for block in wrong:

@@ -1,7 +1,7 @@
-"""What a run would do, and why, without doing it: each stage's state, from the plan of its stores.
+"""Finds out what a run would do, and why, without doing it: the state of each stage, from the plan of its stores.
 
-Nothing is written but what the stages need anyway of the input files: their hashes (`<root>/digests.json`), and where
-records have paths, which there are (`<root>/paths.json`).
+It only writes facts about the input files that the stages need anyway: their hashes (`<root>/digests.json`) and, if
+records have paths, the list of these paths (`<root>/paths.json`).
 """
 
 from __future__ import annotations

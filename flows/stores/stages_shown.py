@@ -1,13 +1,13 @@
 """The stages of a run and their states, as `ddk plan` prints them.
 
-A stage's output is looked up where its inputs say that it lies (stores are content-addressed), so a stage is
+Stores are content-addressed, so the inputs of a stage tell where its output must be. A stage is
 
-    complete      it would do nothing
-    unfinished    it was begun, and would go on there
-    stale         there is none for these inputs, but one for others; the fields that differ are named
-    missing       there is none at all
+    complete      there is nothing to do
+    unfinished    it was begun, and would be resumed
+    stale         there is no output for these inputs, but one for others; the fields that differ are named
+    missing       there is no output at all
 
-A run that is known to be complete is told here, without a model library being imported; of all others
+A run that is known to be complete is recognised here, without importing a model library; for all other runs,
 `flows.stores.stage_states` finds out the states.
 """
 

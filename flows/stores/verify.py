@@ -1,4 +1,4 @@
-"""What `ddk verify` does: every byte of one store, of one run, or of all that lies in a root."""
+"""`ddk verify`: checks every byte of a store, of a run, or of everything in a root."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]
     Args:
         url: of a store, of a run, or of a root with all that lies in it.
         full: every byte; else presence and sizes only.
-        repair: mark damaged shards to be made again, and put a manifest's copy in its place.
+        repair: remove damaged shards so that they are recreated, and restore manifests from their copies.
 
     Returns:
         Whether everything was as it should be.
 
     Raises:
-        UserError: there is nothing of ours.
+        UserError: there is no store, run, comparison or root at the URL.
     """
     url = url.rstrip("/")
     run = run_at(url)
@@ -72,7 +72,7 @@ def _verify_store(store: str, *, full: bool, repair: bool, say: Callable[[str], 
             say(line)
         return False
     if not manifest.complete:
-        say(f"{store}: not finished, and sound so far; `{_stage(manifest)}` goes on with it")
+        say(f"{store}: not finished, but sound so far; `{_stage(manifest)}` goes on with it")
         return True
     shards = sum(len(split.shards) for split in manifest.splits.values())
     say(f"{store}: {shards} shards, {total_bytes(store, manifest):,} bytes, sound{'' if full else ' in size'}")
@@ -106,7 +106,7 @@ def _without_blocks(root: str, stores: Sequence[str]) -> Iterator[Finding]:
             continue
         blocks = uri.join(root, "blocks", str(manifest.inputs.get("blocks")), manifest.name)
         if not uri.list_names(blocks):
-            yield Finding(url=blocks, what="missing, and there are targets of it; `ddk pack CONFIG` makes it again")
+            yield Finding(url=blocks, what="missing, and there are targets of it; `ddk pack CONFIG` recreates it")
 
 
 def told(store: str, manifest: Manifest, damages: list[Damage], *, repair: bool) -> Iterator[str]:

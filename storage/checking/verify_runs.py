@@ -1,7 +1,7 @@
-"""Whether what lies in a root beside its stores still is what was written: runs, comparisons, what is remembered.
+"""Checks whether the files of a root other than its stores are unchanged: runs, comparisons, remembered facts.
 
-Each finding names a file, what is wrong with it, and what to do. Nothing is changed here: what can be made again, the
-stages make again, and they say so.
+Each finding names a file, what is wrong with it, and what to do. Nothing is changed here; the stages recreate what can
+be recreated, and log it.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class _RunAudit(_Audit):
                 url = uri.join(self._root, kind, str(fingerprints.get(kind)), store_name(domain))
                 manifest = self.read(url, partial(read_manifest, url))
                 if manifest is None and not uri.list_names(url):
-                    self.add(url, f"missing, and a run was trained on it; `{stage} CONFIG` makes it again")
+                    self.add(url, f"missing, and a run was trained on it; `{stage} CONFIG` recreates it")
 
     def _checkpoints(self) -> None:
         checkpoints = CheckpointFolder(self._folder.url)
@@ -156,7 +156,7 @@ class _RunAudit(_Audit):
         if self._summary is None:
             return
         for url in checkpoints.unfinished():
-            self.add(uri.join(url, "state.json"), f"missing: the checkpoint does not count; remove {url}")
+            self.add(uri.join(url, "state.json"), f"missing: the checkpoint is not valid; remove {url}")
         if self._steps and self._steps not in steps:  # one that never trained is saved from the student it began with
             self.add(checkpoints.url(self._steps), "missing: the last checkpoint, from which the student can be saved")
 

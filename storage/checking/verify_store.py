@@ -1,14 +1,14 @@
-"""Whether a store still is what was written, and how its damaged shards come to be made again.
+"""Checks whether a store is unchanged, and prepares its damaged shards to be recreated.
 
-    fast   every object is there and has the size that the manifest says; the metadata of Zarr too
-    full   besides, every object has the sha256 that the manifest says: any flipped byte is found, and so is an
-           intact shard that belongs elsewhere
+    fast   every object, including Zarr's metadata, exists and has the size in the manifest
+    full   in addition, every object has the sha256 in the manifest; this finds any flipped byte, and an intact shard
+           that belongs elsewhere
 
-Of a store that is not finished, the shards that are committed are looked at likewise.
+In an unfinished store, the committed shards are checked in the same way.
 
-Repair needs no teacher and no corpus: it takes the damaged shards out of the manifest, so that the store is
-unfinished, and the stage that wrote it (`ddk pack`, `ddk cache`) makes exactly these again. What is lost or damaged of
-the manifest and its copy is written from the other.
+Repair needs no teacher and no corpus. It removes the damaged shards from the manifest, so that the store is unfinished
+and the stage that wrote it (`ddk pack`, `ddk cache`) recreates exactly these shards. If either the manifest or its copy
+is lost or damaged, it is restored from the other.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def verify(
 
 
 def shards_that_count(url: str, manifest: Manifest) -> tuple[Shards, list[Damage]]:
-    """The shards of a store, finished or not; and the commit records that are not what was written."""
+    """The valid shards of a store, finished or not, and the commit records that are damaged."""
     if manifest.complete:
         return {split: dict(enumerate(manifest.splits[split].shards)) for split in SPLITS}, []
     shards: dict[Split, dict[int, ShardRecord]] = {split: {} for split in SPLITS}
@@ -101,7 +101,7 @@ def shards_that_count(url: str, manifest: Manifest) -> tuple[Shards, list[Damage
 
 
 def uncommit(url: str, manifest: Manifest, damages: Sequence[Damage]) -> dict[Split, list[int]]:
-    """Take the damaged shards of a store out, so that the stage makes them again; and write the manifest anew.
+    """Remove the damaged shards of a store, so that the stage recreates them, and write the manifest again.
 
     In this order, so that a kill between any two steps leaves a store that is either complete as before or
     unfinished with every good shard committed: commit records of the good shards, the manifest, the damaged objects.

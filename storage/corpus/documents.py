@@ -43,9 +43,9 @@ def iter_documents(
 ) -> Iterator[Text]:
     """Every document whose record number is at least `start`.
 
-    What lies before `start` is passed over unparsed: lines are only counted, Parquet row groups not even read.
-    `on_bytes` hears how many stored bytes were read since its last call (a Parquet file is not read whole, so their
-    sum may differ from the file's size). Where the text is white space alone, its prompt is left out with it.
+    Records before `start` are skipped without parsing: lines are only counted, Parquet row groups not even read.
+    `on_bytes` is called with the number of stored bytes read since its last call (a Parquet file is not
+    read whole, so their sum may differ from the file's size). If a text is only white space, its prompt is skipped too.
 
     Raises:
         UserError: with file and line or row: broken JSON, no object, a missing field or column, a field that is no
@@ -66,7 +66,7 @@ def iter_filed(
     """As `iter_documents`, each with the path that its record has (`storage.corpus.record_paths.record_path`).
 
     Raises:
-        UserError: besides, a record without a path, or with a value that is none.
+        UserError: also for a record without a path, or with a value that is not a path.
     """
     yield from _iter(file, _Fields(text_field, prompt_field, path_field), 0, on_bytes)
 
@@ -146,20 +146,20 @@ def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
             there = _listed(record)
             raise UserError(f"{place}: no field '{name}'; set {setting} to one that is there{also}: {there}")
         if comes_twice(line, name):
-            raise UserError(f"{place}: field '{name}' comes twice, and one of them would be lost; mend the record")
+            raise UserError(f"{place}: field '{name}' comes twice, and one of them would be lost; correct the record")
     return record
 
 
 def _json_text(record: dict[str, Any], place: str, name: str) -> str:
     text = record[name]
     if not isinstance(text, str):
-        raise UserError(f"{place}: field '{name}' is not a string but {_named(text)}; mend or remove the record")
+        raise UserError(f"{place}: field '{name}' is not a string but {_named(text)}; correct or remove the record")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell what is not Unicode: "\ud800"
             half = f"\\u{ord(text[error.start]):04x}"
-            raise UserError(f"{place}: field '{name}' holds {half}, half a character; mend the record") from None
+            raise UserError(f"{place}: field '{name}' holds {half}, half a character; correct the record") from None
     return text
 
 
@@ -183,7 +183,7 @@ def _paragraphs(lines: Iterator[tuple[int, bytes]], file: CorpusFile, start: int
             if size > MAX_DOCUMENT_BYTES:
                 raise UserError(
                     f"{_place(file, first)}: a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB begins here; "
-                    f"one ends at a blank line: put some in"
+                    f"documents end at blank lines: insert some"
                 )
             document.append(text)
     if document:
@@ -227,7 +227,7 @@ def _check_lengths(metadata: Any, file: CorpusFile, columns: Sequence[str]) -> N
             if chunk.path_in_schema in columns and chunk.total_uncompressed_size > most:
                 raise UserError(
                     f"{file.url}: column '{chunk.path_in_schema}' holds strings of more than "
-                    f"{MAX_DOCUMENT_BYTES >> 20} MiB, which are no documents; split them, or mend the file"
+                    f"{MAX_DOCUMENT_BYTES >> 20} MiB, which are no documents; split them, or correct the file"
                 )
 
 
@@ -268,7 +268,7 @@ def _cell_text(cell: Any, place: str, column: str) -> str | None:
     try:
         text = cell.as_py()
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: column '{column}' is not UTF-8 at byte {error.start}; mend the row") from None
+        raise UserError(f"{place}: column '{column}' is not UTF-8 at byte {error.start}; correct the row") from None
     return None if text is None else str(text)
 
 

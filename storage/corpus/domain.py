@@ -47,38 +47,40 @@ class DomainConfig(Section):
     """Files to train on: paths, URLs (s3://bucket/key) or globs of .jsonl, .json, .txt (each also .gz or .zst) or
     .parquet files."""
     validation: Urls = Field(default=[])
-    """Files to measure the gap on, of the same kinds. Leave empty to hold out a fraction of the train files."""
+    """Files of the same kinds on which the gap is measured. Leave empty to hold out a fraction of the train files."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the train files' documents that is held out for validation (0.01: one in a hundred), chosen by a hash.
+    """Share of the train files' documents that is held out for validation (0.01 is one in a hundred), chosen by a hash.
     Give either this or validation files."""
     text_field: str = Field(default="text", min_length=1)
-    """Name of the JSON field or Parquet column that holds the text. Text files need none."""
+    """Name of the JSON field or Parquet column that holds the text. Not needed for text files."""
     prompt_field: str | None = Field(default=None, min_length=1)
-    """Field of the prompt, for instruction data: its tokens come before those of `text_field`, and carry no loss. Every
-    record has the field; where it is null or empty there is no prompt. Both are tokenised as they are: a chat template
-    must be applied to them already, and its turns' marks need `special_tokens: control`. Not for text files."""
+    """Name of the field that holds the prompt, for instruction data. The prompt's tokens come before those of
+    `text_field` and carry no loss. Every record must have the field; if its value is null or empty, the record has no
+    prompt. Both fields are tokenised as they are: apply a chat template to them beforehand, and set
+    `special_tokens: control` so that the template's control tokens are recognised. Not for text files."""
     special_tokens: Literal["text", "control"] = "text"
-    """What a text that spells a control token (`<s>`, `<|im_end|>`) holds: 'text', the letters that are written there,
-    as in HTML or a manual; or 'control', the token itself, as in chats to which a template has been applied."""
+    """How to read a control token that is spelled out in a text (`<s>`, `<|im_end|>`): 'text' reads its letters, as in
+    HTML or a manual; 'control' reads the token itself, as in chats to which a template has been applied."""
     path_field: str | None = Field(default=None, min_length=1)
-    """Field of the path that a record has below its domain: of domain `math`, a record whose field holds
-    `algebra/linear` belongs to `math/algebra/linear`, which is a domain of its own to gap and mixture. Every record has
-    the field. Not for text files."""
+    """Name of the field that holds a record's path below its domain. In domain `math`, a record whose field holds
+    `algebra/linear` belongs to `math/algebra/linear`, which has a gap and a probability of its own, like a domain.
+    Every record must have the field. Not for text files."""
     path_depth: int | None = Field(default=None, ge=1, le=100)
-    """Keep so many parts of the records' paths: with 1, `algebra/linear` and `algebra/rings` are both `algebra`. Empty:
-    all of them."""
+    """Number of parts of the records' paths to keep: with 1, `algebra/linear` and `algebra/rings` both become
+    `algebra`. If empty, all parts are kept."""
     max_train_blocks: int | None = Field(default=None, ge=1, le=10**12)
-    """Stop after so many train blocks (of each leaf, where there is a path_field). Empty: all of them."""
+    """Largest number of train blocks (of each leaf, if there is a path_field). If empty, all are used."""
     max_validation_blocks: int | None = Field(default=None, ge=1, le=10**12)
-    """Stop after so many validation blocks (of each leaf, likewise). Empty: all of them."""
+    """Largest number of validation blocks (of each leaf, if there is a path_field). If empty, all are used."""
     targets: Literal["teacher", "topk", "distillkit"] = "teacher"
-    """Where the teacher's predictions come from. 'teacher' captures them. Otherwise the files (.parquet or .jsonl) hold
-    rows of tokens with a teacher's predictions already: lists of the top k ('topk'), or DistillKit's ('distillkit')."""
+    """Where the teacher's predictions come from. 'teacher' captures them. With the other values, the files (.parquet or
+    .jsonl) already hold rows of tokens with a teacher's predictions: lists of the top k ('topk'), or DistillKit's
+    format ('distillkit')."""
     shift: Literal[0, 1] = 1
-    """Of files that hold predictions: list i of a row predicts its token i + shift."""
+    """For files that hold predictions: list i of a row predicts its token i + shift."""
     compression_config: str | None = Field(default=None, min_length=1)
-    """With 'distillkit': the file that says how its columns are compressed. Empty: compression_config.yaml beside
-    each file."""
+    """With 'distillkit': the file that describes how its columns are compressed. If empty, compression_config.yaml
+    beside each file."""
 
     @model_validator(mode="after")
     def _one_source_of_validation(self) -> DomainConfig:
@@ -93,17 +95,17 @@ class DomainConfig(Section):
     @model_validator(mode="after")
     def _import_settings_have_their_use(self) -> DomainConfig:
         if self.compression_config is not None and self.targets != "distillkit":
-            raise ValueError(f"compression_config goes with targets: distillkit, and targets is '{self.targets}'")
+            raise ValueError(f"compression_config needs targets: distillkit, but targets is '{self.targets}'")
         if self.shift != 1 and not self.imported:
-            raise ValueError("shift goes with files that hold predictions; set targets: topk, or leave shift out")
+            raise ValueError("shift applies only to files that hold predictions; set targets: topk, or leave shift out")
         return self
 
     @model_validator(mode="after")
     def _a_prompt_is_a_field_of_documents(self) -> DomainConfig:
         if self.prompt_field is not None and self.imported:
             raise ValueError(
-                f"prompt_field goes with documents, and targets: {self.targets} takes rows of tokens, of which nobody "
-                "says which are the prompt's; leave prompt_field out, or capture the domain (targets: teacher)"
+                f"prompt_field applies only to documents, and targets: {self.targets} takes rows of tokens, which do "
+                f"not mark the prompt; leave prompt_field out, or capture the domain (targets: teacher)"
             )
         if self.prompt_field == self.text_field:
             raise ValueError(
@@ -114,11 +116,11 @@ class DomainConfig(Section):
     @model_validator(mode="after")
     def _a_path_is_a_field_of_documents(self) -> DomainConfig:
         if self.path_depth is not None and self.path_field is None:
-            raise ValueError("path_depth goes with path_field, and there is none; name the field of the records' paths")
+            raise ValueError("path_depth needs path_field, which is not set; name the field of the records' paths")
         if self.path_field is not None and self.imported:
             raise ValueError(
-                f"path_field goes with documents, and targets: {self.targets} takes rows of tokens; give the files of "
-                "each leaf a domain of its own, named by its path (such as math/algebra)"
+                f"path_field applies only to documents, and targets: {self.targets} takes rows of tokens; make the "
+                f"files of each leaf a separate domain, named by its path (such as math/algebra)"
             )
         others = {"text_field": self.text_field, "prompt_field": self.prompt_field}
         if twice := [name for name, value in others.items() if value is not None and value == self.path_field]:

@@ -1,4 +1,4 @@
-"""A corpus file's bytes, counted as they are read, and its lines, whatever it is compressed with."""
+"""Reads a corpus file's bytes, counting them, and its lines, with any supported compression."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def stored_lines(stored: io.RawIOBase, file: CorpusFile, compression: str) -> It
                 if len(line) > MAX_DOCUMENT_BYTES:
                     raise UserError(
                         f"{file.url}, line {number + 1}: longer than {MAX_DOCUMENT_BYTES >> 20} MiB, which is no "
-                        f"document; one is a line (.jsonl), or ends at a blank line (.txt): split it, or mend the file"
+                        f"document; one is a line (.jsonl), or ends at a blank line (.txt): split it, "
+                        f"or correct the file"
                     )
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
                 number += 1

@@ -1,4 +1,4 @@
-"""JSON as others write it: numbers of any length, names that come twice."""
+"""Reads JSON from other tools, with numbers of any length and with duplicate names."""
 
 from __future__ import annotations
 

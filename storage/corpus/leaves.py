@@ -1,12 +1,12 @@
-"""Which leaves the records of a domain's files belong to, and a memory of it across runs.
+"""Finds the leaves to which the records of a domain's files belong, and remembers them across runs.
 
-A file with a `path_field` is read through once. Of each leaf in it (a path, cut to `path_depth` parts) it is kept how
-many documents it has, and a digest of what determines their blocks: texts and prompts, in order. Leaves of one file
-therefore change one by one: a document that is added, moved or mended changes the digest of its own leaf alone, and
-other fields, the file's compression or its name change none.
+A file with a `path_field` is read once. For each leaf in it (a path, cut to `path_depth` parts), the number of
+documents is stored, and a digest of everything that determines their blocks: texts and prompts, in order. The leaves of
+one file therefore change independently. A document that is added, moved or corrected changes only the digest of its own
+leaf; other fields, the file's compression and its name change none.
 
-For the same reason nothing of a leaf may depend on the records between its own: a document's place is its number within
-the leaf, and whether it is held out for validation is decided by its content (`in_leaf_validation`).
+For the same reason, nothing in a leaf may depend on records of other leaves. A document's place is its number within
+the leaf, and its content decides whether it is held out for validation (`in_leaf_validation`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a corpus file truly holds, by its first bytes: names lie, and a download is often stored as it came."""
+"""Detects from its first bytes what a corpus file really holds, because names can be wrong."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_text(head: bytes, url: str, named: str, *, unpacked: bool) -> None:
     if named and head and not unpacked:
         raise UserError(
             f"{url} is not compressed with gzip or zstd, as its name promises: it begins with {head[:16]!r}; take "
-            f"'{named}' off its name where that is its text, else fetch or compress it again"
+            f"'{named}' off its name if this is its real content; otherwise fetch or compress it again"
         )
 
 

@@ -1,4 +1,4 @@
-"""The paths of domains in what is stored: as a record's field gives them, and as a store's folder is named by them.
+"""The paths of domains: as a record's field gives them, and as they appear in the names of store folders.
 
     field   " /Algebra/Linear algebra/ "        path   Algebra/Linear algebra
     domain  math/Algebra/Linear algebra         store  math~Algebra~Linear=20algebra.zarr
@@ -39,7 +39,7 @@ def cut_path(path: str, depth: int | None) -> str:
 
 
 def store_name(domain: str) -> str:
-    """Of the folder of a domain's store, below the one of its fingerprint."""
+    """Name of the folder of a domain's store, below the folder of its fingerprint."""
     return "~".join(map(_spelt, domain.split("/"))) + ".zarr"
 
 

@@ -1,10 +1,10 @@
-"""Targets and their blocks as Parquet files that others read: one row a block, a bounded number of rows a file.
+"""Writes targets and their blocks as Parquet files for others: one row per block, a bounded number of rows per file.
 
     topk         input_ids, topk_ids, topk_logprobs (lists as long as a position has entries), tail_mass, true_logprobs
     distillkit   input_ids, compressed_logprobs, bytepacked_indices (see `storage.exchange.distillkit`), true_logprobs
 
-List j of a row predicts its token j + 1: L + 1 tokens, L lists. Each file is written in one atomic step and says in
-its metadata what it was made of, so that an export which was stopped goes on with the files that are missing.
+List j of a row predicts its token j + 1: L + 1 tokens, L lists. Each file is written in one atomic step, and its
+metadata name its inputs, so that an interrupted export resumes with the missing files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From one row's entries to predictions that can be stored: checked, in descending order, with what lies outside.
+"""Turns one row's entries into predictions that can be stored: checked, in descending order, with the mass of the tail.
 
-What is no distribution is refused: a log-probability that is NaN or above 0, an id outside the vocabulary or there
-twice, probabilities that sum to more than 1. Of a lossy fit (DistillKit's bytes) the sum may miss 1 by any amount;
-where it exceeds 1 it is divided out, and counted.
+Entries that are not a distribution are refused: a log-probability that is NaN or above 0, an id that is outside the
+vocabulary or occurs twice, probabilities that sum to more than 1. With a lossy fit (DistillKit's format), the sum may
+differ from 1 by any amount; if it exceeds 1, the probabilities are normalised, and the position is counted.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _check(entries: Entries, vocab_size: int, refuse: Refuse) -> None:
     sorted_PK = np.sort(np.where(entry_PK, ids_PK, -1 - np.arange(ids_PK.shape[1])), axis=1)
     repeated_PK = sorted_PK[:, 1:] == sorted_PK[:, :-1]
     if (i := _first(repeated_PK)) is not None:
-        raise refuse(f"id {sorted_PK[i, 1:][repeated_PK[i]][0]} is there twice; mend or remove the row", i)
+        raise refuse(f"id {sorted_PK[i, 1:][repeated_PK[i]][0]} is there twice; correct or remove the row", i)
 
 
 def _descending(entries: Entries) -> tuple[Int64Array, Float64Array]:

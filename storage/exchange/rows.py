@@ -135,7 +135,7 @@ def _json_cells(line: bytes, columns: Collection[str], where: str) -> Cells:
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object; each line must be one, with a field for each column")
     if twice := sorted(name for name in columns if name in record and comes_twice(line, name)):
-        raise UserError(f"{where}: field '{twice[0]}' comes twice, and one of them would be lost; mend the record")
+        raise UserError(f"{where}: field '{twice[0]}' comes twice, and one of them would be lost; correct the record")
     return {name: _json_cell(record[name], f"{where}: '{name}'") for name in columns if name in record}
 
 

@@ -1,13 +1,14 @@
-"""Who works on what, where several processes or machines work on one store.
+"""Claims: which process works on what, if several processes or machines work on one store.
 
     <store>/claims/owners/<id>.json            a sign of life of one process, written anew every few seconds
     <store>/claims/<what>.<generation>.json    what it has taken on: a shard, or the whole; never changed
 
-A claim is created exclusively, so of several who reach for it one gets it. Nobody waits for a dead owner: where its
-sign of life is gone, or its process (on this machine), or has not changed for `PATIENCE` seconds of the observer's own
-clock (on another one), whoever wants its work takes the next generation of the claim. Clocks are never compared.
+A claim is created exclusively, so only one of several processes gets it. Nobody waits for a dead owner. An owner counts
+as dead if its sign of life is gone, if its process is gone (on this machine), or if its sign of life has not changed
+for `PATIENCE` seconds of the observer's own clock (on another machine). Any process that wants the work then takes the
+next generation of the claim. Clocks of different machines are never compared.
 
-Claims save work; they are not what keeps a store whole. That is the order of writes (`storage.stores.manifest`).
+Claims only save work. A store is kept consistent by the order of writes (`storage.stores.manifest`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long a request to S3 may take, in whatever phase it hangs.
+"""Limits how long a request to S3 may take, in every phase.
 
-botocore's two time-outs are of the connection and of the wait for the next bytes. Neither ends a server that takes a
-request and never says `100 Continue`, that stops reading in the middle of a body, or that sends a byte now and then. So
-there are two more here, each with time for what is sent or received at the slowest pace that is still taken for one:
+botocore's two time-outs cover the connection and the wait for the next bytes. Neither helps if a server accepts a
+request and never sends `100 Continue`, stops reading in the middle of a body, or sends a byte now and then. This module
+adds two more limits; both grow with the amount of data, at the slowest acceptable speed:
 
 an attempt   the connection's time-out and that of reading together
 a request    `DEADLINE_S` over all attempts and the waits between them, the reading of a body included

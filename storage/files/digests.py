@@ -1,4 +1,4 @@
-"""Content hashes of a corpus's files, which a store's fingerprint covers, and a memory of them across runs."""
+"""Content hashes of a corpus's files, which are part of a store's fingerprint and are remembered across runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fields of stored JSON have in common, and how a file that has others is refused."""
+"""Base classes for the fields of stored JSON; a file with other fields is refused."""
 
 from __future__ import annotations
 

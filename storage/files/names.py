@@ -1,8 +1,8 @@
 """Names that come from stored or foreign data, checked before they become a part of a path or a URL.
 
-Whoever can write one JSON file of a root (a checkpoint's `state.json`, a manifest, an index of weights that was
-downloaded) would else choose which files are read, written or removed. So a name is used only where it is a plain one
-of a file directly below its folder:
+Otherwise, anybody who can write one JSON file of a root (a checkpoint's `state.json`, a manifest, a downloaded index of
+weights) could choose which files are read, written or removed. Therefore a name is used only if it is the plain name of
+a file directly below its folder:
 
     rank-00000.safetensors, math~Algebra.zarr, 0a1b2c.2     plain
     "", ".", "../x", "/etc/passwd", "a/b", "C:x", "a*"      refused
@@ -21,7 +21,7 @@ _SPECIAL = frozenset('/\\:*?[]#%"<>|')
 
 
 def plain_name(name: Any, place: str) -> str:
-    """The name itself, where it can be nothing but the name of a file or folder directly below another folder.
+    """Return the name if it can only be the name of a file or folder directly below another folder.
 
     Args:
         name: as it was read, of whatever type.

@@ -1,7 +1,7 @@
-"""Small facts that save work, kept in one sealed JSON file: what is lost or damaged is found out again.
+"""Small facts that save work, kept in one sealed JSON file; lost or damaged facts are computed again.
 
-So a flipped digit is never taken for a fact, and neither is a file that belongs elsewhere. Two processes that write at
-once may lose each other's facts; that costs time only.
+Because of the seal, neither a flipped digit nor a file that belongs elsewhere is ever taken for a fact. Two processes
+that write at the same time may lose each other's facts, which only costs time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from storage.files import uri
 from storage.files.sealed import Sealed
 
 _MEMORY = Sealed(
-    what="memory of a root", version=1, remedy="nothing need be done: what it held is found out again when it is needed"
+    what="memory of a root", version=1, remedy="nothing need be done: its content is computed again when it is needed"
 )
 
 

@@ -1,4 +1,4 @@
-"""The place where everything is stored: whether it can be one, before anything is made for it."""
+"""Checks whether a place can serve as the root, before anything is written there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INSTEAD = "name a folder, or s3://bucket/prefix"
 
 
 def check_root(root: str) -> None:
-    """What can be said of a root from its name alone.
+    """Check a root by its name only.
 
     Raises:
         UserError: it is empty, of no protocol that can be written to, or names no bucket.

@@ -1,4 +1,4 @@
-"""JSON that decides something: with a digest of its own content, and of what it belongs to.
+"""JSON files that affect results, sealed with a digest of their content and the name of what they belong to.
 
     {
      "format_version": 3,
@@ -7,11 +7,12 @@
      …
     }
 
-`of` says in words which file this is: an intact file in the place of another is found by it. The digest is that of all
-the file's bytes, with question marks where it stands itself: one changed digit is found before the number is used.
+`of` says in words which file this is, so that an intact file in the place of another is detected. The digest covers all
+bytes of the file, with question marks in place of the digest itself, so that a changed digit is detected before the
+number is used.
 
-A digest is no signature. It tells accidents (a flipped bit, a cut file, an exchange, a hand's edit), and nobody who
-computes it anew; what such a one could reach for is bounded by the schemas of the readers.
+A digest is not a signature. It detects accidents (a flipped bit, a truncated file, an exchange, a manual edit), but not
+somebody who recomputes the digest; the schemas of the readers limit what such a change can do.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _fault(seal: Any, raw: bytes, of: str | None) -> str | None:
 
 
 def sealed_rows(rows: Sequence[Mapping[str, Any]], of: str) -> bytes:
-    """Rows of a table with a seal as the last one, so that the file stays a plain list for who reads it by hand."""
+    """Rows of a table with a seal as the last one, so that the file stays a plain list for readers."""
     return _with_digest([*map(dict, rows), {_SEAL: {"of": of, "sha256": _BLANK}}])
 
 

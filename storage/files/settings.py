@@ -1,9 +1,9 @@
-"""With which options a file system is opened: endpoint, credentials, region and the like.
+"""The options with which a file system is opened: endpoint, credentials, region and the like.
 
-They come from the environment: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION and all else that AWS's
-tools read, or FSSPEC_S3_KEY, FSSPEC_S3_ENDPOINT_URL and so on. `use_options` puts others before them, for the whole
-process and every later call: also for Zarr's stores and for chained URLs, since they are kept where fsspec itself
-keeps its defaults. They never appear in a configuration, a log or a message.
+They come from the environment: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_REGION and everything else that
+AWS's tools read, or FSSPEC_S3_KEY, FSSPEC_S3_ENDPOINT_URL and so on. `use_options` sets options that take precedence,
+for the whole process and every later call. They apply to Zarr's stores and chained URLs too, since they are kept where
+fsspec keeps its own defaults. Options never appear in a configuration, a log or a message.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SECRET = {"key", "secret", "token", "username", "password", "account_key", "sas
 
 @functools.cache
 def prepare_s3() -> None:
-    """From now on `s3://` is `storage.files.s3.S3`, for whoever opens it."""
+    """Register `storage.files.s3.S3` for `s3://` in this process."""
     from storage.files.s3 import S3  # heavy, and not needed by whoever stays on a disk
 
     for protocol in S3.protocol:

@@ -89,7 +89,7 @@ class _Check:
         if id(node) in self._sizes:
             return self._sizes[id(node)]
         if id(node) in self._open:
-            raise self._error(node, "an alias (*name) stands within what it is the name of; write the values out")
+            raise self._error(node, "an alias (*name) occurs within its own value; write the values out")
         if len(self._open) >= MOST_LEVELS:
             raise self._error(node, f"it is nested too deeply ({MOST_LEVELS} levels at most)")
         self._open.add(id(node))

@@ -1,11 +1,11 @@
-"""Whole shard objects of remote stores on the local disk: bounded, and shared by all processes of a machine.
+"""Copies of whole shard objects of remote stores on the local disk: bounded, and shared by all processes of a machine.
 
-An object that is not here is fetched once, however many processes and threads want it: the first writes it, the others
-wait for that. Its file's name is the hash of its URL, size and sha256, so that a shard which was made anew is another
-file. `storage.reading.shard_folder` keeps the folder within its capacity.
+A missing object is fetched once, even if many processes and threads want it: the first one writes it, and the others
+wait. The file's name is a hash of the object's URL, size and sha256, so that a recreated shard gets a new file.
+`storage.reading.shard_folder` keeps the folder within its capacity.
 
-Where the disk is full or may not be written, nothing is added for a minute, a warning says so once, and `obtain`
-returns None: its caller reads from afar what it needs.
+If the disk is full or not writable, nothing is added for a minute, a warning says so once, and `obtain` returns None;
+its caller then reads remotely what it needs.
 
 Set by the environment, which is read when a store is opened:
 
@@ -64,7 +64,7 @@ class ShardObject:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An object's file, open for reading; whoever gets it closes it."""
+    """An object's file, open for reading; the caller closes it."""
 
     descriptor: int
     fetched: bool
@@ -72,7 +72,7 @@ class Held:
 
 
 class NotWhatWasWrittenError(Exception):
-    """What lies at the URL is not what the manifest says."""
+    """The object at the URL does not match the manifest."""
 
 
 def shared() -> ShardCache | None:
@@ -182,15 +182,16 @@ class ShardCache:
                 self._not_worth_it |= wasted
         if wasted:
             _log.warning(
-                "of %d MiB of shards that were copied to %s only %d MiB were read before they had to make room; single "
-                "blocks are read from afar from here on, of %s. Raise DDK_SHARD_CACHE_MIB (now %d), or let fewer "
+                "of %d MiB of shards that were copied to %s, only %d MiB were read before the copies were removed to "
+                "make room; from now on, single blocks of these stores are read remotely: %s. Raise "
+                "DDK_SHARD_CACHE_MIB (now %d), or let fewer "
                 "shards be shuffled together",
                 *(all_fetched >> 20, self.folder, all_used >> 20, ", ".join(sorted(wasted)), self.capacity >> 20),
             )
         return store not in self._not_worth_it
 
     def drop(self, wanted: ShardObject) -> None:
-        """Forget the object: it is fetched anew when it is wanted again."""
+        """Forget the object, so that it is fetched again when it is needed next."""
         self._files.remove(wanted.name, wanted.size)
 
     def _spare(self, wanted: ShardObject, *, ahead: bool) -> None:
@@ -263,8 +264,8 @@ class ShardCache:
             first, self._warned = not self._warned, True
         if first:
             _log.warning(
-                "shards cannot be kept in %s (%s): they are read from afar, block by block; free some space there, or "
-                "set DDK_SHARD_CACHE_DIR to a folder with more, or DDK_SHARD_CACHE_MIB to less",
+                "shards cannot be copied to %s (%s), so they are read remotely, block by block; free some space "
+                "there, set DDK_SHARD_CACHE_DIR to a folder with more space, or lower DDK_SHARD_CACHE_MIB",
                 self.folder,
                 why,
             )

@@ -1,14 +1,15 @@
-"""A folder of files that never holds more than so many bytes, whatever processes and threads fill it.
+"""A folder of files with a limited total size, even if several processes and threads write to it.
 
     <hash>-<bytes>          a file that is whole
     <hash>-<bytes>.part     one that is being written, locked by whoever writes it
     usage                   the sum of all bytes above, and the lock under which it changes
 
-Room for a file is made before it is written: the files that were used longest ago go (their mtime says when that was).
-Whoever has one open goes on reading it.
+Before a file is written, the least recently used files (by mtime) are removed to make room. A process that has such a
+file open can continue to read it.
 
-A process that is killed leaves a `.part` that nobody locks: the next who wants that file takes it over, and whoever
-makes room removes it. `usage` then says too much, never too little; the next who makes room counts anew.
+A killed process leaves a `.part` file without a lock. The next process that wants this file takes it over, and a
+process that makes room removes it. `usage` may then be too large, never too small; the next process that makes room
+counts again.
 """
 
 from __future__ import annotations

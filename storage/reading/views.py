@@ -62,7 +62,7 @@ class _View:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block, decoded: a number of the format, whatever the content compresses to."""
+        """Bytes of one decoded block; given by the format, independent of the compression."""
         return sum(spec.block_bytes for spec in self._specs)
 
     def fetch(self, indices: Indices) -> bool:

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: a folder of files each, which counts once its `state.json` is there.
+"""Checkpoints of a run: each is a folder of files, which is valid once its `state.json` exists.
 
     <run>/checkpoints/step-00000050/rank-00000.safetensors   one a rank that trained: `ddk.saving`
                                     rank-00001.safetensors
                                     state.json             written last: sizes and digests of the others, and the
                                                            small state (sampler position, mixture versions)
 
-A checkpoint that was being written at a kill has no `state.json` and is never looked at again; the next save of the
-same step writes it anew. `state.json` is sealed to its run and step (`storage.files.sealed`); files are checked against
-their digests before they are handed out, and lie in the checkpoint's folder whatever a name in `state.json` says.
+If a process is killed while it writes a checkpoint, the checkpoint has no `state.json` and is never read; the next save
+of the same step writes it again. `state.json` is sealed to its run and step (`storage.files.sealed`). Files are checked
+against their digests before they are returned, and no name in `state.json` can point outside the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class CheckpointFolder:
         _STATE.write(uri.join(self.url(step), _COMMIT), commit.model_dump(), self._of(step))
 
     def differences(self, step: int, *, full: bool = True) -> Iterator[Difference]:
-        """The files of a checkpoint that counts which are missing or changed.
+        """The files of a valid checkpoint that are missing or changed.
 
         Raises:
             FormatVersionError, StoreDamagedError: its `state.json` is not what was written.
@@ -130,7 +130,7 @@ class CheckpointFolder:
             yield folder
 
     def state(self, step: int) -> dict[str, Any]:
-        """The small state of a checkpoint that counts.
+        """The small state of a valid checkpoint.
 
         Raises:
             FormatVersionError, StoreDamagedError: it cannot be read.

@@ -1,11 +1,11 @@
-"""What benchmarks said of a run's models: one JSON file a model and task, named by all that determines it.
+"""Benchmark results of a run's models: one JSON file per model and task, named by everything that determines it.
 
 <run>/evaluations/<model>/<task>-<key>.json            a score, with its identity; written last: the task is done
                           <task>-<key>.samples.jsonl   the model's answers, one a line
                           <group>/<task>-<key>.json    the parts of a task such as mmlu, which has one for each subject
 
-The key is a fingerprint of the model's weights, the requests it was asked, how they are scored and what ran it. So an
-evaluation that is there is the one that is wanted, whoever made it: one of another run of the same root is taken over.
+The key is a fingerprint of the model's weights, the requests, the scoring and the engine. An evaluation with the right
+key can therefore be used no matter which run made it; one of another run in the same root is reused.
 A record is sealed to its run and its name (`storage.files.sealed`), and holds the digest of the answers beside it.
 """
 
@@ -27,7 +27,7 @@ RECORD_FORMAT = 2
 RECORD = Sealed(
     what="record of an evaluation",
     version=RECORD_FORMAT,
-    remedy="remove it and run the same `ddk eval` again, which asks the model anew",
+    remedy="remove it and run the same `ddk eval` again, which asks the model again",
 )
 _ANSWERS = "samples_sha256"
 

@@ -1,4 +1,4 @@
-"""The folder of a run, and the promise that it holds one run only.
+"""The folder of a run, which is guaranteed to hold only one run.
 
 <root>/runs/<name>/identity.json   what determines the trained student; another one is refused
                    config.json     the resolved configuration
@@ -11,8 +11,8 @@
                    report/         what a person looks at; report.json lists its files
                    summary.json    written last: the run is complete
 
-All JSON of a run is sealed (`storage.files.sealed`): `identity.json` to the run's name, the rest to the identity. So a
-record of another run, or of the same name under other settings, is none of this one.
+All JSON of a run is sealed (`storage.files.sealed`): `identity.json` to the run's name, the rest to the identity. A
+record of another run, or of a run with the same name but other settings, is therefore not accepted.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class RunFolder:
         return uri.join(self.url, "report")
 
     def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Begin the run, or go on with it.
+        """Begin the run, or resume it.
 
         Args:
             identity: plain JSON data that determines the student: data, models, method, loss, training, mixture.
@@ -147,9 +147,9 @@ class RunFolder:
         return _plain(content) if content is not None else None
 
     def tracking_id(self) -> str:
-        """By which services outside know this run: 16 hexadecimal digits, made when they are first asked for.
+        """The id under which external services know this run: 16 hexadecimal digits, created at first use.
 
-        They lie in the folder, so that a run that is begun anew where another one was removed is another run.
+        It is stored in the folder, so that a run that replaces a removed one of the same name gets another id.
         """
         place, of = uri.join(self.url, "tracking.json"), self._of("the tracking")
         found = TRACKING.read(place, of)
@@ -223,7 +223,7 @@ class RunFolder:
         return Listing(self.student_url, uri.join(self.url, "student.json"), self._of("the student's files"))
 
     def student_faults(self) -> list[str]:
-        """What is wrong with a complete run's student: files that are missing, or not what was written.
+        """The faults of a complete run's student: files that are missing or changed.
 
         On a local disk by every byte, read anew where a file has changed since it was read; elsewhere by the sizes.
         """

@@ -1,7 +1,7 @@
-"""A folder of files that others read too (a model, a report), and a sealed list of what was written there.
+"""A folder of files for use by others too (a model, a report), and a sealed list of the files that were written there.
 
-The list lies beside the folder, so that the folder stays an ordinary one. Further files in it are nobody's business
-here; one of the list that is missing or changed is a finding.
+The list is stored beside the folder, so that the folder stays an ordinary one. Additional files in the folder are
+ignored; a listed file that is missing or changed is reported.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Listing:
         _LISTING.write(self.url, content, self.of)
 
     def add(self, files: Mapping[str, FileRecord]) -> None:
-        """Say of some files what they hold, beside those that are listed; a list that is damaged begins anew."""
+        """Add some files to the list, with their sizes and digests; a damaged list is started again."""
         try:
             known = self.read() or {}
         except StoreDamagedError:
@@ -114,7 +114,7 @@ class Listing:
 
 
 def difference(url: str, record: FileRecord, sha256_of: Callable[[str], str | None] | None) -> Difference | None:
-    """What is wrong with one file; None where nothing is.
+    """The fault of one file; None if there is none.
 
     Args:
         sha256_of: gives the digest of the file's content; None compares the size alone.

@@ -1,12 +1,12 @@
-"""The mixture history of a run: what was measured, and the mixture that follows from it. Append-only.
+"""The mixture history of a run, append-only: each measured gap, and the mixture that results from it.
 
     <run>/mixtures/00000.json    version 0: the gap before any training, and the first interval's mixture
     <run>/mixtures/00001.json    version 1: the gap after the first interval, and the second's mixture
     …
 
-A record is written once, in one atomic step, and never changed. The loop between training and evaluation closes
-through these files alone: whoever trains reads the newest, whoever evaluates appends. Each is sealed to its run and its
-version (`storage.files.sealed`), and what it says is checked before a mixture is made of it.
+A record is written once, in one atomic step, and never changed. Training and evaluation communicate only through these
+files: training reads the newest record, and evaluation appends one. Each record is sealed to its run and version
+(`storage.files.sealed`), and its values are checked before a mixture is made from it.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class MixtureHistory:
         return records
 
     def at_step(self, step: int) -> MixtureRecord | None:
-        """The newest record of a student with so many steps; None where it has not been measured."""
+        """The newest record of the student at this step; None if it has not been measured."""
         return next((record for record in reversed(self.records()) if record.step == step), None)
 
     def append(self, record: MixtureRecord) -> None:

@@ -1,11 +1,11 @@
-"""How targets become arrays of a store, and targets again.
+"""Encodes targets as the arrays of a store, and decodes them.
 
     exact     ids and float32 log-probabilities as they were captured
     compact   ids in ascending order as differences, probabilities on a grid of their square roots
               (`storage.stores.compact`)
 
-Both keep the same things of a position; what is optional is said by `TargetFormat`. The compact codec loses something;
-how much is measured while a shard is encoded (`Distortion`) and printed by `ddk inspect`.
+Both store the same quantities for a position; `TargetFormat` says which optional ones. The compact codec is lossy; the
+loss is measured while a shard is encoded (`Distortion`), and `ddk inspect` prints it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class CodecConfig(Section):
     name: Literal["compact", "exact"] = "compact"
     """'compact' (ids as differences, probabilities on a grid) or 'exact' (float32, about three times the size)."""
     levels: int = Field(default=254, ge=16, le=65534)
-    """With 'compact': steps of the square root of a probability between 0 and 1. Half the steps: a bit less for each
-    stored token, and four times the distortion. From 255 on, two bytes a code before compression."""
+    """With 'compact': number of steps of the square root of a probability between 0 and 1. Halving it saves about
+    one bit for each stored token, and quadruples the distortion. From 255 on, a code takes two bytes before
+    compression."""
     keep_mass: float = Field(default=1.0, gt=0.0, le=1.0)
-    """With 'compact': share of the stored tokens' probability that is kept; the least probable ones beyond it are
-    dropped, and their probability is added to the tail. 1 drops only what the grid rounds to 0."""
+    """With 'compact': share of the stored tokens' probability that is kept. The least probable tokens beyond it are
+    dropped, and their probability is added to the tail. 1 drops only tokens that the grid rounds to 0."""
 
 
 class TargetFormat(BaseModel):
@@ -141,7 +142,7 @@ class Distortion:
 
 
 def encode(targets: SparseTargets, form: TargetFormat, vocab_size: int) -> tuple[Arrays, Distortion | None]:
-    """The arrays that are stored of some blocks, by name, and how far they are from the targets (compact only).
+    """The arrays to store for some blocks, by name, and their distortion (compact only).
 
     Raises:
         ValueError: the targets lack what the format keeps, or hold something else besides.

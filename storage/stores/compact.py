@@ -68,7 +68,7 @@ class Grid:
 
 
 def encode(targets: SparseTargets, grid: Grid, sample_every: int) -> tuple[Arrays, npt.NDArray[np.float64]]:
-    """The arrays of some blocks, one row a block, and KL(captured ‖ stored) of every so-manieth position of a block.
+    """The arrays of some blocks, one row per block, and KL(captured ‖ stored) for every n-th position of a block.
 
     A block at a time, so that it stays in the core's cache.
     """

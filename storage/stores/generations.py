@@ -1,9 +1,9 @@
-"""Stores that were made again on purpose, beside the ones that were there.
+"""Generations of a store: stores that were redone on purpose (`--force`) and are kept beside the earlier ones.
 
-    <root>/targets/3f2a…/math.zarr      as it was made first
-    <root>/targets/3f2a….2/math.zarr    made again (`--force`), of the same inputs
+    <root>/targets/3f2a…/math.zarr      the first one
+    <root>/targets/3f2a….2/math.zarr    redone (`--force`), with the same inputs
 
-The newest complete one is what later stages read. Nothing is ever made over another, and nothing is removed.
+Later stages read the newest complete one. No store is ever overwritten or removed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def newest_complete(url: str) -> str:
 
 
 def to_make_again(url: str) -> str:
-    """The store to write where what is there is not to be used. An unfinished one is resumed."""
+    """The store to write when existing ones must not be used. An unfinished new store is resumed."""
     if read_manifest(url) is None:
         return url
     number = 2

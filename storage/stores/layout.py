@@ -1,4 +1,4 @@
-"""What the arrays of a store are called and how they are cut: the one table of the stored formats.
+"""The names, shapes and chunks of a store's arrays: the only definition of the stored formats.
 
 A store holds one domain: a Zarr v3 group with a group for each split, `train` and `validation`.
 

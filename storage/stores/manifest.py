@@ -1,21 +1,20 @@
-"""Which shards of a store count, and how a store comes to be complete.
+"""Which shards of a store are valid, and how a store becomes complete.
 
 Written in this order, each file in one atomic step:
 
 1. `manifest.json` with `"complete": false`: what the store is (its inputs and dimensions).
 2. For each shard: its objects (one an array), then `commits/<split>-<shard>.json` with their sizes and digests.
-   A shard counts when its commit record is there, so a kill leaves at most the shards in flight to redo.
+      A shard is valid once its commit record exists, so after a kill only the shards in flight must be redone.
 3. Zarr's own metadata, then `manifest.json` with `"complete": true` and all the records folded in, after a copy of it
-   (`copy/manifest.json`); `commits/` goes.
+   (`copy/manifest.json`); `commits/` is then removed.
 
-So a complete store is opened with one read, however many shards it has, and an incomplete one is resumed with one
-listing. Writers of different shards do not meet: they write different files. Who writes which is agreed in
-`storage.files.claims`.
+A complete store is therefore opened with one read, regardless of its number of shards, and an incomplete one is resumed
+with one listing. Writers of different shards do not conflict, because they write different files;
+`storage.files.claims` decides who writes which shard.
 
-Manifest and records are sealed (`storage.files.sealed`), and `storage.stores.schema` bounds what they may say. A
-manifest's fingerprint is that of the inputs in it, and that of its folder. Where `manifest.json` is lost or damaged,
-`ddk verify --repair` puts its copy in its place: what the teacher's GPU hours were spent on does not hang on one small
-file.
+Manifest and records are sealed (`storage.files.sealed`), and `storage.stores.schema` bounds their values. A manifest's
+fingerprint must match the inputs in it and the name of its folder. If `manifest.json` is lost or damaged, `ddk verify
+--repair` restores it from its copy, so that hours of GPU time do not depend on one small file.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ _STAGE = {"blocks": "ddk pack", "targets": "ddk cache"}
 _MANIFEST = Sealed(
     what="manifest",
     version=FORMAT_VERSION,
-    remedy="`ddk verify {folder} --repair` puts it right where it can; else remove {folder} and run the stage again",
+    remedy="`ddk verify {folder} --repair` restores it if possible; otherwise remove {folder} and run the stage again",
 )
 _COMMIT = Sealed(
     what="commit record",
     version=FORMAT_VERSION,
-    remedy="remove it and run the stage again: this shard alone is made anew",
+    remedy="remove it and run the stage again: only this shard is recreated",
 )
 
 
@@ -74,7 +73,7 @@ def read_manifest(url: str) -> Manifest | None:
 
 
 def stored_manifest(url: str, name: str) -> Manifest | None:
-    """What lies at one of the two places, `MANIFEST` or `COPY`; None where there is none.
+    """The manifest at one of the two places, `MANIFEST` or `COPY`; None if there is none.
 
     Raises:
         FormatVersionError, StoreDamagedError: as `read_manifest`.
@@ -93,7 +92,7 @@ def stored_manifest(url: str, name: str) -> Manifest | None:
 
 
 def sound_copy(url: str) -> Manifest | None:
-    """The manifest of a complete store from its copy alone; None where that is not to be had."""
+    """The manifest of a complete store, read from its copy; None if the copy is missing or damaged."""
     try:
         copy = stored_manifest(url, COPY)
     except StoreDamagedError:
@@ -127,7 +126,7 @@ def require_complete(url: str, kind: Kind) -> Manifest:
 
 
 def store_attributes(manifest: Manifest) -> dict[str, Any]:
-    """What the root group's attributes say of a store, for readers that do not know the manifest."""
+    """The attributes of the root group, which describe the store to readers that do not know the manifest."""
     # Sorted: the dimensions of a store that was resumed come in the order in which JSON had them.
     dims = dict(sorted(manifest.dims.items()))
     return {"ddk": {"format_version": manifest.format_version, "kind": manifest.kind, "dims": dims}}

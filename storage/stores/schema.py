@@ -1,7 +1,8 @@
-"""What a manifest and a commit record may say: their fields, and the bounds of every number in them.
+"""The schema of manifests and commit records: their fields, and the bounds of every number in them.
 
-A reader allocates, divides and looks up by these numbers, so all of them are checked when a file is read, before any is
-used. The bounds lie far beyond what anybody stores: they keep a foreign or edited file from asking for terabytes.
+Readers use these numbers to allocate memory, to divide and as indices, so all of them are checked when a file is read,
+before any is used. The bounds lie far beyond any real store; they prevent a foreign or edited file from requesting
+terabytes.
 """
 
 from __future__ import annotations
@@ -122,13 +123,13 @@ class Manifest(_Frozen):
         return self.targets
 
     def positions(self, split: Split) -> int:
-        """Of a complete store of blocks: how many positions of a split carry loss."""
+        """Number of positions of a split that carry loss, in a complete store of blocks."""
         if is_marked(self.dims):
             return int(self.total("with_loss", split))
         return self.splits[split].blocks * self.dims["seq_len"]
 
     def total(self, fact: str, split: Split | None = None) -> float:
-        """Sum of a number that every shard has among its facts, over one split or all.
+        """Sum of one of the shards' facts, over one split or all.
 
         Raises:
             StoreDamagedError: a shard does not have it.
@@ -208,10 +209,10 @@ def _check_distortion(stored: Any) -> None:
 
 
 def belonging(manifest: Manifest, url: str) -> str | None:
-    """Why a manifest cannot be that of the store at `url`; None where it can.
+    """The reason why a manifest cannot belong to the store at `url`; None if it can.
 
-    A folder that is named by a fingerprint promises it. One that lies elsewhere (a copy that somebody made) promises
-    nothing.
+    If the store's folder is named by a fingerprint, the manifest must match it. A store elsewhere (a copy, say) is
+    not checked.
     """
     parts = url.rstrip("/").split("/")
     named = _FINGERPRINTED.fullmatch(parts[-2]) if len(parts) > 1 else None

@@ -1,4 +1,4 @@
-"""What a store will take on disk, before there is one: a bound from its layout, and what was measured.
+"""Estimates the size of a store before it exists: a bound from its layout, and an expectation from measurements.
 
 The bound is the layout itself (`storage.stores.layout`) before compression, so no data can exceed it. What compression
 leaves depends on the teacher; `make bench-capture` measured it with the compact codec at 254 levels on the quickstart's
@@ -50,7 +50,7 @@ def most_store_bytes(specs: Sequence[ArraySpec], splits: Iterable[int], shard_bl
 
 
 def expected_target_bytes(form: TargetFormat, *, seq_len: int, k: int, vocab_size: int) -> float:
-    """Of a position's targets, as measured; see the module. The exact codec was not measured: its bound."""
+    """Expected bytes of a position's targets, from measurements (see the module); for the exact codec, the bound."""
     most = most_block_bytes(array_specs("targets", {"seq_len": seq_len, "k": k}, form)) / seq_len
     if form.codec.name == "exact":
         return most

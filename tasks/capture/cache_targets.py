@@ -1,8 +1,8 @@
 """Stage 2: the teacher's targets for a domain's blocks, captured once.
 
-Shards that are committed stay; the missing ones are captured. Several processes, on several machines, may be at one
-store: they share its shards (`tasks.running.sharing`). While the engine captures a shard, other threads read the next
-one's tokens and check, encode and write the one before, so that the engine waits for nothing.
+Committed shards are kept, and the missing ones are captured. Several processes, on several machines, may work on one
+store and share its shards (`tasks.running.sharing`). While the engine captures a shard, other threads read the tokens
+of the next shard and check, encode and write the previous one, so that the engine need not wait.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Capture:
                 progress.advance(others - self._blocks_of(queue.left))
 
     def _capture_ours(self, queue: ShardQueue, executor: ThreadPoolExecutor, progress: Meter) -> int:
-        """All that is to be had without waiting. Three shards are in hand at most: one read ahead, one in the engine,
+        """All that are available without waiting. Three shards are in hand at most: one read ahead, one in the engine,
         one being written."""
         captured = 0
         ahead = executor.submit(self._take, queue)
@@ -144,7 +144,7 @@ def _captured(teacher: Teacher, tokens: Int32Array, progress: Meter) -> SparseTa
 
 
 def check_distribution(targets: SparseTargets) -> None:
-    """That what was captured is a distribution: a broken engine must not fill a cache.
+    """Check that the captured targets are a distribution, so that a broken engine cannot fill a cache.
 
     Raises:
         UserError: a value is not a number, as where float16 overflows.
@@ -153,9 +153,8 @@ def check_distribution(targets: SparseTargets) -> None:
     # −inf is a probability of 0, as a quantised teacher may give; NaN and +inf are not.
     if np.isnan(targets.logprobs_BLK).any() or not np.isfinite(targets.tail_mass_BL).all():
         raise UserError(
-            "the teacher returned values that are not numbers, and nothing was stored of them: its dtype does not hold "
-            "what it computes, or its weights are damaged; set teacher.dtype: bfloat16 (or float32), or fetch its "
-            "weights again"
+            "the teacher returned values that are not numbers, and none were stored: the values overflow its dtype, "
+            "or its weights are damaged; set teacher.dtype: bfloat16 (or float32), or download the weights again"
         )
     mass = np.exp(targets.logprobs_BLK, dtype=np.float64).sum(-1) + targets.tail_mass_BL
     worst = float(np.abs(mass - 1.0).max())

@@ -1,8 +1,8 @@
-"""Stage 2 for a domain whose files hold a teacher's predictions already: the targets store is made from the files.
+"""Stage 2 for a domain whose files already hold a teacher's predictions: makes the targets store from the files.
 
 Neither an engine nor a GPU is started. The rows that `tasks.packing.pack_rows` cut into blocks are read again, with
-their predictions, checked (see `storage.exchange.predictions`) and written a shard at a time. Shards that are committed
-stay; where a missing one begins is known from the store of blocks.
+their predictions, checked (see `storage.exchange.predictions`) and written a shard at a time. Committed shards
+are kept; the store of blocks tells where a missing shard begins.
 """
 
 from __future__ import annotations

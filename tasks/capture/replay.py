@@ -1,9 +1,9 @@
-"""Whether a store holds what the teacher says now: a sample of its blocks is captured again and compared.
+"""Checks whether a store matches what the teacher predicts now: captures a sample of its blocks again and compares.
 
-`ddk verify` proves that the bytes are those that were written; this proves that they were the right ones: the right
-teacher, the right blocks, no position off by one. The numbers need not be equal to the last bit. A forward pass sums
-in an order that depends on the machine, its kernels and what else is in the batch; so each block is held to a
-tolerance, and a block of another teacher, or of other tokens, is a hundred times beyond it.
+`ddk verify` proves that the stored bytes are unchanged; this proves that they were right in the first place: the right
+teacher, the right blocks, no position off by one. The numbers need not be equal to the last bit, because the order of
+sums in a forward pass depends on the machine, its kernels and the rest of the batch. Each block is therefore compared
+with a tolerance, which a block of another teacher, or of other tokens, exceeds a hundredfold.
 
     true tokens    |difference of log-probabilities|, mean over the block: at most 0.005 in float32, 0.05 below
     distributions  KL(now ‖ stored), mean over the block: at most 1e-4 in float32, 5e-3 below, and besides four times

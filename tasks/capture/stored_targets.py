@@ -1,4 +1,4 @@
-"""What is said of a complete store of targets, however it was made: in the log, in Prefect's UI, to the caller."""
+"""Summarises a complete store of targets, captured or imported: for the log, for Prefect's UI, for the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads what the runs of a comparison have left in their folders, finished or not."""
+"""Reads the results of a comparison's runs from their folders, whether the runs are finished or not."""
 
 from __future__ import annotations
 

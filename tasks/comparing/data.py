@@ -1,7 +1,7 @@
-"""What a comparison holds (`comparison.json`), and the values that are read off it. Pure: no store, no clock.
+"""The data of a comparison (`comparison.json`), and the values derived from them. Pure: no store, no clock.
 
-A variant is one way to train, such as a method or a value of a sweep; a run is a variant with a seed. Everything that
-is shown of a comparison (page, plots, CSV) follows from a `Comparison`, so that no two of them can disagree.
+A variant is one way to train, such as a method or a value of a sweep; a run is a variant with a seed. Page, plots and
+CSV of a comparison are all made from one `Comparison`, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ComparedRun(_Frozen):
 
     @property
     def counts(self) -> bool:
-        """Whether its numbers are those of a finished run."""
+        """Whether the run is finished, so that its numbers count."""
         return self.status == "complete" and bool(self.records)
 
     @property

@@ -1,6 +1,6 @@
-"""A comparison on one page: HTML that needs nothing but itself. The template is `templates/comparison.html.j2`.
+"""A comparison on one self-contained HTML page. The template is `templates/comparison.html.j2`.
 
-Every number is worked out in `compare_data` and only put into words here; jinja2 escapes every value.
+`tasks.comparing.data` calculates every number; this module only formats them. jinja2 escapes every value.
 """
 
 from __future__ import annotations
@@ -121,11 +121,13 @@ def _warnings(comparison: Comparison) -> list[str]:
     runs = [run for run in comparison.runs if run.counts]
     lines = []
     if comparison.failed:
-        lines.append(f"{len(comparison.failed)} of {len(comparison.runs)} runs failed; they are in no mean. See Runs.")
+        lines.append(
+            f"{len(comparison.failed)} of {len(comparison.runs)} runs failed and are excluded from all means. See Runs."
+        )
     if waiting := [run for run in comparison.runs if run.status in ("unfinished", "missing")]:
-        lines.append(f"{len(waiting)} of {len(comparison.runs)} runs are not finished; they are in no mean.")
+        lines.append(f"{len(waiting)} of {len(comparison.runs)} runs are not finished and are excluded from all means.")
     if len(comparison.seeds) == 1:
-        lines.append("With one seed there is no spread and no interval: a difference may be the seed's.")
+        lines.append("With one seed there is no spread and no interval: a difference may be due to the seed.")
     if len({run.tokens for run in runs}) > 1:
         lines.append("The runs saw different numbers of tokens; see Cost before comparing.")
     if early := [run.run for run in runs if run.stopped_early is not None]:

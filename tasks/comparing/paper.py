@@ -1,7 +1,8 @@
-"""The paper's tables beside ours: which of them a comparison has something to say to, row by row.
+"""Selects the paper's tables that a comparison can be shown beside, row by row.
 
-Theirs are `paper_tables.yaml`, copied from the paper: other models, other data, other measures. Nothing is computed
-from them; they are shown for the order of the methods and the shape of a curve, never for a difference in numbers.
+The paper's tables are copied in `paper_tables.yaml`. They come from other models, data and measures, so nothing is
+computed from them; they show the order of the methods and the shape of a curve, and their numbers are not comparable
+with ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Means, spreads and paired differences over seeds, for a comparison of runs. Pure functions of numbers.
 
-Runs of one seed draw their blocks by the same generator, so that a difference between two methods is taken seed by
-seed: what a seed does to both cancels out. The interval is Student's t interval of the mean of these differences.
+Runs with the same seed draw their blocks with the same random generator, so differences between two methods are paired
+by seed, and the effect of the seed cancels out. The interval is Student's t interval of the mean of these differences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""pass@1 of programs that a model wrote: which program an answer makes, and how many of them pass their tests."""
+"""pass@1 of programs that a model wrote: extracts the program from an answer, and counts those that pass their
+tests."""
 
 from __future__ import annotations
 

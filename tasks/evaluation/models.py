@@ -1,6 +1,7 @@
-"""The models that a run's benchmarks are about: the student before, the distilled one, the teacher; and what runs them.
+"""The models that a run's benchmarks evaluate (the student before distillation, the distilled one, the teacher), and
+the engines that run them.
 
-Nothing of a model is loaded here before it is asked something.
+A model is loaded only when it is asked something.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def _model(
     if role == "teacher":
         if teacher.source == "server":
             raise UserError(
-                "teacher.source is 'server', so its weights are not here to be evaluated; set teacher.source: engine "
-                "and teacher.model to its folder, or take the others alone (--models before,student)"
+                "teacher.source is 'server', so its weights cannot be evaluated here; set teacher.source: engine "
+                "and teacher.model to its folder, or evaluate only the others (--models before,student)"
             )
         folder = local_folder(teacher.model, teacher.revision, "teacher.model")
         engine = teacher.model_copy(update={"model": folder, "revision": None})
@@ -134,8 +135,8 @@ def _final_student(root: str, run: str) -> Iterator[str]:
     folder = RunFolder(root, run)
     if folder.summary() is None:
         raise UserError(
-            f"run '{run}' has no final student yet ({folder.student_url}); finish it with `ddk train`, or take the "
-            f"others alone (--models before,teacher)"
+            f"run '{run}' has no final student yet ({folder.student_url}); finish it with `ddk train`, or evaluate "
+            f"only the others (--models before,teacher)"
         )
     if faults := folder.student_faults():
         raise UserError(f"{faults[0]}; run the same `ddk train` again, which saves the student from its checkpoint")

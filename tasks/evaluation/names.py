@@ -1,12 +1,12 @@
-"""Which benchmarks a run's models are put to: names, presets and options. Nothing here needs the evaluation harness.
+"""The benchmarks for a run's models: names, presets and options. Nothing here needs the evaluation harness.
 
 A benchmark is a task of lm-evaluation-harness by its name there (`arc_easy`, `mmlu`, …), `c3`, or one of
 
     completion            lines of code completed, in every domain of the run (`completion:java`: in one)
     humaneval, mbpp       with the harness's prompts; what models wrote is executed in `tasks.evaluation.sandbox` alone
 
-Behind an @ stands how many worked examples go before each question: `gsm8k@5`. Without, as many as the harness's own
-definition says.
+An @ sets the number of worked examples before each question: `gsm8k@5`. Without it, the harness's own definition sets
+the number.
 """
 
 from __future__ import annotations
@@ -117,14 +117,14 @@ def parse(text: str) -> Benchmark:
     # A domain's name may be a path; a task's is a name alone.
     match = re.fullmatch(rf"\s*([^\s@,/]+|{COMPLETION}:[^\s@,]+)(?:@(\d{{1,3}}))?\s*", text)
     if match is None:
-        raise UserError(f"--tasks takes names, each with @ and a number of examples where wanted, not '{text}'")
+        raise UserError(f"--tasks takes names, each optionally followed by @ and a number of examples, not '{text}'")
     return Benchmark(match[1], int(match[2]) if match[2] else None)
 
 
 def _preset(name: str, local: Collection[str], data: str | None) -> tuple[Benchmark, ...]:
     if name == LOCAL_PRESET:
         if not local:
-            where = f"in {data} there is no file that belongs to a task" if data else "it needs a folder (--data)"
+            where = f"{data} has no file that belongs to a task" if data else "it needs a folder (--data)"
             raise UserError(f"preset '{name}' takes what the data folder holds, and {where}; see docs/evaluating.md")
         return tuple(Benchmark(task) for task in local)
     if name not in PRESETS:
@@ -137,7 +137,7 @@ def _by_domain(benchmark: Benchmark, domains: Callable[[], Sequence[str]]) -> li
     if name != COMPLETION:
         return [benchmark]
     if benchmark.shots:
-        raise UserError(f"'{benchmark}': a completion is given no worked examples; leave @{benchmark.shots} out")
+        raise UserError(f"'{benchmark}': completion tasks take no worked examples; leave @{benchmark.shots} out")
     names = domains()
     below = [name for name in names if not separator or name == domain or name.startswith(f"{domain}/")]
     if not below:

@@ -8,8 +8,8 @@ Imports the harness; import this module within functions only, after `tasks.eval
   process: here the answers are kept, and executed in `tasks.evaluation.sandbox` where that is allowed.
 - `c3`, which the harness lacks, and `completion` are defined here.
 
-The requests of a benchmark (prompt, continuation or stop texts, answer) are built once and hashed; so what was asked is
-known before a model is loaded, and a later version of a data set is another benchmark.
+The requests of a benchmark (prompt, continuation or stop texts, answer) are built once and hashed. The hash is
+therefore known before a model is loaded, and a later version of a data set counts as another benchmark.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def build_measures(
         seed: of the choice of worked examples.
 
     Raises:
-        UserError: no such task, its questions are not to be had, or it cannot be run here.
+        UserError: there is no such task, its questions cannot be reached, or it cannot be run here.
     """
     return [
         _measure(benchmark, tasks, group, source, limit=limit, seed=seed)
@@ -327,10 +327,10 @@ def _reaching_hub(name: str, data_set: str, folder: DataFolder | None) -> Iterat
         cause = "HF_HUB_OFFLINE is set, and the cache has none" if _offline() else first_line(error)
         remedy = "fetch it where there is a network"
         if name in FORMATS:
-            where = f"into {folder.url}" if folder is not None else "into a folder of yours"
+            where = f"into {folder.url}" if folder is not None else "into a folder"
             remedy = f"put {name}.jsonl {where} (--data FOLDER; docs/evaluating.md says what is in it)"
         raise UserError(
-            f"task '{name}' takes its questions from the hub ({data_set}), and they cannot be had: {cause}; {remedy}, "
+            f"task '{name}' takes its questions from the hub ({data_set}), which cannot be reached: {cause}; {remedy}, "
             f"or leave the task out"
         ) from error
 
@@ -368,7 +368,7 @@ def _part(task: Any, benchmark: Benchmark, source: str, *, limit: int | None, se
     try:
         task.build_all_requests(limit=limit)
     except (AssertionError, ValueError) as error:
-        raise UserError(f"task '{benchmark}': its questions cannot be put together ({first_line(error)})") from error
+        raise UserError(f"task '{benchmark}': its questions cannot be assembled ({first_line(error)})") from error
     instances = task.instances
     return Part(
         name=str(task.task_name),

@@ -1,6 +1,6 @@
 """Runs Python programs that a model wrote, each in a process of its own that can do as little as possible.
 
-`run_programs` is for programs that nobody has read. What holds, on Linux 5.14 or newer, as root or not:
+`run_programs` runs programs that nobody has read. On Linux 5.14 or newer, as root or not, it guarantees:
 
 - no network: the process has a network of its own in which no interface is up;
 - no files: its root folder holds Python's standard library and shared libraries, read-only, and an empty writable
@@ -8,21 +8,22 @@
 - no environment, no other processes to see or to signal, no other programs to start, no privileges and no way to get
   them, and no system calls but those on a list (`tasks.evaluation.sandbox_filter`);
 - limits (`Limits`) of processor time, wall time, memory (in sum), file sizes and number of processes;
-- no say in the verdict: the tests of a `Program` run in a sandbox of their own, and the program's process holds
-  neither their text nor what they wait for (`tasks.evaluation.sandbox_talk`);
-- when its time is over, or whoever started it has died, everything that it started is killed by the kernel.
+- no influence on the verdict: the tests of a `Program` run in their own sandbox, and the program's process holds
+  neither their text nor the values that they expect (`tasks.evaluation.sandbox_talk`);
+- when its time is over, or the process that started it has died, the kernel kills everything that it started.
 
-What does not: the kernel is shared, so a program that exploits a fault of it is not held; Python's library and the
-shared libraries can be read; memory is looked at every 10 ms, so that for so long there may be more. A program that is
-a mere text has no tests: 'passed' says that it came to its end, and that is its own word.
+It does not guarantee more: the kernel is shared, so a program that exploits a kernel bug is not contained; Python's
+library and the shared libraries can be read; and memory is checked every 10 ms, so the limit may be exceeded for that
+long. If a program is given without tests, 'passed' only means that it reached its end, by its own report.
 
-Where the kernel does not give namespaces (some containers, Ubuntu's AppArmor), `check_isolation` says so and nothing
-is run, unless the caller asks for `isolated=False`: then only the empty environment, the folder, the limits by process,
-the list of system calls where the kernel has it, the tests' own process and the killing of the process group remain,
-and a program can read, write and send what the user can. See `tasks.evaluation.sandbox_child` for how it is done.
+If the kernel does not allow namespaces (some containers, Ubuntu's AppArmor), `check_isolation` says so and nothing is
+run, unless the caller asks for `isolated=False`. Then only the empty environment, the folder, the limits by process,
+the list of system calls (if the kernel supports it), the tests' own process and the killing of the process group
+remain, and a program can read, write and send what the user can. `tasks.evaluation.sandbox_child` describes the
+implementation.
 
-bubblewrap does the same with namespaces and mounts, by the same means of the kernel: where it refuses them to one, it
-does to the other. It leaves limits, list of system calls and verdict to its caller, and is not on every machine.
+bubblewrap uses the same namespaces and mounts of the kernel, so it fails where this fails. It leaves limits, the list
+of system calls and the verdict to its caller, and is not installed on every machine.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def run_programs(
     """Run the programs, as many at a time as there are processors, and say of each how it ended.
 
     Raises:
-        UserError: the isolation cannot be had; nothing was run.
+        UserError: isolation is not possible; nothing was run.
     """
     if isolated and programs:
         check_isolation()
@@ -118,7 +119,7 @@ def check_isolation() -> None:
             f"the code that models wrote cannot be isolated on this machine ({outcome.reason}), so none was run; allow "
             f"user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces above 0, "
             f"kernel.apparmor_restrict_unprivileged_userns=0; in a container --security-opt seccomp=unconfined), or "
-            f"run it without isolation where nothing can be lost (--allow-code-unisolated)"
+            f"run it without isolation on a machine that holds nothing of value (--allow-code-unisolated)"
         )
 
 

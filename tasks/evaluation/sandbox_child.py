@@ -154,7 +154,7 @@ def _set_attributes(target: str, attributes: int, flags: int) -> None:
 
 
 def drop_privileges(user: int) -> None:
-    """No capabilities, none to be had, and as root somebody else's name: root is exempt from the limit of processes."""
+    """Drop all capabilities for good and, as root, change to another user, as root is exempt from the process limit."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
             break  # the last one that this kernel knows

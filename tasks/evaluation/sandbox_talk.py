@@ -1,10 +1,10 @@
-"""How a program that nobody has read and its tests talk: two processes, each in a sandbox of its own.
+"""Communication between an untrusted program and its tests: two processes, each in its own sandbox.
 
-The tests run in the one (`judge`), the program in the other (`serve`). What the tests take from the program are values:
-plain ones (numbers, texts, lists, …) are copied and are then Python's own in the tests' process, so that a value
-cannot say of itself that it is equal to what is wanted; any other object stays where it is, and the tests hold a
-`Remote`, equal to nothing but itself. The tests' text and the verdict are never in the program's process. So nothing
-that a program does to its own interpreter changes what the tests see, but for the values that it hands out.
+The tests run in one process (`judge`), the program in the other (`serve`). The tests get only values from the program.
+Plain values (numbers, texts, lists, …) are copied and become ordinary Python objects in the tests' process, so that a
+value cannot claim to equal the expected one. Any other object stays in the program's process, and the tests hold a
+`Remote`, which is equal only to itself. The tests' text and the verdict are never in the program's process. Whatever a
+program does to its own interpreter, it can influence the tests only by the values that it returns.
 
 A message is its length (4 bytes) and JSON. Only the standard library is used, and nothing of the project.
 """
@@ -200,7 +200,7 @@ def judge(channel: int, tests: str, setup: str, entries: Sequence[str]) -> str |
         entries: names that are the program's in the tests, whatever they mean elsewhere.
 
     Returns:
-        None where the tests came to their end, else the name of what ended them.
+        None if the tests came to their end, else the name of the exception that ended them.
     """
     link = _Link(channel)
     try:

@@ -1,9 +1,9 @@
-"""The harness's own `vllm`, with an engine of ours in the place of vLLM's `LLM`.
+"""The harness's own `vllm`, with DDK's engine in place of vLLM's `LLM`.
 
-The harness would start its engine within its constructor: without what the engine needs on a CPU, without noticing that
-one of its processes was killed, and so that they outlive this process when it is killed
-(`tasks.teachers.vllm_engine` has all that). So the constructor is handed an engine that runs already. All else is the
-harness's.
+The harness would start its engine within its constructor: without the settings that the engine needs on a CPU, without
+noticing if one of its processes is killed, and without ending these processes when this one is killed.
+`tasks.teachers.vllm_engine` does all this, so the constructor is given an engine that is already running. The rest is
+the harness's code.
 
 Imports the harness and vLLM; import this module within functions only.
 """

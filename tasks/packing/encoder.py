@@ -1,11 +1,12 @@
-"""From texts to token ids, so that a text cannot pass for what steers a model.
+"""Encodes texts as token ids, so that plain text is not mistaken for control tokens.
 
-Text is text: where it spells a control token (`<s>` is HTML's strike-through, and manuals write `<|endoftext|>`), its
-letters are encoded. Where a domain's texts are chats to which a template has been applied, they are meant as tokens.
+If a text spells a control token (`<s>` is HTML's strike-through, and manuals write `<|endoftext|>`), it is encoded as
+ordinary text. In a domain whose texts are chats with an applied template (`special_tokens: control`), it becomes the
+token.
 
-Control tokens are those that the tokenizer calls special, and further added ones that are written like them
-(`<|im_start|>`, `<think>`, `[INST]`) and that its vocabulary does not hold, which many tokenizers do not call so. Other
-added tokens are vocabulary as any other: runs of spaces, the tags that Gemma reads in HTML.
+Control tokens are those that the tokenizer calls special, and other added tokens that are written like them
+(`<|im_start|>`, `<think>`, `[INST]`) and are not in its base vocabulary; many tokenizers do not call these special. All
+other added tokens are ordinary vocabulary: runs of spaces, the tags that Gemma reads in HTML.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class TextEncoder:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # all that the library raises
             raise UserError(
-                f"the tokenizer cannot encode a text of the corpus ({error}); is the model's folder whole?"
+                f"the tokenizer cannot encode a text of the corpus ({error}); is the model's folder complete?"
             ) from error
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
@@ -106,8 +107,8 @@ class TextEncoder:
             start, end = spans[0]
             raise UserError(
                 f"a text spells the control token {whole.tokens[held[0]]!r} (in {text[max(0, start - 20) : end + 20]!r}"
-                f"), and the tokenizer cannot encode that as text; take it out of the corpus, or set the domain's "
-                f"special_tokens: control where the token itself is meant"
+                f"), and the tokenizer cannot encode that as text; remove it from the corpus, or set the domain's "
+                f"special_tokens: control if the token itself is meant"
             )
         return ids
 

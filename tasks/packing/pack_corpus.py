@@ -1,11 +1,11 @@
 """Stage 1: a domain's documents become token blocks.
 
-A split is one stream, cut into blocks and written a shard at a time. With every shard goes the place in the corpus
-where the next one begins, so that packing which was killed goes on there.
+A split is one stream, cut into blocks and written a shard at a time. Every shard's record holds the place in the corpus
+where the next shard begins, so that killed packing resumes there.
 
-Of a domain with a `prompt_field`, or where documents begin with BOS, it is stored too which tokens carry loss (array
-`loss`), and each shard's record counts the positions that do. The teacher is captured at all positions all the same:
-what counts is said by the blocks alone, to whoever trains or measures on them.
+If a domain has a `prompt_field`, or documents begin with BOS, the store also holds which tokens carry loss (array
+`loss`), and each shard's record counts the positions with loss. The teacher is still captured at all positions;
+training and measuring take the positions that count from the blocks only.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _blocks(
 
 def _say_spelled(domain: str, token: str) -> None:
     logger.info(
-        "pack %s: texts spell the control token %s, and it stays text; where the token itself is meant, as in chats, "
+        "pack %s: texts spell the control token %s, and it stays text; if the token itself is meant, as in chats, "
         "set the domain's special_tokens: control",
         *(domain, token),
     )
@@ -146,7 +146,7 @@ def _refuse_empty(store: StorePlan, split: Split) -> None:
         else "give it more validation text (domains.*.validation or validation_fraction), or lower packing.seq_len"
     )
     if store.path is not None and "/" in store.path:
-        remedy += f", or set path_depth: {depth(store.path) - 1}, so that it joins its neighbours"
+        remedy += f", or set path_depth: {depth(store.path) - 1}, so that it is merged with its neighbours"
     raise UserError(
         f"domain '{store.domain}' has fewer {split} tokens than one block of {store.blocks_dims['seq_len'] + 1} "
         f"(in {names}); {remedy}"
@@ -158,8 +158,8 @@ def _refuse_beyond_rows(store: StorePlan, split: Split, batch: Sequence[PackedBl
     largest = max(int(block.tokens.max()) for block in batch)
     if largest >= (rows := store.blocks_dims["vocab_size"]):
         raise UserError(
-            f"domain '{store.domain}': a {split} text becomes token {largest}, and the teacher predicts {rows} tokens, "
-            f"not this one; take its text out of the corpus, or choose a teacher that has it"
+            f"domain '{store.domain}': a {split} text becomes token {largest}, and the teacher predicts {rows} "
+            f"tokens, not this one; remove the text from the corpus, or choose a teacher that has this token"
         )
 
 

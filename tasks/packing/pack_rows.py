@@ -1,4 +1,4 @@
-"""Stage 1 for a domain whose files hold a teacher's predictions already: its rows become token blocks.
+"""Stage 1 for a domain whose files already hold a teacher's predictions: its rows become token blocks.
 
 Each row is cut into blocks of L + 1 tokens that overlap by one, so that every prediction has its targets and no block
 crosses rows; what is left at a row's end is shorter than a block and is dropped:

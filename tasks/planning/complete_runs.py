@@ -1,9 +1,9 @@
-"""Whether a run is complete, told in a second: no model is looked into, and no tokenizer is loaded.
+"""Tells within a second whether a run is complete, without reading a model or loading a tokenizer.
 
-What a plan is made of are files and versions. When a run has been completed, a digest of them all is remembered beside
-the fingerprints of its stores (`<root>/complete.json`). As long as the digest is the same, a plan would come to the
-same stores, so that only these and the run itself need be looked at. Where anything differs, or the memory is lost, the
-whole plan is made. The memory is never the reason for a stage to be run or for a number to be used.
+A plan depends on files and versions. When a run is completed, a digest of all of them is stored in
+`<root>/complete.json`, together with the fingerprints of the run's stores. As long as the digest is the same, planning
+would give the same stores, so only these and the run itself are checked. If anything differs, or the file is lost, the
+whole plan is made. No stage is ever run, and no number used, because of this file.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RunSources:
     """The whole configuration as plain data."""
 
     def digest(self) -> str | None:
-        """Of everything that a plan depends on; None where that cannot be told from files alone: a teacher behind a
+        """Digest of everything that a plan depends on; None if files alone do not determine it: a teacher behind a
         server, a model on the hub that is not pinned to a commit, a run that another one's result goes into, files
         that are not there.
         """
@@ -96,7 +96,7 @@ class RunSources:
 
 
 def find_complete(sources: RunSources) -> CompleteRun | None:
-    """The run, where it is complete and all that it was made of is as it was; else None, whatever the reason."""
+    """The run, if it is complete and none of its inputs has changed; otherwise None."""
     if not uri.exists(uri.join(sources.root, MEMORY)):
         return None
     try:

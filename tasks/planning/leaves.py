@@ -1,8 +1,8 @@
-"""The leaves of a domain: what of its files each of its stores is made of.
+"""The leaves of a domain, and the inputs of each leaf's stores.
 
-A domain without a `path_field` is its own only leaf, and is described by its files. One with a `path_field` falls into
-as many as its records have paths; each is described by a digest of its own documents (`storage.corpus.leaves`), so that
-a change of one leaf's records leaves the others' stores as they are.
+A domain without a `path_field` has one leaf, itself, which is identified by the domain's files. A domain with a
+`path_field` has one leaf per path in its records; each is identified by a digest of its own documents
+(`storage.corpus.leaves`), so that a change in one leaf's records does not affect the stores of the others.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def domain_leaves(domain: str, corpus: DomainConfig, digests: DigestCache, index
     both = {file.url for file in train} & {file.url for file in validation}
     if both and not held_out:
         raise UserError(
-            f"domain '{domain}' reads {sorted(both)[0]} for training and for validation; take it out of one"
+            f"domain '{domain}' reads {sorted(both)[0]} for training and for validation; remove it from one of them"
         )
     if corpus.path_field is None:
         described = {**_settings(corpus), "train": _files(train, digests), "validation": _files(validation, digests)}
@@ -144,10 +144,14 @@ def _missing(domain: str, paths: Sequence[str], split: Split) -> str:
     named = ", ".join(f"'{path}'" for path in paths[:_SHOWN])
     named += f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     deepest = max(map(depth, paths))
-    coarser = f", set domains.{domain}.path_depth: {deepest - 1} so that it joins its neighbours" if deepest > 1 else ""
+    coarser = (
+        f", set domains.{domain}.path_depth: {deepest - 1} so that it is merged with its neighbours"
+        if deepest > 1
+        else ""
+    )
     return (
         f"domain '{domain}' has no {split} records of the path {named}, and a leaf is trained and measured on its own; "
-        f"add some{coarser}, or take that path's records out"
+        f"add some{coarser}, or remove that path's records"
     )
 
 

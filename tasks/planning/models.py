@@ -1,4 +1,4 @@
-"""Models as folders of files: where they lie, and what of them goes into a fingerprint."""
+"""Models as folders of files: finds the folders, and computes what goes into a fingerprint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def local_folder(model: str, revision: str | None, field: str, *, weights: bool 
         return str(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         first = first_line(error)
-        raise UserError(f"{field} is '{model}': no such folder, and not to be had from the hub ({first})") from error
+        raise UserError(
+            f"{field} is '{model}': no such folder, and it cannot be fetched from the hub ({first})"
+        ) from error
 
 
 def weight_digests(folder: str, digests: DigestCache, field: str) -> dict[str, str]:
@@ -126,8 +128,8 @@ def check_same_tokenizer(
         remedy = "choose models that share one"
         if not set(differing) - (set(tokenizers[0].get_added_vocab()) - student.keys()):
             remedy += (
-                ", or take the tokenizer's files out of the student's folder where it is to learn the teacher's "
-                "further tokens (the teacher's tokenizer is used then)"
+                ", or remove the tokenizer's files from the student's folder if the student should learn the "
+                "teacher's additional tokens (the teacher's tokenizer is then used)"
             )
         raise UserError(
             f"teacher and student have different tokenizers ({len(differing)} tokens differ, e.g. {token!r}: "

@@ -1,8 +1,7 @@
-"""Whether a student can be trained on what the teacher will have said: looked into before anything is captured.
+"""Checks whether the student can be trained on the teacher's predictions, before anything is captured.
 
-Everything here is read from headers, configs and tokenizers, but for one look at every weight of the student (is it a
-number?), which takes as long as the disk needs. The teacher's part is in `tasks.planning.store_plan`, which every stage
-goes through.
+The checks read only headers, configs and tokenizers, with one exception: every weight of the student is read once to
+check that it is a finite number. The checks of the teacher are in `tasks.planning.store_plan`, which every stage uses.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def _checked(config: StudentConfig, plan: Plan) -> StudentFacts:
     attention = attention_of(described, trust_remote_code=config.trust_remote_code)
     if attention is not None:
         logger.info(
-            "student: attention is '%s', for the fast form leaves out a part of what a %s model computes",
+            "student: attention is '%s', because the fast implementation omits a part of what a %s model computes",
             attention,
             described.model_type,
         )
@@ -145,8 +144,8 @@ def _check_positions(config: StudentConfig, described: Any, seq_len: int) -> Non
     longest = longest_input(described.get_text_config())
     if longest is not None and seq_len > longest:
         raise UserError(
-            f"packing.seq_len is {seq_len}, and {FIELD} '{config.model}' takes {longest} positions; lower it, or take "
-            f"a student with more"
+            f"packing.seq_len is {seq_len}, and {FIELD} '{config.model}' takes {longest} positions; lower it, or "
+            f"choose a student with more"
         )
 
 
@@ -174,7 +173,7 @@ def _check_tokens(plan: Plan, vocab_size: int) -> None:
                 if tokens.max() >= vocab_size:
                     raise UserError(
                         f"domain '{domain}': a {split} block holds token {int(tokens.max())}, and {FIELD} predicts "
-                        f"{vocab_size} tokens; take texts with that token out, or a student that has it"
+                        f"{vocab_size} tokens; remove texts with that token, or choose a student that has it"
                     )
 
 
@@ -233,7 +232,7 @@ def _check_saving(config: StudentConfig, model: Any, plan: Plan) -> None:
             raise
         except Exception as error:  # whatever a model's own code raises
             raise UserError(
-                f"{FIELD} '{config.model}' could be trained and not be saved: {type(error).__name__}: "
+                f"{FIELD} '{config.model}' could be trained but not saved: {type(error).__name__}: "
                 f"{first_line(error)}; it must be a model that save_pretrained writes"
             ) from error
 

@@ -1,8 +1,9 @@
-"""Where each domain's stores lie: from the configuration to fingerprints, without computing any store.
+"""Derives the URLs of each domain's stores (their fingerprints) from the configuration, without computing any store.
 
-Each domain has fingerprints of its own, so that a change to one domain's corpus leaves the others' stores as they are.
-A domain whose records have paths falls into its leaves here (`tasks.planning.leaves`); from here on each is a domain.
-Every stage plans afresh and meets the stage before it at the same URL; they exchange nothing else.
+Each domain has its own fingerprints, so that a change to one domain's corpus does not affect the stores of the others.
+A domain whose records have paths is split into its leaves here (`tasks.planning.leaves`); from here on, each leaf is a
+domain. Every stage makes its own plan and finds the results of the previous stage at the same URL; stages exchange
+nothing else.
 """
 
 from __future__ import annotations

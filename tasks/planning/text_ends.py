@@ -1,8 +1,9 @@
-"""What a document begins and ends with in the blocks: BOS as the teacher reads it, EOS as the student is to write it.
+"""Decides which tokens documents begin and end with in the blocks: the teacher's BOS and the student's EOS.
 
-The teacher's predictions are meaningful on sequences as it was trained on, so BOS is its tokenizer's. A student stops
-at the token that it saw at documents' ends, so EOS is the one at which the student's own files say that it stops: a
-chat teacher's, `<|im_end|>`, may be another. Students with the same EOS share blocks and targets.
+The teacher's predictions are meaningful only on sequences like those of its training, so BOS is taken from its
+tokenizer. A student stops at the token that it saw at the ends of documents, so EOS is the token at which the student's
+own files say that it stops; that of a chat teacher, `<|im_end|>`, may be another. Students with the same EOS share
+blocks and targets.
 """
 
 from __future__ import annotations
@@ -74,11 +75,13 @@ def text_ends(packing: PackingConfig, teacher: Any, student: StudentConfig | Non
     warning, end = "", f"documents end with {_shown(teacher, [eos_id])}"
     if stops and eos_id not in stops:
         warning = (
-            f"{end}, and by its generation_config.json the student stops at {_shown(teacher, stops)}: it will write on "
-            f"behind a document; correct that file, or name packing.eos"
+            f"{end}, and by its generation_config.json the student stops at {_shown(teacher, stops)}: it would "
+            f"continue after the end of a document; correct that file, or set packing.eos"
         )
     elif absent is not None:
-        warning = f"{end}, the teacher's end of text, which need not be the student's ({absent}), or name packing.eos"
+        warning = (
+            f"{end}, the teacher's end of text, which may differ from the student's ({absent}), or set packing.eos"
+        )
     return TextEnds(bos_ids=bos_ids, eos_id=eos_id, said=" and ".join(said), warning=warning)
 
 

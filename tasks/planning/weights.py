@@ -1,7 +1,7 @@
-"""A model's weight files, looked into before anything is loaded: are they whole, and are they numbers?
+"""Checks a model's weight files before anything is loaded: are they complete, and are all weights finite numbers?
 
-A safetensors file begins with its header, which says of every tensor where it lies; so that a file was cut short, or
-that a tensor is in no file, shows without reading the weights. Only `check_numbers` reads them.
+A safetensors file begins with a header that gives the position of every tensor. A truncated file or a missing tensor is
+therefore found without reading the weights. Only `check_numbers` reads them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TensorHeader(BaseModel):
 
 
 def check_weights(folder: str, field: str) -> dict[str, TensorHeader]:
-    """That every weight file is there and whole.
+    """Check that every weight file exists and is complete.
 
     Args:
         folder: of the model, a local one.

@@ -41,7 +41,7 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
     """README.md of the student's Hugging Face folder: YAML front matter, then Markdown.
 
     Raises:
-        ValueError: as `report_data.domains_of`.
+        ValueError: as `tasks.reporting.records.domains_of`.
     """
     gaps, leaves = tree_table(records), set(domains_of(records))
     rolled_up = " A domain in italics is rolled up from its leaves, which follow it." if len(gaps) > len(leaves) else ""

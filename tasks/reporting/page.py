@@ -1,4 +1,4 @@
-"""A run on one page: HTML that needs nothing but itself, and the same tables for a terminal.
+"""A run on one self-contained HTML page, and the same tables for a terminal.
 
 The page holds its plots as data URIs, runs no script and loads nothing, so that it can be mailed, put on S3 or
 opened years later. The template is `templates/report.html.j2`; every value that it shows is escaped by jinja2.
@@ -35,7 +35,7 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
         evaluation: sections with the benchmarks' scores.
 
     Raises:
-        ValueError: as `report_data.domains_of`.
+        ValueError: as `tasks.reporting.records.domains_of`.
     """
     rows, table, shown, few = render_rows(records), tree_table(records), overview(records), weakest(records)
     leaves = domains_of(records)

@@ -1,4 +1,4 @@
-"""The two curves of a run, as in the paper's Figure 3: the gap, and the mixture that answers it, against tokens seen.
+"""The two plots of a run, as in the paper's Figure 3: the gap and the mixture against tokens seen.
 
 Drawn with matplotlib's objects alone (no pyplot), so that nothing global changes and a flow may draw in any
 thread. A domain has the same colour, line and marker in both plots. Equal records give equal bytes.

@@ -1,4 +1,4 @@
-"""What a report says of a run: the values it is given, and the flat rows that every form of it shows.
+"""The data of a run's report: its input values, and the flat rows that every form of the report shows.
 
 The page, the plots, the model card, the CSV and Prefect's tables are all made from the two values below, so that
 they cannot disagree. Nothing here reads a store or a clock.

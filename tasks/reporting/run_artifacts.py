@@ -1,4 +1,4 @@
-"""What Prefect's UI shows of a run and of its stores; how it gets there stands in `tasks.showing.artifacts`.
+"""The artifacts of a run and its stores in Prefect's UI; `tasks.showing.artifacts` describes how they get there.
 
     ddk-<run>-gap        table: the gap and the mixture after each measurement, a version each
     ddk-<run>-report     page: before and after, both plots, where everything lies; replaced at each measurement

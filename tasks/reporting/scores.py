@@ -1,4 +1,4 @@
-"""What the benchmarks said, beside the perplexities: rows, a CSV, a page, and a section for a run's main report.
+"""Benchmark results beside the perplexities: rows, a CSV, a page, and a section for a run's main report.
 
     report_evaluation(root, run)      writes <run>/report/evaluation.html and evaluation.csv
     evaluation_section(root, run)     the page's tables as HTML for another page; None where nothing was evaluated

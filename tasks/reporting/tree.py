@@ -1,8 +1,8 @@
-"""What a report says above the leaves, where domains have paths (`math/algebra/linear`).
+"""Aggregates a report's records above the leaves, for domains with paths (`math/algebra/linear`).
 
-A record that is rolled up to a level is a record of coarser domains, so that every table and plot takes it as it is:
-perplexities by the validation positions of the leaves (`ddk.domain_tree`), probabilities and blocks as sums. Where no
-domain has a path, everything here gives what the leaves give.
+A record that is aggregated to a level is a record of coarser domains, so every table and plot can use it directly.
+Perplexities are weighted by the validation positions of the leaves (`ddk.domain_tree`); probabilities and blocks are
+sums. If no domain has a path, all results equal those of the leaves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The report of a run as files below one folder.
 
-It may be written again as a run goes on: each file is replaced whole. What Prefect's UI shows of the same run stands
-in `tasks.reporting.run_artifacts`.
+It may be written again while a run continues; each file is replaced as a whole. `tasks.reporting.run_artifacts` has the
+artifacts of the same run in Prefect's UI.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_report(
         listing: where it is kept what was written.
 
     Raises:
-        ValueError: as `report_data.domains_of`; nothing is written then.
+        ValueError: as `tasks.reporting.records.domains_of`; nothing is written then.
         OSError: the folder cannot be written to.
     """
     rows, above, shown = render_rows(records), rollup_rows(records), overview(records)

@@ -1,9 +1,9 @@
 """Ends processes that would outlive this one.
 
-vLLM's processes and torchrun's outlive a front end that is killed with -9, and hold the GPU's memory against the next
-one. What we have started is told by a mark in its environment, which every process hands down to those that it starts
-itself, whatever session they are in, from their first moment. A small process of its own, the watcher, waits at the
-end of a pipe that only we hold open: when it closes without a word, we are gone, and it kills whatever bears the mark.
+The processes of vLLM and torchrun outlive a front end that is killed with -9, and keep the GPU's memory from the next
+one. Processes that we have started carry a mark in their environment, which they pass on to every process that they
+start, in any session. A small separate process, the watcher, waits at the end of a pipe that only we hold open. If the
+pipe closes without a message, we have died, and the watcher kills every process with the mark.
 
     descendants = Descendants()
     try:
@@ -41,9 +41,9 @@ _SECONDS_TO_KILL = 60.0
 
 
 class Descendants:
-    """Whatever is started with `environment`, by us or by one of them: it ends at `close`, or with us.
+    """All processes that are started with `environment`, and their children: they end at `close`, or with this process.
 
-    Costs a small process until it is closed.
+    Uses one small process until it is closed.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Whoever speaks to this very machine speaks to it directly, whatever proxy the environment names for the world
-outside: to Prefect's server of a run's own, a teacher's server on localhost, an S3 server beside it."""
+"""Requests to this machine bypass any proxy that the environment names for outside addresses: requests to a run's own
+Prefect server, to a teacher's server on localhost, or to a local S3 server."""
 
 from __future__ import annotations
 

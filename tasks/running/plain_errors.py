@@ -1,7 +1,7 @@
-"""Which failures a person can put right, and that these are one line: on the terminal, and in the log of a run, where
-Prefect would show a traceback for each task and flow that they pass through.
+"""Decides which errors a user can fix. These are shown in one line, on the terminal and in the log of a run, where
+Prefect would otherwise show a traceback for each task and flow that they pass through.
 
-What failed for another reason keeps its traceback. No secret is left in either.
+All other errors keep their traceback. Secrets are removed from both.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _of_prefect(error: BaseException) -> UserError | None:
     said = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and said.startswith("Failed to reach API at"):
         return UserError(
-            f"the Prefect server does not answer any more ({said}); start it and run the same command again, it "
-            f"goes on where it stopped, or unset PREFECT_API_URL"
+            f"the Prefect server does not answer any more ({said}); start it and run the same command again to "
+            f"resume, or unset PREFECT_API_URL"
         )
     return None
 

@@ -1,7 +1,7 @@
-"""Which failures a task tries again after, by itself: those of storage that may pass.
+"""Decides after which failures a task is retried automatically: those of the storage that may be temporary.
 
-Storage asks again a few times within seconds (`storage.files.s3`); this bridges minutes. A wrong configuration, a
-damaged store or a broken engine is no better the second time, and fails at once.
+The storage layer retries requests for seconds to minutes (`storage.files.s3`); this module bridges longer outages. A
+wrong configuration, a damaged store or a broken engine fails at once, because a retry would not help.
 
     @task(..., **RETRIES)
 """
@@ -24,7 +24,7 @@ def passes(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
         state.result(raise_on_failure=True)
     except Exception as error:
         if transient := is_transient(error):
-            logger.warning("%s: %s; it is tried again", run.name, " ".join(str(error).split()))
+            logger.warning("%s: %s; retrying", run.name, " ".join(str(error).split()))
         return transient
     return False
 

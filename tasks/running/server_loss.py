@@ -1,11 +1,10 @@
-"""What becomes of a command whose Prefect server dies while it runs: its work goes on.
+"""Lets a command finish its work if its Prefect server dies while it runs.
 
-A server is asked for something when a flow begins and when it ends; what happens in between needs none. So when one is
-lost, the flow under way does its work, and fails at its end to say so. Since every stage skips what is complete, the
-command then runs once more, with a server of its own for the rest of its time: that finishes it, in seconds where it
-was all but done.
+A flow needs the server only when it begins and when it ends. If the server is lost in between, the flow does its work,
+and fails only when it reports its end. Since every stage skips complete work, the command then runs once more with its
+own server, which takes only seconds if the work was nearly finished.
 
-A server that this process starts ends with it, however it ends (`tasks.running.descendants`).
+A server that this process starts always ends with it, even if it is killed (`tasks.running.descendants`).
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ class _Watch:
 
 
 def going_on_without_its_server(call: Callable[[], _T]) -> _T:
-    """What the call gives: a flow, that may be run again and goes on where it stopped.
+    """The result of the call: a flow that can be run again and resumes where it stopped.
 
     Raises:
-        LostPartError: a server of our own dies again and again.
+        LostPartError: the Prefect servers that this process starts die repeatedly.
     """
     _watch_requests()
     _Watch.answered, _Watch.lost = False, None
@@ -71,8 +70,8 @@ def going_on_without_its_server(call: Callable[[], _T]) -> _T:
         if done:
             return found  # type: ignore[return-value]
     raise LostPartError(
-        "Prefect's server ended again and again, also one that was started for this command alone; see `dmesg` whether "
-        "the machine is out of memory, then run the same command again: it goes on where it stopped"
+        "Prefect's server ended repeatedly, and so did the one that was started for this command; check with `dmesg` "
+        "whether the machine ran out of memory, then run the same command again to resume"
     )
 
 

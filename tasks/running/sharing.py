@@ -1,4 +1,4 @@
-"""Several processes at one store: they share the shards of a capture, and wait for each other elsewhere."""
+"""Several processes on one store: in a capture they share the shards; in other stages they wait for each other."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def alone(url: str, what: str) -> Iterator[None]:
         what: for the log, e.g. 'pack math'.
     """
     with Claims(url) as claims:
-        claims.wait_for("all", lambda: logger.info("%s: another process is at it; waiting for its end", what))
+        claims.wait_for("all", lambda: logger.info("%s: another process is doing this; waiting for it to finish", what))
         yield
 
 
 class ShardQueue:
-    """The missing shards of a store, for this process to capture as long as nobody else does.
+    """The missing shards of a store that no other process is capturing, for this process to capture.
 
-    Each process begins at a place of its own and goes round, so that several seldom reach for the same shard; who has
-    done with its own part helps with the others'. A shard that its owner leaves behind is taken over.
+    Each process begins at its own place and goes round, so that two processes seldom want the same shard. A process
+    that has finished its own part helps with the others. A shard that its owner abandons is taken over.
 
     Args:
         shards: how many there are of each split.

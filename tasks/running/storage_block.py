@@ -3,9 +3,10 @@
     Secret(value='{"key": "…", "secret": "…", "endpoint_url": "…"}').save("my-s3")     # once, by whoever knows them
     storage_block: my-s3                                                               # in the configuration
 
-A `Secret` block holds s3fs's options as a JSON object, written as text: of a text Prefect shows asterisks, of a Python
-dict (`Secret(value={…})`) every value in clear, and likewise the `settings` of a `RemoteFileSystem` block. Both are
-taken, with a warning in the log. The configuration, and so the run's folder, holds the block's name and nothing else.
+A `Secret` block holds s3fs's options as a JSON object, written as text. Prefect hides a text behind asterisks, but
+shows every value of a Python dict (`Secret(value={…})`) and of the `settings` of a `RemoteFileSystem` block in plain
+text. Both are accepted, with a warning in the log. The configuration, and thus the run's folder, holds only the block's
+name.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def use_storage_block(name: str | None) -> None:
     block = _load(name)
     protocol, options = _options(block, name)
     if not (isinstance(block, Secret) and isinstance(block.value.get_secret_value(), str)):
-        logger.warning("Prefect shows the content of the block '%s' in clear; make it a Secret of JSON text", name)
+        logger.warning("Prefect shows the content of the block '%s' in plain text; make it a Secret of JSON text", name)
     try:
         settings.use_options(protocol, options)
     except StoreError as error:
@@ -50,7 +51,7 @@ def use_storage_block(name: str | None) -> None:
 def _load(name: str) -> Block:
     kind, _, rest = name.rpartition("/")
     if kind and kind not in _KINDS:
-        raise UserError(f"storage_block: '{name}' is of no known kind; it may be {' or '.join(_KINDS)}")
+        raise UserError(f"storage_block: '{name}' has an unsupported type; it may be {' or '.join(_KINDS)}")
     for candidate in [kind] if kind else _KINDS:
         try:
             return _KINDS[candidate].load(rest)  # type: ignore[return-value]

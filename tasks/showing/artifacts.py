@@ -1,14 +1,14 @@
-"""Artifacts: what people see of a run in Prefect's UI, besides its logs.
+"""Artifacts: what Prefect's UI shows of a run besides its logs.
 
     with Board("ddk-small-report", "markdown") as board:
         board.show(page, "step 6: …")                         replaces what hung there
     add_version("ddk-small-gap", "table", rows, "step 6: …")  one more; the UI keeps them all
 
-A flow run's page lists the artifacts of that flow run alone, so a board hangs in every flow run that called this one
-too: whoever looks at `distill` sees what its `train-student` shows.
+A flow run's page lists only the artifacts of that flow run, so a board is also added to every parent flow run: the page
+of `distill` shows the artifacts of its `train-student`.
 
-Showing never stops the work. Outside of a run nothing is shown; a server is asked once and for a few seconds; what it
-refuses is a warning. So a board may miss an update, and the stored data never depend on one.
+Artifacts never stop the work. Outside of a run, nothing is shown. The server is called once, for a few seconds at most,
+and a refusal only causes a warning. A board may therefore miss an update, and the stored data never depend on one.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ _refused: set[str] = set()
 
 @contextmanager
 def showing(what: str) -> Iterator[None]:
-    """Whatever goes wrong in here becomes a warning; a server that refuses every connection is one warning for each
-    thing that it cannot show."""
+    """Any error in this context becomes a warning; if a server refuses every connection, there is one warning for
+    each artifact."""
     try:
         yield
         _refused.discard(what)
@@ -127,7 +127,7 @@ class Board:
         return self.change(lambda _: data, description)
 
     def change(self, change: Callable[[Any], Any], description: str) -> bool:
-        """Replace what hangs there by `change(of it)`; `change(None)` where nothing does."""
+        """Replace the present content by `change(content)`; by `change(None)` if there is none."""
         here = self._here
         if here is None:
             return False

@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
 
 
 def gap_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Of a row of `report_data.gap_table`: the teacher's perplexity, the student's before and after, both ratios."""
+    """Cells of a row of `tasks.reporting.records.gap_table`: teacher's and student's perplexities, and both ratios."""
     perplexities = (ppl(row[name]) for name in ("teacher_ppl", "student_ppl_before", "student_ppl_after"))
     return (*perplexities, ratio(row["ratio_before"]), ratio(row["ratio_after"]))
 

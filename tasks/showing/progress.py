@@ -1,8 +1,7 @@
-"""What a person sees while something long runs: a bar in a terminal, now and then a line elsewhere, and in Prefect's UI
-a progress artifact.
+"""Progress of long work: a bar in a terminal, an occasional line elsewhere, and a progress artifact in Prefect's UI.
 
 Logs of flows and files never hold bars. Lines go to the logger `ddk`, which the command line prints and Prefect
-keeps with the run. Wherever it is shown it says the same: what is done, how fast, and the time left.
+keeps with the run. All forms show the same: the work done, its speed, and the time left.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ LONGEST_PAUSE = 600.0
 
 class Meter(Protocol):
     def advance(self, amount: float, note: str = "") -> None:
-        """So much more is done; `note` says something of it."""
+        """Report that `amount` more is done; `note` is shown beside it."""
         ...
 
 
@@ -42,7 +41,7 @@ class Meter(Protocol):
 def meter(
     label: str, total: float, unit: str, *, done: float = 0.0, positions: int = 0, artifact: str | None = None
 ) -> Iterator[Meter]:
-    """Shows how far something is.
+    """Shows the progress of some work.
 
     Args:
         label: e.g. 'capture math'.

@@ -37,51 +37,54 @@ class Teacher(Protocol):
 
 
 class TeacherConfig(Section):
-    """The teacher, and what is kept of its predictions."""
+    """The teacher, and what is stored of its predictions."""
 
     model: str = Field(min_length=1)
     """Folder of a Hugging Face model with safetensors weights, or its name on the hub. Its tokenizer is used."""
     revision: str | None = Field(default=None, min_length=1)
     """Commit, branch or tag, for a name on the hub."""
     source: Literal["engine", "prompt_logprobs", "server"] = "engine"
-    """Where the predictions come from: 'engine' (vLLM here, reduced inside its worker; the fast one),
-    'prompt_logprobs' (vLLM here, by its public interface alone) or 'server' (an OpenAI-compatible vLLM server)."""
+    """Where the predictions come from: 'engine' (vLLM on this machine, with the top k taken inside its worker; the
+    fastest), 'prompt_logprobs' (vLLM on this machine, through its public interface only) or 'server' (an
+    OpenAI-compatible vLLM server)."""
     server_url: str | None = None
-    """With 'server': its address up to `/v1`, e.g. http://localhost:8000/v1. Its key, if it wants one, is read from
+    """With 'server': its address up to `/v1`, e.g. http://localhost:8000/v1. If it requires a key, the key is read from
     the environment variable DDK_TEACHER_API_KEY."""
     server_model: str | None = Field(default=None, min_length=1)
-    """With 'server': the name under which it serves the model; by default the only one that it serves."""
+    """With 'server': the name of the model on the server. By default, the only model that it serves."""
     k: int = Field(default=64, ge=1, le=2**24)
-    """Most probable tokens kept at every position."""
+    """Number of most probable tokens that are stored at every position."""
     draws: int = Field(default=0, ge=0, le=10_000)
-    """Random draws from the full distribution that are kept besides, at every position. Only with 'engine'."""
+    """Number of random draws from the full distribution that are stored at every position, besides the top k. Only with
+    'engine'."""
     draws_seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the random draws."""
+    """Seed of the random draws."""
     tail_temperatures: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] = ()
-    """Temperatures other than 1 at which the mass outside the kept tokens is stored too. Only with 'engine'."""
+    """Temperatures other than 1 at which the probability mass outside the stored tokens is recorded too. Only with
+    'engine'."""
     codec: CodecConfig = CodecConfig()
-    """How what is kept is stored."""
+    """How the targets are encoded in the store: see docs/capture.md."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the forward pass. 'auto' is what the model's config names, on every machine."""
+    """Data type of the forward pass. 'auto' takes the dtype in the model's config, on every machine."""
     quantization: str | None = Field(default=None, min_length=1)
-    """vLLM's name of the weights' quantisation, where it cannot be read from the model's config."""
+    """vLLM's name for the quantisation of the weights, if the model's config does not give it."""
     shard_blocks: int = Field(default=64, ge=1, le=10**6)
-    """Blocks that are captured, written and committed together; a kill loses at most these."""
+    """Number of blocks that are captured, written and committed together; a kill loses at most this many."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=10**4)
-    """GPUs that hold the teacher together."""
+    """Number of GPUs over which the teacher's weights are split (tensor parallelism)."""
     max_batch_tokens: int = Field(default=8192, ge=128, le=2**24)
-    """Tokens the engine runs in one forward pass; longer blocks are run in pieces (chunked prefill)."""
+    """Number of tokens in one forward pass of the engine; longer blocks are split (chunked prefill)."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
-    """Share of a GPU's memory that the engine takes. The rest is headroom for the logits of capture."""
+    """Share of a GPU's memory that the engine takes. The rest is headroom for the logits during capture."""
     cpu_kv_cache_gib: int = Field(default=1, ge=1, le=10**6)
-    """GiB of key-value cache on a CPU."""
+    """Size of the key-value cache on a CPU, in GiB."""
     workers: int = Field(default=1, ge=1, le=1000)
-    """Runs that capture together, each with an engine of its own on a worker of its own. The first starts the others,
+    """Number of runs that capture together, each on its own worker with its own engine. The first run starts the others
     as runs of `deployment`."""
     deployment: str = Field(default="cache-teacher/cache-teacher", pattern=r"^[^/]+/[^/]+$")
-    """Of cache-teacher, as `prefect deployment ls` names it; only with workers above 1."""
+    """Name of the cache-teacher deployment, as `prefect deployment ls` shows it; only used if workers is above 1."""
     trust_remote_code: bool = False
-    """Whether the model's folder may run code of its own. Leave it off unless you have read that code."""
+    """Whether code in the model's folder may be executed. Leave it off unless you have read that code."""
 
     @model_validator(mode="after")
     def _source_fits_the_rest(self) -> TeacherConfig:

@@ -164,7 +164,7 @@ class VllmTeacher(TeacherSource):
             ) from error
         self.close()
         self.batch_tokens = max(self.batch_tokens // 2, MIN_BATCH_TOKENS)
-        logger.warning("the teacher ran out of memory; starting it again with %d tokens a pass", self.batch_tokens)
+        logger.warning("the teacher ran out of memory; restarting it with %d tokens per pass", self.batch_tokens)
 
     def _generate(self, prompts: list[dict[str, list[int]]], parameters: list[Any]) -> None:
         def run(llm: Any) -> None:

@@ -1,9 +1,9 @@
-"""What an engine leaves lying about where it and its front end are killed together: sockets, and shared memory.
+"""Removes what an engine leaves behind if it is killed together with its front end: sockets and shared memory.
 
-An engine's sockets lie in a folder of its own. Beside them stands a list of its shared memory, of which a shard's
-results and vLLM's message queues take 160 MiB and more. The front end holds a lock on that folder, which the kernel
-lets go of when the process ends, however it ends; so the next engine that starts on this machine finds the folders
-whose owners are gone, and clears them away with all that they list.
+Each engine has its own folder for its sockets and a list of its shared memory. (A shard's results and vLLM's message
+queues take 160 MiB and more.) The front end holds a lock on that folder, which the kernel releases when the process
+ends in any way. The next engine that starts on this machine thus finds the folders whose owners are gone, and removes
+them with everything that they list.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LONGEST = 60
 
 
 class EngineFolder:
-    """A folder for one engine, until `remove`. Making one clears away those of the dead."""
+    """A folder for one engine, until `remove`. Creating one removes the folders of dead engines."""
 
     def __init__(self) -> None:
         place = _short_place()
@@ -62,7 +62,7 @@ class EngineFolder:
                         self.list_file(path, inode)
 
     def remove(self) -> None:
-        """Harmless when called twice. What is listed is left to whoever made it: he is alive to see to it."""
+        """Can be called twice. The listed shared memory is left to the process that made it, which is still alive."""
         if self._lock >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)

@@ -1,6 +1,6 @@
 """What the teacher takes of each GPU's memory while it is captured, worked out from its shape and the configuration.
 
-vLLM takes `gpu_memory_utilization` of each GPU whatever it needs; what is worked out here is what it needs at least.
+vLLM always takes `gpu_memory_utilization` of each GPU; this module estimates the memory that it needs at least.
 Weights, heads and feed-forward channels are shared by `tensor_parallel_size` GPUs.
 """
 

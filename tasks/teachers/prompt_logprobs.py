@@ -10,7 +10,7 @@ dict  (a server's JSON) one entry a token id, so k of them or k + 1, in an order
       For the true token 9 outside:     {"9": rank 40, "3": rank 1, "7": rank 2}
 
 `flat_rows` and `ranked_rows` turn either into `Rows`: one line a position, in order of rank, and the true token's
-value apart. `assemble` then drops what stands for no token of the tokenizer, keeps k, and reckons the tail.
+value apart. `assemble` then drops ids that are no tokens of the tokenizer, keeps k, and computes the tail.
 
 The tail is 1 − Σ kept, summed in float64. What it is summed from are float32 log-probabilities, so its error is
 absolute, not relative: 1e-6 at most, mostly 1e-7. A tail smaller than that is noise. An engine of ours that sees the
@@ -67,8 +67,8 @@ def warn_of_padding(source: str, vocab_size: int, model_rows: int) -> None:
     """Say what this source cannot leave out, where there is something to leave out."""
     if model_rows > vocab_size:
         logger.warning(
-            "teacher.source '%s': the model predicts %d tokens and the tokenizer has %d; what probability the others "
-            "get stays in the tail (source: engine leaves it out)",
+            "teacher.source '%s': the model predicts %d tokens and the tokenizer has %d; the probability of the "
+            "other tokens is counted as tail (source: engine excludes it)",
             source,
             model_rows,
             vocab_size,

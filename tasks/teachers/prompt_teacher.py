@@ -1,7 +1,7 @@
 """The teacher by vLLM's public interface alone: an engine of our own, asked for prompt log-probabilities.
 
-`tasks.teachers.engine_teacher` is faster and gives more, and rests on names inside vLLM. This source rests on what vLLM
-documents, so that it outlives a change in there and shows whether the other is right. What happens to a shard:
+`tasks.teachers.engine_teacher` is faster and gives more, but depends on vLLM's internals. This source uses only what
+vLLM documents, so it survives internal changes and can be used to check the other source. A shard is captured so:
 
 1. Each block becomes one request: its first L tokens as the prompt, `prompt_logprobs` for the positions 0 to L − 2.
 2. The last position is the one token that the request generates. `allowed_token_ids` leaves it only the block's last

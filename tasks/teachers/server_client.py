@@ -1,7 +1,7 @@
-"""Requests to an OpenAI-compatible server that somebody else runs, and what becomes of its failures.
+"""Requests to an OpenAI-compatible server that somebody else runs, and the handling of its failures.
 
-A request that gets no answer, 429 or 5xx is sent again, after waits that double; then `ServerUnreachableError` says
-what happened last. Any other status that is no success is the server's last word: `ServerRefusedError` carries it at
+A request that gets no answer, 429 or 5xx is retried with waits that double; after the last attempt,
+`ServerUnreachableError` reports the last failure. Any other error status is final and raises `ServerRefusedError` at
 once. The key comes from the environment variable DDK_TEACHER_API_KEY and appears in no message, not even where the
 server repeats it.
 """
@@ -53,7 +53,7 @@ class ServerClient:
         self._waits = waits
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # both hold of the empty one
-            raise UserError(f"the environment variable {KEY_VARIABLE} holds characters that no key has; set it anew")
+            raise UserError(f"the environment variable {KEY_VARIABLE} holds characters that no key has; set it again")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._http = httpx.Client(headers=headers, timeout=TIMEOUT, limits=httpx.Limits(max_connections=None))
 
@@ -112,10 +112,12 @@ class ServerClient:
                 said = f"answered {response.status_code}: {message}"
                 after = _seconds(response.headers.get("Retry-After"))
             if wait is not None:
-                logger.info("%s %s; it is asked again", url, said)
+                logger.info("%s %s; retrying", url, said)
                 time.sleep(min(max(wait, after), _LONGEST_WAIT))
         tries = len(self._waits) + 1
-        raise ServerUnreachableError(f"{url} {said} ({tries} attempts); see that the server runs, then run again")
+        raise ServerUnreachableError(
+            f"{url} {said} ({tries} attempts); check that the server runs, then run the command again"
+        )
 
     def _error_of(self, response: httpx.Response) -> tuple[str, str | None]:
         """The message, and the parameter that it is about."""

@@ -15,11 +15,11 @@ What such a teacher cannot give, or not as well:
 - small tails, and a padded vocabulary: what `tasks.teachers.prompt_logprobs` says of both. Where `teacher.model` has no
   config.json, nothing says how many rows are padding, and a position may keep fewer than k.
 - speed: the server turns every id into text and writes JSON; expect a fifth of what its GPU could do.
-- equal bytes at every capture: what else runs there, and on which kernels, is not ours to say.
+- equal bytes at every capture: the server's other requests and its kernels are beyond our control.
 - **The weights cannot be fingerprinted.** A store's fingerprint holds the served name, the server's version and
-  `teacher.revision`. When other weights are put behind the same name, change `teacher.revision`, or the old cache
-  is taken for theirs. (For a `teacher.model` on the hub it is also the revision of the tokenizer; for a folder it is
-  free text.)
+  `teacher.revision`. If the weights under the same name change, change `teacher.revision`; otherwise the old cache is
+  reused for them. (For a `teacher.model` on the hub it is also the revision of the tokenizer; for a folder it is free
+  text.)
 
 `teacher.model` is needed for its tokenizer alone.
 """
@@ -102,8 +102,8 @@ class ServerTeacher(TeacherSource):
             longest = card.get("max_model_len")
             if longest is not None and longest < self.seq_len + 2:
                 raise UserError(
-                    f"packing.seq_len is {self.seq_len}, and the server takes {longest} tokens, room for the one that "
-                    f"it generates included: lower packing.seq_len to {longest - 2}, or start the server with "
+                    f"packing.seq_len is {self.seq_len}, and the server takes {longest} tokens, including the one "
+                    f"that it generates: lower packing.seq_len to {longest - 2}, or start the server with "
                     f"--max-model-len {self.seq_len + 2}"
                 )
         except BaseException:
@@ -182,7 +182,7 @@ def server_identity(config: TeacherConfig, memory_url: str) -> dict[str, str | N
     except ServerUnreachableError as error:
         if not isinstance(known, dict) or set(known) != {"name", "version"}:
             raise
-        logger.info("%s; going by what it was when last seen", error)
+        logger.info("%s; using what the server reported when it was last reached", error)
         return known
     if known != found:
         remember(memory_url, {place: found})

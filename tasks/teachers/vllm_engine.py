@@ -1,7 +1,7 @@
-"""A vLLM engine of our own, and the processes that it consists of: what all that start one share.
+"""A vLLM engine and its processes: code shared by all modules that start one.
 
-Its processes may be killed at any time, by the kernel for want of memory above all. Every call goes through `run`,
-which notices that.
+The processes may be killed at any time, mostly by the kernel when memory runs out. Every call goes through `run`, which
+notices that.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tasks.teachers.leftovers import EngineFolder
 from tasks.teachers.watched_calls import ChildDiedError, WatchedCalls, ending
 
 _T = TypeVar("_T")
-_AGAIN = "Run the same command again then; it goes on where it stopped"
+_AGAIN = "Then run the same command again to resume"
 _LIKELY = {
     signal.SIGKILL: "probably the machine was out of memory (`dmesg` says so): lower teacher.max_batch_tokens or "
-    "teacher.cpu_kv_cache_gib, or let less run beside it",
+    "teacher.cpu_kv_cache_gib, or run fewer programs beside it",
     signal.SIGBUS: "probably /dev/shm is full: give the container more shared memory (--shm-size), or lower "
     "teacher.shard_blocks",
     signal.SIGILL: "this processor lacks an instruction that vLLM was built with: install a build for it",
     signal.SIGTERM: "somebody ended it",
 }
 _UNKNOWN = "its last lines above say more, and so may `dmesg`"
-_GAVE_UP = f"its lines above say why, and where there are none, {_LIKELY[signal.SIGKILL]}"
+_GAVE_UP = f"its lines above say why; if there are none, {_LIKELY[signal.SIGKILL]}"
 _FAILED_AT_START = re.compile(r"Failed core proc\(s\): \{[^}]*?: (-\d+)")
 """vLLM's words, with the exit code of the engine's process."""
 _ON_GPU_ALONE = {
@@ -154,7 +154,7 @@ class Engine:
 
 
 def engine_died(exit_code: int) -> LostPartError:
-    """What to say of an engine whose process has ended by itself."""
+    """The error for an engine whose process has died."""
     likely = _LIKELY.get(signal.Signals(-exit_code), _UNKNOWN) if exit_code < 0 else _UNKNOWN
     return LostPartError(f"the engine's process {ending(exit_code)}; {likely}. {_AGAIN}")
 

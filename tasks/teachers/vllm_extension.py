@@ -1,6 +1,6 @@
-"""What vLLM's worker is told to import as its extension. Imported there alone, and before the model is built.
+"""The extension that vLLM's worker imports. It is imported only there, before the model is built.
 
-So this is also the place to put right what vLLM computes otherwise than the model's authors.
+This is therefore also the place to correct models that vLLM computes differently from their authors' code.
 """
 
 from __future__ import annotations

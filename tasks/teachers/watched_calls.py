@@ -1,8 +1,8 @@
-"""Calls that wait for a child process, and come back with an error where it has died instead of waiting for ever.
+"""Calls that wait for a child process, and that raise an error if it has died instead of waiting for ever.
 
-vLLM's front end waits for its engine on a queue that nobody fills any more once the engine is gone: killed by the
-kernel for want of memory, say. So such calls are made by a thread of their own, always the same one, and whoever asks
-for them looks at the processes meanwhile: at their handles, not at a clock.
+vLLM's front end waits for its engine on a queue that is never filled again once the engine is gone, for example killed
+by the kernel when memory ran out. Therefore such calls are made in a separate thread, always the same one, while the
+calling thread watches the processes by their handles, without a timeout.
 
     calls = WatchedCalls()
     llm = calls(LLM, model=...)              children that are started within a call are watched from then on

@@ -1,4 +1,4 @@
-"""Stage 5: the report of a run, at any time; and at its end the student as an ordinary Hugging Face folder."""
+"""Stage 5: writes the report of a run, at any time, and at its end the student as an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a rank must know to train, in plain data, and the stores that it reads. Neither torch nor Prefect here."""
+"""Everything that a rank needs to train, as plain data, and the stores that it reads. Imports neither torch nor
+Prefect."""
 
 from __future__ import annotations
 

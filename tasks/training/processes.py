@@ -1,7 +1,7 @@
 """A student in training on several devices, seen from the flow's process: torchrun's workers behind one socket.
 
-The workers (`tasks.training.worker`) live as long as the flow trains, so that a mixture that changes costs a message
-and no start. What they log goes to our log. They end when this process does, however it ends
+The workers (`tasks.training.worker`) live as long as the flow trains, so that a new mixture costs only a message, not a
+restart. Their log lines go to the flow's log. They always end when this process ends, even if it is killed
 (`tasks.running.descendants`).
 """
 
@@ -43,8 +43,8 @@ class TrainingProcesses:
     """`tasks.training.rank.Training` by `processes` workers on this machine, and those of the other nodes.
 
     Raises:
-        UserError: the workers report that something is to be put right.
-        LostPartError: they could not start, or have ended without a word.
+        UserError: the workers report an error that the user can fix.
+    LostPartError: they could not start, or have ended without an error.
     """
 
     def __init__(self, job: TrainingJob, processes: int) -> None:
@@ -213,7 +213,7 @@ def join_training(job: TrainingJob, node_rank: int) -> None:
 def _lost(code: int, lines: Sequence[str]) -> LostPartError:
     """What to say of workers that ended without a word: the signal, where torchrun or the kernel names one, and else
     their last lines."""
-    again = "What they have saved is whole: run the same command again then"
+    again = "Saved checkpoints are intact: then run the same command again"
     said = "\n".join(lines)
     # torchrun ends the others when one is killed, and names the first to end last.
     killed = re.search(r"Signal (\d+) \(\w+\) received by PID", said.rpartition("Root Cause")[2])

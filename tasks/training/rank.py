@@ -63,7 +63,7 @@ class Training(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing more is wanted of it."""
+        """Release everything; this object is not used any more."""
         ...
 
 

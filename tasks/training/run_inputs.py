@@ -1,4 +1,4 @@
-"""What a run's student is determined by, and what is read of it from the stores. Nothing of the student is in memory.
+"""The inputs that determine a run's student, and what is read of them from the stores. The student is not loaded.
 
 inputs = RunInputs(settings, plan)     the models are looked at, the stores are not opened yet
 inputs.identity                        what the run's folder is claimed with
@@ -35,7 +35,7 @@ _OPERATIONAL = {
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
-    """What the configuration alone cannot tell where records give the paths: that every leaf has its weight.
+    """Check that every leaf has a weight, which needs the plan if the records give the paths.
 
     Raises:
         UserError: `mixture.weights` are of other domains than the plan's, cut to `mixture.level`.
@@ -143,7 +143,9 @@ class RunInputs:
         summary = folder.summary()
         records = MixtureHistory(folder.url).whole(summary)
         if not records or summary is None:
-            raise UserError(f"mixture.reference_run '{name}' is no complete run below {self.settings.root}; train it")
+            raise UserError(
+                f"mixture.reference_run '{name}' is not a complete run below {self.settings.root}; train it"
+            )
         found = {domain: both.student for domain, both in records[-1].perplexities.items()}
         if set(found) != set(self.plan.domains):
             raise UserError(

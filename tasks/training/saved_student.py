@@ -1,4 +1,4 @@
-"""The saved student, loaded as anybody loads it: does it compute what was trained and reported?
+"""Loads the saved student with plain transformers, and checks that it computes what was trained and reported.
 
 The gaps of a report are measured through DDK's own loss, on the student in memory. Here the folder that was written is
 loaded by transformers, and a few validation blocks go through its own forward pass.

@@ -84,7 +84,7 @@ class StudentSession:
 
     @cached_property
     def tracking(self) -> Tracking:
-        """Where the run's metrics go besides its own files."""
+        """Where the run's metrics are sent besides its own files."""
         return open_tracking(self.settings.tracking, self.run, self._config, self.inputs.job.loss.gamma)
 
     @property
@@ -249,7 +249,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
             session.history.append(record)
             break
         except ValueError:
-            logger.info("gap at step %d: another evaluator was quicker; looking again", step)
+            logger.info("gap at step %d: another evaluator appended first; reading the history again", step)
     say_event("mixture.updated", session.run, settings.mixture.evaluation, {"version": record.version, "step": step})
     publish_measurement(session.run)
     worst = worst_gap(record.gaps)

@@ -52,7 +52,7 @@ class Channel:
             self._lines.flush()
 
     def next(self) -> dict[str, Any]:
-        """The next command, on every rank; 'stop' where nobody is there any more."""
+        """The next command, on every rank; 'stop' if the flow's process is gone."""
         line = self._lines.readline() if self._lines is not None else None
         command: dict[str, Any] = json.loads(self._world.from_first(line) or '{"do": "stop"}')
         return command

@@ -154,7 +154,7 @@ def test_an_error_of_the_plans_is_raised_too() -> None:
 
 def test_a_reading_thread_that_has_died_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddk.data.threading.Thread.run", lambda thread: None)
-    with pytest.raises(LostPartError, match="the thread that reads the training data has ended without a word"):
+    with pytest.raises(LostPartError, match="the thread that reads the training data has ended without an error"):
         next(prefetch(iter(plans(3)), train_data()))
 
 

@@ -188,7 +188,7 @@ def test_a_failure_that_is_no_mistake_of_the_user_exits_with_1(
     assert code == 1
     assert "ddk: RuntimeError: the engine fell over" in err
     assert "this looks like a bug in ddk; --debug shows the traceback" in err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
 
 
 class PanicError(BaseException):

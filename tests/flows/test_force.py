@@ -32,7 +32,7 @@ def test_made_again_beside_and_never_over(small_run: SmallRun, ddk: Ddk, tmp_pat
     assert "run 'small'" in refused.err
     trained = ddk("train", config, "--force")
     assert trained.code == 0, trained.err
-    assert "the run made again is 'small.2'" in trained.err
+    assert "the new run is called 'small.2'" in trained.err
     assert f"{root}/runs/small.2/report/index.html" in trained.out
     again, first = files_below(root / "runs" / "small.2"), files_below(root / "runs" / "small")
     assert again["student/model.safetensors"] == first["student/model.safetensors"]

@@ -39,8 +39,8 @@ def test_an_evaluator_of_its_own_gives_the_same_equation(ddk: Ddk, small_run: Sm
 
     done = ddk(*train)
     assert done.code == 0, done.err
-    assert "step 2 goes on with mixture version 1, measured at step 2" in done.err
-    assert "step 4 goes on with mixture version 1, measured at step 2" in done.err, "a missing one stops nothing"
+    assert "step 2 continues with mixture version 1, measured at step 2" in done.err
+    assert "step 4 continues with mixture version 1, measured at step 2" in done.err, "a missing one stops nothing"
     assert versions_used(run, 6) == [0, 1, 1]
     assert record(run, 2)["step"] == 6, "the end is always measured"
     assert len(list((run / "mixtures").iterdir())) == 3

@@ -26,7 +26,7 @@ def test_cache_by_prompt_logprobs(ddk: Ddk, tmp_path: Path, teacher_folder: str)
     for stage in ("pack", "cache"):
         done = ddk(stage, config)
         assert done.code == 0, done.err
-    assert "what probability the others get stays in the tail" in done.err
+    assert "the probability of the other tokens is counted as tail" in done.err
     (blocks_url,) = (tmp_path / "root" / "blocks").glob("*/math.zarr")
     (targets_url,) = (tmp_path / "root" / "targets").glob("*/math.zarr")
     tokens = open_blocks(str(blocks_url), "validation").read(np.arange(2))

@@ -11,20 +11,21 @@ from ddk.section import Section
 
 
 class TrackingConfig(Section):
-    """Where a run's metrics go besides the run's own files. Keys and passwords come from the environment alone."""
+    """Where metrics are sent besides the run's own files. Keys and passwords come only from the environment."""
 
     tensorboard: bool = True
-    """Whether the run gets a folder `tensorboard`, for `tensorboard --logdir <root>/runs`."""
+    """Whether to write the folder `tensorboard` in the run, for `tensorboard --logdir <root>/runs`."""
     wandb_project: str | None = Field(default=None, min_length=1)
-    """Project at Weights & Biases; the key comes from WANDB_API_KEY or `wandb login`. Needs the extra `wandb`.
-    Empty: nothing goes there."""
+    """Project at Weights & Biases; the key comes from WANDB_API_KEY or `wandb login`. Needs the extra `wandb`. If
+    empty, nothing is sent there."""
     wandb_entity: str | None = Field(default=None, min_length=1)
-    """Team or user that the project belongs to. Empty: the key's own."""
+    """Team or user that owns the project. If empty, the default entity of the key."""
     mlflow_experiment: str | None = Field(default=None, min_length=1)
-    """Experiment in MLflow; made where there is none. Needs the extra `mlflow`. Empty: nothing goes there."""
+    """Experiment in MLflow; it is created if it does not exist. Needs the extra `mlflow`. If empty, nothing is sent
+    there."""
     mlflow_uri: str | None = Field(default=None, min_length=1)
-    """MLflow's server (https://…) or database (sqlite:////path). Empty: MLFLOW_TRACKING_URI. A token or password comes
-    from MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    """MLflow's server (https://…) or database (sqlite:////path). If empty, MLFLOW_TRACKING_URI. A token or password
+    comes from MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
 
     @model_validator(mode="after")
     def _is_complete(self) -> TrackingConfig:

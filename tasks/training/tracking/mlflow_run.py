@@ -1,7 +1,7 @@
-"""A run in MLflow, found again by a tag with the id that lies in the run's folder; further tags say how far it is.
+"""A run in MLflow. A tag with the id stored in the run's folder identifies it; further tags record its progress.
 
-Each request holds whole steps and, in the same batch, the tags that say so. What a batch that broke off has written is
-sent again with the same timestamps, which MLflow keeps once.
+Each request holds whole steps and, in the same batch, the tags with the progress. If a batch breaks off, it is sent
+again with the same timestamps, and MLflow keeps each value once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A run's metrics beyond our own files: TensorBoard's files in the run, Weights & Biases, MLflow.
 
-All that there is to say lies in the run already (`metrics/`, `mixtures/`). A tracker is told how far the training has
-come, and takes from there what it has not got yet. So a run that was killed, a service that was away and a tracker
-that was switched on late are one case, and each step arrives once.
+All metrics are already stored in the run (`metrics/`, `mixtures/`). A tracker is told how far the training has come,
+and reads from there what it does not have yet. A killed run, a service that was unavailable and a tracker that was
+switched on later are therefore handled in the same way, and each step arrives once.
 
-What there is to say, and its names, is in `points`. Only the training itself tracks, so that a run has one writer; what
-another evaluator measures is passed on by it. A service that fails never stops the training.
+`points` defines the metrics and their names. Only the training itself sends metrics, so that a run has one writer; it
+also sends what another evaluator measures. A failing service never stops the training.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ class _Guarded:
             self._failed(error)
         else:
             if self._fails and not at_once:
-                logger.info("tracking: %s takes metrics again", self._tracker.name)
+                logger.info("tracking: %s accepts metrics again", self._tracker.name)
             self._fails, self._not_before = False, 0.0
 
     def _failed(self, error: Exception) -> None:
         self._fails, self._not_before = True, time.monotonic() + SECONDS_BETWEEN_ATTEMPTS
         if not self._warned:
             reason = " ".join(str(error).split())[:300]
-            logger.warning("tracking: %s failed (%s); the training goes on without it", self._tracker.name, reason)
+            logger.warning("tracking: %s failed (%s); training continues without it", self._tracker.name, reason)
         self._warned = True
 
 

@@ -1,8 +1,8 @@
-"""A run at Weights & Biases, under an id that lies in the run's folder: whoever goes on with the run goes on there.
+"""A run at Weights & Biases, under an id that is stored in the run's folder, so that a resumed run continues there.
 
-How far it is stands in its own summary, which the service hands back when the run is resumed. With WANDB_MODE=offline
-nobody hands anything back; then `<run>/wandb.json` says it, and each process leaves a folder for `wandb sync`, which
-joins them.
+The summary of the W&B run records its progress, and the service returns it when the run is resumed. With
+WANDB_MODE=offline, `<run>/wandb.json` records the progress instead, and each process leaves a folder for `wandb sync`,
+which joins them.
 """
 
 from __future__ import annotations

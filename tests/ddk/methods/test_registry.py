@@ -94,8 +94,8 @@ def test_what_goes_together() -> None:
 def test_weights_beside_a_mixture_that_follows_the_gap(method: MethodName, weights) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"mixture.weights is set, and method {method} finds its mixture itself; leave it out, or set method to "
-        r"one with a fixed mixture \(ddk_equal, kd, cpt, minillm, ted\)",
+        match=rf"mixture.weights is set, and method {method} determines its mixture itself; leave it out, or set "
+        r"method to one with a fixed mixture \(ddk_equal, kd, cpt, minillm, ted\)",
     ):
         check_method(method, MixtureConfig(weights=weights), LossConfig(), SIZES)
 
@@ -114,14 +114,14 @@ def test_weights_of_other_domains(weights, message: str) -> None:
 
 @pytest.mark.parametrize("method", [name for name in EVERY if name != "cpt_doremi"])
 def test_a_reference_run_without_use_for_it(method: MethodName) -> None:
-    with pytest.raises(ValueError, match=rf"method {method} compares with no reference; .*set method: cpt_doremi"):
+    with pytest.raises(ValueError, match=rf"method {method} uses no reference; .*set method: cpt_doremi"):
         check_method(method, MixtureConfig(reference_run="first"), LossConfig(), SIZES)
 
 
 @pytest.mark.parametrize("loss", [LossConfig(tail="residual"), LossConfig(tail="sampled")])
 def test_minillm_needs_a_tail_that_the_reverse_kl_can_take(loss: LossConfig) -> None:
     with pytest.raises(
-        ValueError, match=r"^method minillm means loss.divergence: reverse_kl, which does not go .*tail: bucket$"
+        ValueError, match=r"^method minillm means loss.divergence: reverse_kl, which conflicts with .*tail: bucket$"
     ):
         check_method("minillm", MixtureConfig(), loss, SIZES)
     with pytest.raises(ValueError, match="tail: bucket"):

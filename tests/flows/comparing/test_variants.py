@@ -146,9 +146,9 @@ def test_run_names_stay_short_and_apart(config: Config) -> None:
         ({"variants": ["mine"]}, "--variant takes 'NAME: section.field=value"),
         ({"variants": ["mine: loss.gamma"]}, "'loss.gamma' is not section.field=value"),
         ({"variants": ["mine: root=/"]}, "use --root"),
-        ({"baseline": "mine"}, "--baseline 'mine' is no variant"),
-        ({"name": "a/b"}, "give it a --name"),
-        ({"name": "n" * 31}, "give it a --name"),
+        ({"baseline": "mine"}, "--baseline 'mine' is not a variant"),
+        ({"name": "a/b"}, "choose a --name"),
+        ({"name": "n" * 31}, "choose a --name"),
     ],
 )
 def test_what_is_not_understood_is_refused(config: Config, options: dict[str, Any], message: str) -> None:

@@ -106,7 +106,7 @@ def test_the_command_says_it_in_a_table_and_in_json(
     [
         (["--cost", "--gpu", "b9000"], "--gpu is 'b9000'; there are a100, h100, h200"),
         (["--cost", "--mfu", "1.5"], "--mfu is 1.5; it is a share of the peak"),
-        (["--json"], "--json goes with --cost"),
+        (["--json"], "--json needs --cost"),
         (["--cost", "--gpus", "3"], "batch_size 8 cannot be shared equally by 3 processes"),
         (["--cost", "--set", "teacher.model=nobody/nothing"], "fetch it (`hf download nobody/nothing config.json`)"),
         (["--cost", "--set", "student.model=./gone"], "has no config.json here"),

@@ -81,7 +81,7 @@ def refusal(url: str) -> str:
 @pytest.mark.parametrize(
     ("status", "content", "says"),
     [
-        (200, b"<html>", "answers, and not as Prefect's does; does its URL end in /api?"),
+        (200, b"<html>", "answers, but not like a Prefect server; does its URL end in /api?"),
         (404, b"", "answers 404; does its URL end in /api?"),
         (401, b"", "refuses this client (401); set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY"),
         (502, b"", "answers 502; look at its log, or unset PREFECT_API_URL"),

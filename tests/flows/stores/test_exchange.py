@@ -234,7 +234,7 @@ def test_captured_domains_are_left_out(exchange: Exchange, small_run: SmallRun) 
     assert list(imported_only(both).domains) == sorted(DOMAINS)
     assert list(imported_only(both, ["math"]).domains) == ["math"]
     with pytest.raises(
-        UserError, match="'web' is no domain with targets: topk or distillkit; these are code, math, zh"
+        UserError, match="'web' is not a domain with targets: topk or distillkit; those are code, math, zh"
     ):
         imported_only(both, ["web"])
     with pytest.raises(UserError, match=r"no domain's files hold a teacher's predictions; set domains\.<domain>"):
@@ -332,4 +332,6 @@ def test_a_bad_row_is_named(exchange: Exchange, ddk: Ddk, tmp_path: Path) -> Non
     done = ddk("import", str(tmp_path / "bad.yaml"))
     assert done.code == 2, done.err
     assert "Traceback" not in done.err
-    assert f"ddk: {tmp_path}/bad.jsonl, line 1, position 0: id 2 is there twice; mend or remove the row\n" in done.err
+    assert (
+        f"ddk: {tmp_path}/bad.jsonl, line 1, position 0: id 2 is there twice; correct or remove the row\n" in done.err
+    )

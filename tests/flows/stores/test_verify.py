@@ -62,7 +62,7 @@ def test_the_live_teacher_recognises_its_own_targets_and_no_others(
     assert ddk("verify", str(math)).code == 0
     wrong = ddk("verify", str(math), *called, "--repair")
     assert wrong.code == 1
-    assert "38 of 46 blocks are what the teacher says now" in wrong.out
+    assert "38 of 46 blocks match what the teacher predicts now" in wrong.out
     assert wrong.out.count("WRONG train block") == 8, "the blocks of shard 1, and no others"
     assert "taken out: train 1;" in wrong.out
 

@@ -187,7 +187,7 @@ def test_a_parquet_column_without_any_prompt(tmp_path: Path) -> None:
             "no prompt): 'text', 'question'",
         ),
         ({"prompt": "a"}, "FILE, line 1: no field 'text'; set text_field to one that is there: 'prompt'"),
-        ({"text": "a", "prompt": ["b"]}, "FILE, line 1: field 'prompt' is not a string but an array; mend"),
+        ({"text": "a", "prompt": ["b"]}, "FILE, line 1: field 'prompt' is not a string but an array; correct"),
         ({"text": "a", "prompt": 7}, "FILE, line 1: field 'prompt' is not a string but a number"),
         ({"text": None, "prompt": "a"}, "FILE, line 1: field 'text' is not a string but null"),
         ({"text": "a", "prompt": "\ud800"}, "FILE, line 1: field 'prompt' holds \\ud800, half a character"),
@@ -222,11 +222,11 @@ def test_a_column_of_prompts_that_does_not_serve_is_named(tmp_path: Path) -> Non
         (b"12", "FILE, line 3: not a JSON object but a number; "),
         (b'{"body": "a", "id": 1}', "no field 'text'; set text_field to one that is there: 'body', 'id'"),
         (b"{}", "FILE, line 3: no field 'text'; set text_field to one that is there: (none)"),
-        (b'{"text": null}', "FILE, line 3: field 'text' is not a string but null; mend or remove the record"),
+        (b'{"text": null}', "FILE, line 3: field 'text' is not a string but null; correct or remove the record"),
         (b'{"text": ["a"]}', "FILE, line 3: field 'text' is not a string but an array"),
         (b'{"text": true}', "FILE, line 3: field 'text' is not a string but a boolean"),
         (b'{"text": "a\xe9b"}', "FILE, line 3: not UTF-8 at byte offset 11 of the line (0xe9); convert the file from "),
-        (b'{"text": "\\ud800 x"}', "FILE, line 3: field 'text' holds \\ud800, half a character; mend the record"),
+        (b'{"text": "\\ud800 x"}', "FILE, line 3: field 'text' holds \\ud800, half a character; correct the record"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, compression: str, line: bytes, message: str) -> None:
@@ -260,7 +260,7 @@ def test_a_file_that_is_not_compressed_at_all_is_named(tmp_path: Path, compressi
     file = put(tmp_path / f"a.jsonl{compression}", json_lines(["a"] * 100))
     message = error_of(file)
     assert message.startswith("FILE is not compressed with gzip or zstd, as its name promises: it begins with b'{")
-    assert f"; take '{compression}' off its name where that is its text" in message
+    assert f"; take '{compression}' off its name if this is its real content" in message
     assert list(iter_documents(put(tmp_path / f"e.jsonl{compression}", b""), "text")) == []
 
 
@@ -346,7 +346,7 @@ def test_a_line_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     column = put_table(tmp_path / "a.parquet", text=pa.array(["a", "b" * (1 << 22)]))
     assert error_of(column).startswith("FILE: column 'text' holds strings of more than 1 MiB, which are no documents")
     text = put(tmp_path / "a.txt", b"short\n\n" + b"a line of a text\n" * (1 << 17))
-    assert "FILE, line 3: a document of more than 1 MiB begins here; one ends at a blank line" in error_of(text)
+    assert "FILE, line 3: a document of more than 1 MiB begins here; documents end at blank lines" in error_of(text)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
@@ -366,7 +366,7 @@ def test_a_number_of_thousands_of_digits_beside_the_text(tmp_path: Path) -> None
 
 def test_a_field_that_comes_twice_is_named(tmp_path: Path) -> None:
     file = put(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b", "id": 1, "text": "c"}\n')
-    assert "FILE, line 2: field 'text' comes twice, and one of them would be lost; mend the record" in error_of(file)
+    assert "FILE, line 2: field 'text' comes twice, and one of them would be lost; correct the record" in error_of(file)
     once = {"id": {"text": "x"}, "text": 'a "text" of "text"', "more": ["text", {"text": "y"}]}
     file = put(tmp_path / "b.jsonl", json.dumps(once).encode())
     assert [document.text for document in iter_documents(file, "text")] == [once["text"]]

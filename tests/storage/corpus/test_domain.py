@@ -45,9 +45,9 @@ def test_a_single_pattern_may_be_a_plain_string() -> None:
         ),
         (
             {"train": "a.jsonl", "validation_fraction": 0.1, "prompt_field": "prompt", "targets": "topk"},
-            "prompt_field goes with documents, and targets: topk takes rows of tokens",
+            "prompt_field applies only to documents, and targets: topk takes rows of tokens",
         ),
-        ({"train": "a.jsonl", "validation_fraction": 0.1, "path_depth": 1}, "path_depth goes with path_field"),
+        ({"train": "a.jsonl", "validation_fraction": 0.1, "path_depth": 1}, "path_depth needs path_field"),
         ({"train": "a.jsonl", "validation_fraction": 0.1, "path_field": "a", "path_depth": 0}, "greater than or equal"),
         (
             {"train": "a.jsonl", "validation_fraction": 0.1, "path_field": "text"},
@@ -59,7 +59,8 @@ def test_a_single_pattern_may_be_a_plain_string() -> None:
         ),
         (
             {"train": "a.jsonl", "validation_fraction": 0.1, "path_field": "topic", "targets": "distillkit"},
-            r"path_field goes with documents, and targets: distillkit takes rows of tokens; .*\(such as math/algebra\)",
+            r"path_field applies only to documents, and targets: distillkit takes rows of tokens; "
+            r".*\(such as math/algebra\)",
         ),
     ],
 )

@@ -146,7 +146,7 @@ def test_a_field_that_is_no_path_is_noticed(tmp_path: Path, monkeypatch: pytest.
     ("record", "message"),
     [
         ({"text": "x"}, r"line 2: no field 'topic'; set path_field to one .*, or give the record one: 'text'"),
-        ({"text": "x", "topic": None}, "line 2: field 'topic' is not a string but null; mend or remove the record"),
+        ({"text": "x", "topic": None}, "line 2: field 'topic' is not a string but null; correct or remove the record"),
         ({"text": "x", "topic": ["a", "b"]}, "line 2: field 'topic' is not a string but an array"),
         (
             {"text": "x", "topic": " "},

@@ -455,7 +455,7 @@ def test_where_nothing_can_be_written_blocks_are_read_by_ranges(
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("WARNING") == 1
-    assert f"shards cannot be kept in {folder} ([Errno 27] File too large): they are read from afar" in done.stdout
+    assert f"shards cannot be copied to {folder} ([Errno 27] File too large), so they are read remotely" in done.stdout
     assert all(size <= 200 for size in files_in(folder).values())
     assert not any(name.endswith(".part") for name in files_in(folder))
 
@@ -476,8 +476,10 @@ def test_a_full_disk_is_tried_again_later(
             check(view, content, np.arange(BLOCKS))
     assert 0 < len(calls) <= 4 * 5, "not for every read"
     (record,) = caplog.records
-    assert record.message.startswith(f"shards cannot be kept in {folder} ([Errno 28] No space left on device): they ")
-    assert "free some space there, or set DDK_SHARD_CACHE_DIR to a folder with more" in record.message
+    assert record.message.startswith(
+        f"shards cannot be copied to {folder} ([Errno 28] No space left on device), so they "
+    )
+    assert "free some space there, set DDK_SHARD_CACHE_DIR to a folder with more space" in record.message
     assert files_in(folder) == {}
     monkeypatch.setattr(view._reader._cache, "_paused_until", 0.0)
     check(view, content, np.arange(BLOCKS))
@@ -607,8 +609,10 @@ def test_the_warning_says_how_much_was_wasted(place: str, maker, cache_of, caplo
         for _ in range(10):
             view.read(np.arange(0, 320, 32))
     (record,) = caplog.records
-    assert re.match(r"of \d+ MiB of shards that were copied to .* only \d+ MiB were read before they", record.message)
-    assert f"read from afar from here on, of {place} (train). Raise DDK_SHARD_CACHE_MIB" in record.message
+    assert re.match(
+        r"of \d+ MiB of shards that were copied to .*, only \d+ MiB were read before the copies", record.message
+    )
+    assert f"are read remotely: {place} (train). Raise DDK_SHARD_CACHE_MIB" in record.message
 
 
 # Fetching ahead

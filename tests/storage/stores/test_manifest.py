@@ -235,7 +235,7 @@ def test_a_newer_format_is_refused(place: str, maker, content) -> None:
 def test_an_unreadable_manifest_is_named(place: str, maker, content) -> None:
     maker.write(place, "blocks", DIMS, content, **INPUTS)
     whole = uri.read_bytes(f"{place}/manifest.json")
-    remedy = r"`ddk verify .* --repair` puts it right where it can; else remove .* and run the stage again"
+    remedy = r"`ddk verify .* --repair` restores it if possible; otherwise remove .* and run the stage again"
     for damaged in (whole[: len(whole) // 2], b"", b"\xff\xfe", b"[1]", b"{}", whole.replace(b'"dims"', b'"dimz"')):
         uri.write_bytes(f"{place}/manifest.json", damaged)
         for opening in (read_manifest, open_blocks, lambda url: StoreWriter(url, "blocks", INPUTS, DIMS)):
@@ -248,7 +248,9 @@ def test_an_unreadable_commit_record_is_named(place: str, content, damaged: byte
     StoreWriter(place, "blocks", INPUTS, DIMS).write_shard("validation", 0, content["validation"])
     writer = StoreWriter(place, "blocks", INPUTS, DIMS)
     uri.write_bytes(f"{place}/commits/validation-00000000.json", damaged)
-    with pytest.raises(StoreDamagedError, match=r"validation-00000000\.json is no.*run the stage again: this shard"):
+    with pytest.raises(
+        StoreDamagedError, match=r"validation-00000000\.json is no.*run the stage again: only this shard"
+    ):
         writer.committed("validation")
 
 

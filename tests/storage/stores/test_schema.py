@@ -224,7 +224,7 @@ def test_a_lost_or_damaged_manifest_is_put_back_from_its_copy(store: str) -> Non
     whole = uri.read_bytes(f"{store}/{MANIFEST}") or b""
     for damage in (None, whole[:-9], whole.replace(b'"seq_len": 6', b'"seq_len": 7')):
         uri.remove_file(f"{store}/{MANIFEST}") if damage is None else uri.write_bytes(f"{store}/{MANIFEST}", damage)
-        with pytest.raises(StoreDamagedError, match=r"manifest\.json is no.*`ddk verify .* --repair` puts it right"):
+        with pytest.raises(StoreDamagedError, match=r"manifest\.json is no.*`ddk verify .* --repair` restores it"):
             open_targets(store)
         with pytest.raises(StoreDamagedError, match="--repair"):
             StoreWriter(store, "targets", {}, DIMS)

@@ -347,10 +347,10 @@ def test_what_files_cannot_give(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shift": 0}, "shift goes with files that hold predictions"),
+        ({"shift": 0}, "shift applies only to files that hold predictions"),
         (
             {"compression_config": "a.yaml"},
-            "compression_config goes with targets: distillkit, and targets is 'teacher'",
+            "compression_config needs targets: distillkit, but targets is 'teacher'",
         ),
         ({"targets": "parquet"}, "Input should be 'teacher', 'topk' or 'distillkit'"),
         ({"targets": "topk", "shift": 2}, "Input should be 0 or 1"),

@@ -94,7 +94,7 @@ def test_the_result_stands_in_the_first_table(three):
 
 def test_failures_and_what_they_mean_are_said(three):
     page = Page(page_of(three))
-    assert "1 of 6 runs failed; they are in no mean" in page.text
+    assert "1 of 6 runs failed and are excluded from all means" in page.text
     assert ["trial-cpt-s1", "cpt", "1", "failed: cpt has diverged", "–", "–"] in page.rows
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     assert len(links) == 5

@@ -77,7 +77,7 @@ def words(*vocabulary: str) -> PreTrainedTokenizerFast:
 
 def test_a_token_that_cannot_be_text_is_refused() -> None:
     assert as_tokens(words("<eos>", "a", "?"), "a <eos> b") == ["a", "?", "?", "?"]
-    with pytest.raises(UserError, match=r"cannot encode a text of the corpus \(WordLevel error: .* folder whole\?"):
+    with pytest.raises(UserError, match=r"cannot encode a text of the corpus \(WordLevel error: .* folder complete\?"):
         as_tokens(words("<eos>", "a"), "a b")
     single = unigrams()
     single.add_special_tokens({"additional_special_tokens": ["b"]})

@@ -257,12 +257,12 @@ def extra(*topics: str) -> list[Record]:
             [*TRAIN, *extra("algebra/groups")],
             VALIDATION,
             r"domain 'math' has no validation records of the path 'algebra/groups', .*add some, set "
-            r"domains.math.path_depth: 1 so that it joins its neighbours, or take that path's records out",
+            r"domains.math.path_depth: 1 so that it is merged with its neighbours, or remove that path's records",
         ),
         (
             TRAIN,
             [*VALIDATION, *extra("v", "w", "x", "y", "z")],
-            r"has no train records of the path 'v', 'w', 'x' and 2 more, and .*; add some, or take that path's",
+            r"has no train records of the path 'v', 'w', 'x' and 2 more, and .*; add some, or remove that path's",
         ),
         (
             [*TRAIN, *extra("algebra")],

@@ -208,7 +208,7 @@ def test_tokens_that_one_of_them_adds(models: Path, tmp_path: Path) -> None:
     """A student's further ones are no target's; a teacher's the student would not know."""
     more = make_model(tmp_path / "more", added=("<think>",))
     assert check_student(StudentConfig(model=str(more)), planned(models, tmp_path / "root")).vocab_size == BYTES
-    with pytest.raises(UserError, match=r"'<think>': 257 and None.*take the tokenizer's files out of the student's"):
+    with pytest.raises(UserError, match=r"'<think>': 257 and None.*remove the tokenizer's files from the student's"):
         check_student(StudentConfig(model=str(models / "student")), planned(models, tmp_path / "root", more))
 
 

@@ -77,7 +77,7 @@ def test_eos_is_the_students(tmp_path: Path) -> None:
         ends(teacher, student, eos="</s>")
     absent = ends(teacher, str(tmp_path / "none"))
     assert absent.eos_id == 258
-    assert "the teacher's end of text, which need not be the student's (student.model is " in absent.warning
+    assert "the teacher's end of text, which may differ from the student's (student.model is " in absent.warning
     other = byte_tokenizer(tmp_path / "other", added=["</s>"], eos_token="</s>")
     assert ends(teacher, other).eos_id == 258, "a pair that does not fit is refused elsewhere"
 
@@ -97,7 +97,9 @@ def test_eos_of_a_student_that_names_none_is_where_it_stops(tmp_path: Path) -> N
     assert ends(teacher, unnamed).eos_id == 257
     warned = ends(teacher, stops(byte_tokenizer(tmp_path / "student", added=TURNS), [258]))
     assert warned.eos_id == 0
-    assert "by its generation_config.json the student stops at <|im_end|> (258): it will write on" in warned.warning
+    assert (
+        "by its generation_config.json the student stops at <|im_end|> (258): it would continue after" in warned.warning
+    )
 
 
 def digest(folder: str, tmp_path: Path) -> dict[str, str]:

@@ -190,4 +190,4 @@ def test_alone_lets_one_in_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFi
     with ThreadPoolExecutor(3) as executor:
         list(executor.map(work, range(3)))
     assert most == [1, 1, 1]
-    assert "pack math: another process is at it; waiting for its end" in caplog.messages
+    assert "pack math: another process is doing this; waiting for it to finish" in caplog.messages

@@ -70,7 +70,7 @@ def test_what_prefect_shows_in_clear_is_pointed_out(proxy: S3Proxy, caplog: pyte
     """Prefect 3.7 obscures a Secret that is text, and no other."""
     Secret(value=options(proxy, "by-dict", "shown")).save("clear")
     use_storage_block("clear")
-    assert "Prefect shows the content of the block 'clear' in clear" in caplog.text
+    assert "Prefect shows the content of the block 'clear' in plain text" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_what_prefect_shows_in_clear_is_pointed_out(proxy: S3Proxy, caplog: pyte
     [
         ("not-there", r"^Prefect has no block 'not-there' \(storage_block\); save one: Secret\(value=.*\.save\(\"not"),
         ("secret/not-there", r"^Prefect has no block 'secret/not-there'"),
-        ("json/some", r"^storage_block: 'json/some' is of no known kind; it may be secret or remote-file-system"),
+        ("json/some", r"^storage_block: 'json/some' has an unsupported type; it may be secret or remote-file-system"),
         ("a-password", r"^the Prefect block 'a-password' \(storage_block\) holds no JSON object of s3fs's options"),
         ("misspelt", r"^the Prefect block 'misspelt' \(storage_block\): s3 has no option sekret; there are .*secret"),
     ],

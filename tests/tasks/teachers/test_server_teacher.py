@@ -257,7 +257,7 @@ def test_a_server_that_keeps_failing(teacher: Callable[..., ServerTeacher], toke
         return saying(429, f"too many requests\n with {KEY}", **{"Retry-After": "0.3"})
 
     with serving(answer) as url, teacher(url) as source:
-        message = r"answered 429: too many requests with \*\*\* \(4 attempts\); see that the server runs, then run"
+        message = r"answered 429: too many requests with \*\*\* \(4 attempts\); check that the server runs, then run"
         with pytest.raises(ServerUnreachableError, match=message):
             source.capture(tokens[:1])
     assert len(asked) == 4

@@ -535,7 +535,7 @@ with wandb_server({port}, Path({str(history)!r})):
 """,
     )
     assert err.count("Weights & Biases failed (") == 1
-    assert "Weights & Biases takes metrics again" in err
+    assert "Weights & Biases accepts metrics again" in err
     rows = json.loads(history.read_text())
     assert [row["optimizer_step"] for row in rows if "train/ce" in row] == [1, 2, 3, 4]
 
@@ -668,7 +668,7 @@ def test_a_service_that_failed_is_left_alone_for_a_while_and_then_gets_what_it_m
         clock(601)
         follow(local_run, follower, 4)
     assert (flaky.calls, flaky.step) == (3, 6)
-    assert "flaky takes metrics again" in caplog.text
+    assert "flaky accepts metrics again" in caplog.text
 
     flaky.broken = True
     follow(local_run, follower, 6)
