@@ -246,7 +246,8 @@ def test_an_unreadable_commit_record_is_named(place: str, content, damaged: byte
     StoreWriter(place, "blocks", INPUTS, DIMS).write_shard("validation", 0, content["validation"])
     writer = StoreWriter(place, "blocks", INPUTS, DIMS)
     uri.write_bytes(f"{place}/commits/validation-00000000.json", damaged)
-    with pytest.raises(StoreDamagedError, match=r"validation-00000000\.json is no.*run the stage again: only this shard"):
+    remedy = r"validation-00000000\.json is no.*run the stage again: only this shard"
+    with pytest.raises(StoreDamagedError, match=remedy):
         writer.committed("validation")
 
 
