@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -248,9 +246,8 @@ def test_an_unreadable_commit_record_is_named(place: str, content, damaged: byte
     StoreWriter(place, "blocks", INPUTS, DIMS).write_shard("validation", 0, content["validation"])
     writer = StoreWriter(place, "blocks", INPUTS, DIMS)
     uri.write_bytes(f"{place}/commits/validation-00000000.json", damaged)
-    with pytest.raises(
-        StoreDamagedError, match=r"validation-00000000\.json is no.*run the stage again: only this shard"
-    ):
+    remedy = r"validation-00000000\.json is no.*run the stage again: only this shard"
+    with pytest.raises(StoreDamagedError, match=remedy):
         writer.committed("validation")
 
 
@@ -308,35 +305,13 @@ def test_resuming_lists_once_and_reads_each_record_once(s3_calls: list[str], s3_
     assert sorted(s3_calls) == ["get_object"] * 13 + ["list_objects_v2"]
 
 
-def calls_made(function: Callable[[], Any]) -> tuple[int, Any]:
-    """How many functions, Python's and C's, are called in a call, and what it returns."""
-    made = 0
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        nonlocal made
-        made += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        answer = function()
-    finally:
-        sys.setprofile(before)
-    return made, answer
-
-
-def test_a_manifest_is_read_in_time_proportional_to_its_shards(tmp_path: Path, maker) -> None:
+def test_a_manifest_of_ten_thousand_shards_is_read_quickly(tmp_path: Path, maker) -> None:
     done = maker.write(f"{tmp_path}/a", "targets", {**TARGET_DIMS, "shard_blocks": 1}, {
         split: maker.arrays("targets", TARGET_DIMS, 1) for split in ("train", "validation")
     })  # fmt: skip
     splits = json.loads((tmp_path / "a/manifest.json").read_bytes())["splits"]
-    shard, made = splits["train"]["shards"], {}
-    for count in (1, 1_000, 10_000):
-        splits["train"] = {"blocks": count, "shards": shard * count}
-        edited(f"{tmp_path}/a", splits=splits)
-        made[count], committed = calls_made(
-            lambda: StoreWriter(f"{tmp_path}/a", "targets", {}, done.dims).committed("train")
-        )
-        assert len(committed) == count
-    assert made[10_000] - made[1] < 11 * (made[1_000] - made[1])
-    assert made[10_000] - made[1] < 40 * 10_000, "22 a shard, when this was written"
+    splits["train"] = {"blocks": 10_000, "shards": splits["train"]["shards"] * 10_000}
+    edited(f"{tmp_path}/a", splits=splits)
+    started = time.monotonic()
+    assert len(StoreWriter(f"{tmp_path}/a", "targets", {}, done.dims).committed("train")) == 10_000
+    assert time.monotonic() - started < 3
