@@ -140,8 +140,10 @@ def _stores(
     root: str, stores: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> dict[str, dict[str, tuple[str, Manifest]]] | None:
     """Every store, where all are complete and are those that the run was trained on."""
-    trained = identity.get("stores", {})
-    if trained.keys() != stores.keys():
+    trained = identity.get("stores")
+    if not isinstance(trained, dict) or trained.keys() != stores.keys():
+        return None
+    if not all(isinstance(one, dict) for one in (*trained.values(), *stores.values())):
         return None
     found: dict[str, dict[str, tuple[str, Manifest]]] = {"blocks": {}, "targets": {}}
     for domain, firsts in stores.items():
