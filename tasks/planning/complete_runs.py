@@ -104,7 +104,9 @@ def find_complete(sources: RunSources) -> CompleteRun | None:
         if not isinstance(known, dict) or not isinstance(stores := known.get("stores"), dict):
             return None
         folder = RunFolder(sources.root, sources.run)
-        if folder.summary() is None or known.get("inputs") != sources.digest() or known["inputs"] is None:
+        if folder.summary() is None or folder.config() is None:
+            return None
+        if known.get("inputs") is None or known["inputs"] != sources.digest():
             return None
         found = _stores(sources.root, stores, folder.identity() or {})
         return CompleteRun(folder=folder, **found) if found and _is_whole(folder) else None

@@ -98,6 +98,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a manifest, damaged": lambda place: _flip(_first(place / "root", "blocks/*/math.zarr/manifest.json")),
     "the final student": lambda place: _flip(place / "root/runs/small/student/model.safetensors"),
     "the summary": lambda place: (place / "root/runs/small/summary.json").unlink(),
+    "the configuration": lambda place: _flip(place / "root/runs/small/config.json"),
     "the report": lambda place: (place / "root/runs/small/report/index.html").unlink(),
     "a store made again": lambda place: _made_again(_first(place / "root", "targets/*/math.zarr")),
 }
