@@ -15,6 +15,9 @@ from pydantic import Field, field_validator
 from ddk.section import MOST_STEPS, Section
 from ddk.values import DomainGap, Mixture
 
+GapMeasure = Literal["ratio", "log"]
+"""How far a student lags on a domain: ℓ_S/ℓ_T as in the paper, or ln ℓ_S − ln ℓ_T, in nats."""
+
 NamedWeights = Literal["equal", "proportional"]
 """A fixed mixture that needs no numbers: every domain equally often, or each by its number of blocks."""
 
@@ -31,6 +34,10 @@ class MixtureConfig(Section):
     last."""
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """Smoothing coefficient α of Eq. 2: every domain keeps at least (1 − α)/N."""
+    gap: GapMeasure = "ratio"
+    """Gap that Eq. 1 and Eq. 2 (methods ddk and ddk_no_smoothing) exponentiate: 'ratio' is the paper's ℓ_S/ℓ_T; 'log'
+    is ln ℓ_S − ln ℓ_T, in nats. Near a ratio of 1 both give the same mixtures. At ratios of 2 and more, 'ratio'
+    concentrates the mixture on few domains, and at very large ratios on a single one; 'log' does not."""
     initial: Literal["gap", "proportional"] = "gap"
     """Mixture of the first interval, for methods that follow the gap: 'gap' is the method's own (Eq. 1; uniform with
     cpt_doremi); 'proportional' draws uniformly over all blocks, as Algorithm 1 of the paper does before its first
@@ -67,17 +74,20 @@ class MixtureConfig(Section):
         return weights
 
 
-def initial_mixture(student_ppl: Mapping[str, float], teacher_ppl: Mapping[str, float]) -> Mixture:
+def initial_mixture(
+    student_ppl: Mapping[str, float], teacher_ppl: Mapping[str, float], gap: GapMeasure = "ratio"
+) -> Mixture:
     """Eq. 1: r_0[i] = exp(ℓ_S[i]/ℓ_T[i]) / Σ_j exp(ℓ_S[j]/ℓ_T[j]).
 
     Args:
         student_ppl: perplexity exp(mean cross-entropy per token) by domain.
         teacher_ppl: likewise; the same domains.
+        gap: 'log' puts ln ℓ_S − ln ℓ_T in the place of the ratio, so that r_0[i] is in proportion to the ratio itself.
 
     Raises:
         ValueError: domains differ, there are none, or a perplexity is not a positive finite number.
     """
-    return _softmax(_ratios(student_ppl, teacher_ppl))
+    return _softmax(_gaps(student_ppl, teacher_ppl, gap))
 
 
 def update_mixture(
@@ -85,6 +95,7 @@ def update_mixture(
     student_ppl: Mapping[str, float],
     teacher_ppl: Mapping[str, float],
     alpha: float,
+    gap: GapMeasure = "ratio",
 ) -> Mixture:
     """Eq. 2: ψ[i] = r_t[i] · exp(ℓ_S[i]/ℓ_T[i]); r_{t+1}[i] = α · ψ[i]/Σ_j ψ[j] + (1 − α)/N.
 
@@ -93,6 +104,7 @@ def update_mixture(
         student_ppl: measured now, by domain.
         teacher_ppl: likewise.
         alpha: smoothing coefficient in [0, 1].
+        gap: 'log' puts ln ℓ_S − ln ℓ_T in the place of the ratio, so that ψ[i] = r_t[i] · ℓ_S[i]/ℓ_T[i].
 
     Raises:
         ValueError: as `initial_mixture`; also an `alpha` outside [0, 1], or other domains in the mixture.
@@ -100,7 +112,7 @@ def update_mixture(
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
     old = mixture if isinstance(mixture, Mixture) else Mixture(probabilities=mixture)
-    return exponentiated_mixture(old, _ratios(student_ppl, teacher_ppl), alpha)
+    return exponentiated_mixture(old, _gaps(student_ppl, teacher_ppl, gap), alpha)
 
 
 def exponentiated_mixture(old: Mixture, rise: Mapping[str, float], share: float) -> Mixture:
@@ -183,8 +195,10 @@ def check_perplexities(**by_model: Mapping[str, float]) -> None:
                 raise ValueError(f"the {who}'s perplexity on '{domain}' is {value}; it must be positive and finite")
 
 
-def _ratios(student_ppl: Mapping[str, float], teacher_ppl: Mapping[str, float]) -> dict[str, float]:
+def _gaps(student_ppl: Mapping[str, float], teacher_ppl: Mapping[str, float], gap: GapMeasure) -> dict[str, float]:
     check_perplexities(student=student_ppl, teacher=teacher_ppl)
+    if gap == "log":
+        return {domain: math.log(student_ppl[domain]) - math.log(teacher_ppl[domain]) for domain in student_ppl}
     return {domain: student_ppl[domain] / teacher_ppl[domain] for domain in student_ppl}
 
 

@@ -15,12 +15,12 @@ from ddk.values import Mixture
 
 def _smoothed(previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
     if previous is None:
-        return initial_mixture(now.student_ppl, now.teacher_ppl)
-    return update_mixture(previous, now.student_ppl, now.teacher_ppl, config.alpha)
+        return initial_mixture(now.student_ppl, now.teacher_ppl, config.gap)
+    return update_mixture(previous, now.student_ppl, now.teacher_ppl, config.alpha, config.gap)
 
 
 def _unsmoothed(previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
-    return initial_mixture(now.student_ppl, now.teacher_ppl)
+    return initial_mixture(now.student_ppl, now.teacher_ppl, config.gap)
 
 
 DDK = Method(next_mixture=_smoothed, follows_gap=True)

@@ -89,6 +89,35 @@ def test_eq2_against_60_digits(values, alpha) -> None:
 
 @calm
 @given(values=measured(), alpha=st.floats(0.0, 1.0))
+def test_gaps_in_nats_against_60_digits(values, alpha) -> None:
+    """exp(ln ℓ_S − ln ℓ_T) is ℓ_S/ℓ_T: no exponential is left in either equation."""
+    old, student, teacher = values
+    with localcontext(prec=60):
+        ratios = {d: Decimal(student[d]) / Decimal(teacher[d]) for d in student}
+        psi = {d: Decimal(old[d]) * ratios[d] for d in student}
+        first = {d: ratios[d] / sum(ratios.values()) for d in student}
+        floor = (1 - Decimal(alpha)) / len(psi)
+        second = {d: Decimal(alpha) * psi[d] / sum(psi.values()) + floor for d in psi}
+    assert_close(initial_mixture(student, teacher, "log"), first)
+    assert_close(update_mixture(old, student, teacher, alpha, "log"), second)
+
+
+def test_near_a_ratio_of_one_both_gaps_give_one_mixture() -> None:
+    teacher = {"code": 20.0, "web": 40.0}
+    student = {"code": 20.0 * 1.01, "web": 40.0 * 1.002}
+    ratio, nats = initial_mixture(student, teacher), initial_mixture(student, teacher, "log")
+    assert nats.probabilities["code"] == pytest.approx(ratio.probabilities["code"], abs=2e-5)
+
+
+def test_only_nats_leave_every_domain_its_part_where_the_ratios_are_huge() -> None:
+    """A student that was cut out of its teacher and has not been trained yet."""
+    teacher, student = {"a": 10.0, "b": 10.0}, {"a": 3.11e6, "b": 1e5}
+    assert initial_mixture(student, teacher).probabilities["b"] == 0.0
+    assert initial_mixture(student, teacher, "log").probabilities["b"] == pytest.approx(1e5 / 3.21e6)
+
+
+@calm
+@given(values=measured(), alpha=st.floats(0.0, 1.0))
 def test_sums_to_one_and_every_domain_keeps_its_floor(values, alpha) -> None:
     old, student, teacher = values
     first, second = initial_mixture(student, teacher), update_mixture(old, student, teacher, alpha)

@@ -35,6 +35,15 @@ def test_ddk_follows_eq1_and_then_eq2() -> None:
     assert mixture_after("ddk", OLD, GAPS, config, SIZES) == update_mixture(OLD, STUDENT, TEACHER, 0.3)
 
 
+def test_the_gap_may_be_in_nats() -> None:
+    config = MixtureConfig(alpha=0.3, gap="log")
+    first, second = initial_mixture(STUDENT, TEACHER, "log"), update_mixture(OLD, STUDENT, TEACHER, 0.3, "log")
+    assert mixture_after("ddk", None, GAPS, config, SIZES) == first
+    assert mixture_after("ddk", OLD, GAPS, config, SIZES) == second
+    assert mixture_after("ddk_no_smoothing", OLD, GAPS, config, SIZES) == first
+    assert first != initial_mixture(STUDENT, TEACHER)
+
+
 def test_without_smoothing_is_eq1_each_time() -> None:
     for previous in (None, OLD):
         mixture = mixture_after("ddk_no_smoothing", previous, GAPS, MixtureConfig(), SIZES)
