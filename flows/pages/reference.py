@@ -28,15 +28,17 @@ environment, or from a Prefect block ([storage](storage.md)).
 
 def render() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *_section("The file", Config), *_sections()])
+    return "\n".join([HEAD, *_section("The file", Config), *_sections(Config)])
 
 
-def _sections() -> Iterator[str]:
-    for name, field in Config.model_fields.items():
+def _sections(within: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every section below one, each followed by those within it (`teacher`, `teacher.codec`)."""
+    for name, field in within.model_fields.items():
         model = _model_of(field.annotation)
         if model is not None:
-            title = f"`{name}.<domain>`" if get_origin(field.annotation) is dict else f"`{name}`"
-            yield from _section(title, model)
+            title = f"{prefix}{name}.<domain>" if get_origin(field.annotation) is dict else f"{prefix}{name}"
+            yield from _section(f"`{title}`", model)
+            yield from _sections(model, f"{title}.")
 
 
 def _section(title: str, model: type[BaseModel]) -> Iterator[str]:

@@ -21,6 +21,7 @@ def test_every_field_is_described() -> None:
         for name, field in getattr(section, "model_fields", {}).items():
             assert field.description, f"{section.__name__}.{name} has no docstring"
             assert f"| `{name}` |" in page
+    assert "## `teacher.codec`" in page, "a section within a section"
 
 
 def test_the_example_in_the_readme_is_a_valid_configuration() -> None:
