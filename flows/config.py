@@ -23,7 +23,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -40,10 +40,12 @@ from storage.corpus.domain import DomainConfig
 from storage.files.root import check_root
 from storage.files.uri import NO_CREDENTIALS, absolute
 from storage.files.yaml_text import MOST_CHARACTERS, parse_yaml
-from tasks.planning.complete_runs import RunSources
 from tasks.teachers.config import TeacherConfig
 from tasks.training.run_settings import RunSettings
 from tasks.training.tracking.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from tasks.planning.complete_runs import RunSources
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """Of runs: they become names of files."""
@@ -78,7 +80,7 @@ class Config(Section):
     packing: PackingConfig = PackingConfig()
     """How documents become blocks."""
     teacher: TeacherConfig
-    """The teacher, and what is stored of its predictions."""
+    """The teacher model, and how its predictions are captured."""
     student: StudentConfig
     """The model that is trained."""
     loss: LossConfig = LossConfig()
@@ -178,6 +180,8 @@ class Config(Section):
 
     @property
     def sources(self) -> RunSources:
+        from tasks.planning.complete_runs import RunSources  # zarr, which reading a configuration does not need
+
         return RunSources(
             root=self.root,
             run=self.run,

@@ -148,7 +148,7 @@ def test_config() -> None:
         PackingConfig(seq_len=0)
     with pytest.raises(ValidationError, match="Extra inputs"):
         PackingConfig.model_validate({"seq_length": 7})
-    assert "Predictions in a block" in json.dumps(PackingConfig.model_json_schema())
+    assert "Number of predictions in a block" in json.dumps(PackingConfig.model_json_schema())
 
 
 BOS = (200_001, 200_002)

@@ -19,7 +19,9 @@ def test_every_section_is_a_parameter_of_its_own(name: str) -> None:
     assert set(schema.properties) - {"force"} == set(Config.model_fields)
     assert set(schema.required) == {"run", "root", "domains", "teacher", "student", "train"}
     learning_rate = schema.definitions["TrainConfig"]["properties"]["learning_rate"]
-    assert learning_rate["description"] == "Peak, reached after the warm-up.", "the form says what a field is"
+    assert learning_rate["description"] == "Peak learning rate, reached after the warm-up.", (
+        "the form says what a field is"
+    )
 
 
 def test_flows_take_what_the_configuration_gives() -> None:

@@ -242,7 +242,7 @@ def test_the_form_of_a_custom_run_is_filled_in_and_explained(
 ) -> None:
     deployment = server.ask("deployments/name/distill/distill")["id"]
     page = ui.open(f"{server.url}/deployments/deployment/{deployment}/run")
-    ui.text("Most probable tokens kept at every position.")
+    ui.text("Number of most probable tokens that are stored at every position.")
     values = page.locator("input, textarea").evaluate_all("fields => fields.map(field => field.value)")
     assert {"small", str(started.root), str(STEPS), str(INTERVAL)} <= set(values)
     ui.text("packing (Optional)").evaluate("heading => heading.scrollIntoView({block: 'start'})")
