@@ -483,7 +483,7 @@ def in_a_process_of_its_own(root: Path, port: int, code: str) -> str:
     head = f"""
 import logging, sys
 logging.basicConfig(format="%(message)s")
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(REPOSITORY / "tests" / "support")]!r}
 from test_trackers import *
 logging.getLogger("ddk").setLevel("INFO")
 run = Run({str(root)!r})
