@@ -403,7 +403,7 @@ def writing(url: str) -> Iterator[str]:
             yield local
             put_file(local, url)
         return
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = _temporary_beside(path)
     try:
         with _put_down(url):
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -415,6 +415,12 @@ def writing(url: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _temporary_beside(path: str) -> str:
+    """A name in the same folder without the file's own in it: who watches the folder (TensorBoard takes every name with
+    'tfevents', in order, and looks at none a second time) must not take it for the file."""
+    return os.path.join(os.path.dirname(path), f"{uuid.uuid4().hex}.tmp")
 
 
 @contextlib.contextmanager
@@ -438,7 +444,8 @@ def _put_down(url: str) -> Iterator[None]:
 
 def _is_about(name: str, path: str) -> bool:
     """Whether a name is that of the file, of a folder above it, or of a temporary one beside it."""
-    return name.startswith(path) or path.startswith(name.rstrip("/") + "/")
+    beside = os.path.relpath(name, os.path.dirname(path)).split("/")[0]
+    return name.startswith(path) or path.startswith(name.rstrip("/") + "/") or ".tmp" in beside
 
 
 @contextlib.contextmanager

@@ -401,3 +401,13 @@ def test_what_rust_says_of_the_system_is_understood() -> None:
     error = ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "the disk is full; free some space" in str(explained(error))
     assert explained(ValueError("(os error x)")) is None
+
+
+def test_a_file_that_is_being_written_does_not_look_like_the_file(tmp_path: Path) -> None:
+    """TensorBoard takes every name with 'tfevents', in order, and would go past the file that comes of it."""
+    url = str(tmp_path / "events.out.tfevents.00000002.train")
+    with uri.writing(url) as temporary:
+        assert os.path.dirname(temporary) == str(tmp_path)
+        assert "tfevents" not in os.path.basename(temporary)
+        Path(temporary).write_bytes(b"points")
+    assert os.listdir(tmp_path) == [os.path.basename(url)]
