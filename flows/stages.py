@@ -252,7 +252,8 @@ def distill(config: Config) -> dict[str, Any]:
             stores = (config.root, config.domains, config.teacher, config.packing, config.storage_block)
             stage(*stores, student=config.student)
         result: dict[str, Any] = train_student(**flow_parameters(config))
-    remember_complete(config.sources, plan.urls, digest)
+    if digest == config.sources.digest():  # nothing has changed while it ran
+        remember_complete(config.sources, plan.urls, digest)
     return result
 
 

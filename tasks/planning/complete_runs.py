@@ -119,11 +119,11 @@ def remember_complete(sources: RunSources, stores: Mapping[str, tuple[str, str]]
 
     Args:
         stores: URLs of blocks and targets, by domain.
-        digest: of the sources as they were planned; nothing is remembered where they have changed since.
+        digest: of the sources that were planned; None: files alone do not determine it, and nothing is remembered.
     """
+    if digest is None:
+        return
     with contextlib.suppress(StoreError, OSError):  # it only saves time
-        if digest is None or digest != sources.digest():
-            return
         firsts = {
             domain: {"blocks": _first(blocks), "targets": _first(targets)}
             for domain, (blocks, targets) in stores.items()
