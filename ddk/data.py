@@ -46,6 +46,8 @@ class Batch:
     """None where the loss reads none."""
     valid_BL: BoolArray | None = None
     """Whether a position carries loss, where the corpus marks some that do not; None: all do."""
+    domains: tuple[str, ...] = ()
+    """Of each block."""
 
     def valid(self, separator: int | tuple[int, ...] | None) -> BoolArray | None:
         """`valid_BL`, less the positions that foretell a document's first token.
@@ -166,6 +168,7 @@ class TrainData:
             tokens_BL1=np.concatenate(tokens)[order],
             targets=_concatenated(targets, order) if self.targets is not None else None,
             valid_BL=_joined_masks(tokens, valid, order),
+            domains=tuple(drawn.domain for drawn in draws),
         )
 
 

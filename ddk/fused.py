@@ -140,7 +140,7 @@ class _FusedLoss(torch.autograd.Function):
             bias_gradient_V = (
                 torch.zeros_like(bias_V, dtype=_wide(bias_V)) if bias_V is not None and wanted[2] else None
             )
-            sums = torch.zeros(2, device=hidden_TD.device, dtype=_wide(hidden_TD))
+            sums = torch.zeros(3, device=hidden_TD.device, dtype=_wide(hidden_TD))
             memory: Tensor | None = None
             for rows in settings.rows(len(hidden_TD)):
                 hidden_CD = hidden_TD[rows]
@@ -183,7 +183,7 @@ class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
         gradient_TV = torch.empty_like(logits_TV) if settings.wants_gradient else None
-        sums = torch.zeros(2, device=logits_TV.device, dtype=_wide(logits_TV))
+        sums = torch.zeros(3, device=logits_TV.device, dtype=_wide(logits_TV))
         for rows in settings.rows(len(logits_TV)):
             logits_CV = logits_TV[rows].to(sums.dtype, copy=True)
             sums += _consume(logits_CV, rows, settings)
@@ -200,9 +200,8 @@ class _DenseLoss(torch.autograd.Function):
 
 
 def _results(ctx: Any, sums: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    ce, kl = sums.unbind()
-    gamma = settings.loss.gamma if settings.teacher is not None else 0.0
-    total = (ce + gamma * kl) * settings.scale
+    ce, kl, weighted_kl = sums.unbind()
+    total = (ce + weighted_kl) * settings.scale
     ce, kl = ce.clone(), kl.clone()
     ctx.mark_non_differentiable(ce, kl)
     return total, ce, kl
@@ -213,7 +212,10 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _consume(logits_CV: Tensor, rows: slice, settings: _Settings) -> Tensor:
-    """Steps 1 to 4 of the module's docstring: [2] sums of CE and divergence; the logits become their gradient."""
+    """Steps 1 to 4 of the module's docstring: sums [3] of CE, divergence, and γ times the divergence.
+
+    The logits become their gradient.
+    """
     labels_C1 = settings.labels_T[rows, None]
     teacher = None if settings.teacher is None else settings.teacher[rows]
     if teacher is None:
@@ -230,7 +232,9 @@ def _consume(logits_CV: Tensor, rows: slice, settings: _Settings) -> Tensor:
     rest_at_C, sum_at_C = (None, None) if scaled_CV is None else _exponentials(scaled_CV)
 
     if teacher is not None and stored_CK is not None and has_closed_form(settings.loss):
-        ce_C, kl_C, of_known_CH, of_rest_C = closed_form(known_CH, rest_C, stored_CK, teacher, settings.loss.gamma)
+        ce_C, kl_C, of_known_CH, of_rest_C = closed_form(
+            known_CH, rest_C, stored_CK, teacher, _gamma(teacher, settings.loss)
+        )
         of_known_CH *= settings.scale
         of_rest_C *= settings.scale
         of_rest_at_C = None
@@ -243,7 +247,7 @@ def _consume(logits_CV: Tensor, rows: slice, settings: _Settings) -> Tensor:
         if scaled_CV is not None and sum_at_C is not None and of_rest_at_C is not None:
             logits_CV.addcmul_(scaled_CV, (of_rest_at_C / (sum_at_C * temperature))[:, None])
         logits_CV.scatter_add_(1, hidden_CH, of_known_CH)
-    return torch.stack([ce_C.sum(), kl_C.sum()])
+    return torch.stack([ce_C.sum(), kl_C.sum(), (_gamma(teacher, settings.loss) * kl_C).sum()])
 
 
 def _derived(
@@ -262,12 +266,18 @@ def _derived(
         ce_C, kl_C = position_losses(
             known_CH[:, :-1], known_CH[:, -1], rest_C, rest_at_C, stored_CK, teacher, settings.loss
         )
-        gamma = settings.loss.gamma if teacher is not None else 0.0
-        total = ((ce_C + gamma * kl_C) * settings.scale).sum()
+        total = ((ce_C + _gamma(teacher, settings.loss) * kl_C) * settings.scale).sum()
     if not settings.wants_gradient:
         return ce_C, kl_C, known_CH, rest_C, rest_at_C
     of_known_CH, of_rest_C, *of_rest_at = torch.autograd.grad(total, inputs)
     return ce_C.detach(), kl_C.detach(), of_known_CH, of_rest_C, of_rest_at[0] if of_rest_at else None
+
+
+def _gamma(teacher: Teacher | None, loss: LossConfig) -> float | Tensor:
+    """γ, or that of each position of the chunk."""
+    if teacher is None:
+        return 0.0
+    return loss.gamma if teacher.gamma_T is None else teacher.gamma_T
 
 
 def _exponentials(logits_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ gathered logits that gives the normaliser, the cross-entropy, and q_r without th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddk.domain_tree import lineage
 from ddk.train_config import LossConfig
-from ddk.values import SparseTargets
+from ddk.values import Float32Array, SparseTargets
 
 SMALLEST_TAIL = 1e-6
 """What a tail that was stored as 0 counts as in reverse_kl."""
@@ -64,6 +66,8 @@ class Teacher:
     """float32, log r: the probability that is not in `log_p_TK`. −inf where there is none."""
     entropy_T: Tensor | None = None
     """float32, nats, of the whole distribution. Only for random draws: the KL's constant, which they do not give."""
+    gamma_T: Tensor | None = None
+    """float32, the weight γ of each position; None: `LossConfig.gamma` everywhere."""
 
     def __len__(self) -> int:
         return len(self.ids_TK)
@@ -74,6 +78,7 @@ class Teacher:
             log_p_TK=self.log_p_TK[rows],
             log_tail_T=self.log_tail_T[rows],
             entropy_T=None if self.entropy_T is None else self.entropy_T[rows],
+            gamma_T=None if self.gamma_T is None else self.gamma_T[rows],
         )
 
 
@@ -177,6 +182,38 @@ def teacher_of(
     )
 
 
+def gamma_of(loss: LossConfig, domain: str) -> float:
+    """γ of a domain: its own, or that of the nearest domain above it which has one, or else `loss.gamma`."""
+    named = (loss.gamma_of[above] for above in reversed(lineage(domain)) if above in loss.gamma_of)
+    return next(named, loss.gamma)
+
+
+def position_gamma(
+    loss: LossConfig, domains: Sequence[str], entropy_BL: Float32Array | None, positions: int
+) -> Float32Array | None:
+    """γ of every position [B, L] of some blocks; None where it is `loss.gamma` everywhere.
+
+    Args:
+        domains: of each block.
+        entropy_BL: of the teacher's distribution, in nats.
+        positions: L.
+
+    Raises:
+        ValueError: `loss.min_entropy` is set, and the targets hold no entropy.
+    """
+    if not loss.gamma_of and not loss.min_entropy:
+        return None
+    of_block = np.array([gamma_of(loss, domain) for domain in domains], np.float32)
+    gamma_BL = np.repeat(of_block[:, None], positions, 1)
+    if loss.min_entropy:
+        if entropy_BL is None:
+            raise ValueError(
+                "loss.min_entropy is set and the targets hold no entropy (imported ones may lack it); set it to 0"
+            )
+        gamma_BL[entropy_BL < loss.min_entropy] = 0.0
+    return gamma_BL
+
+
 def position_losses(
     student_TK: Tensor,
     label_T: Tensor,
@@ -256,7 +293,7 @@ def has_closed_form(loss: LossConfig) -> bool:
 
 
 def closed_form(
-    known_TH: Tensor, rest_T: Tensor, stored_TK: Tensor, teacher: Teacher, gamma: float
+    known_TH: Tensor, rest_T: Tensor, stored_TK: Tensor, teacher: Teacher, gamma: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`position_losses` of the usual loss with its derivatives, written out: a third of the operations.
 
@@ -271,6 +308,7 @@ def closed_form(
     Args:
         known_TH: logits at the stored ids, and at the label behind them.
         rest_T, stored_TK, teacher: as of `position_losses`.
+        gamma: γ, or that of each position [T].
 
     Returns:
         CE [T], KL [T], and the derivatives of CE + γ·KL: [T, K + 1] in known_TH (where the label is stored, all of its
@@ -294,7 +332,7 @@ def closed_form(
     gamma_r_T = gamma * r_T
     a_T = 1.0 + gamma * p_TK.sum(-1) + gamma_r_T
     of_known_TH = a_T[:, None] * q_TH
-    of_known_TH[:, :-1] -= gamma * p_TK
+    of_known_TH[:, :-1] -= (gamma if isinstance(gamma, float) else gamma[:, None]) * p_TK
     of_known_TH[:, -1] -= gamma_r_T * (z_TH[:, -1] - outside_T).exp() + 1.0
     of_rest_T = a_T * (rest_T - whole_T).exp() - gamma_r_T * (rest_T - outside_T).exp()
     return whole_T - label_T, kl_T, of_known_TH, of_rest_T

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ddk.section import MOST_STEPS, Section
 
@@ -32,6 +32,16 @@ class LossConfig(Section):
 
     gamma: float = Field(default=0.2, ge=0.0, le=1e6)
     """Weight γ of the divergence; 0 trains on cross-entropy only and reads no targets."""
+    gamma_of: dict[str, float] = Field(default_factory=dict)
+    """Weight γ of single domains, in place of `gamma`: `{code: 0.1, web: 1.0}`. A domain's weight holds for all domains
+    below it that have none of their own. Domains that are not named have `gamma`."""
+    gamma_until: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    """Number of optimizer steps after which the student trains on cross-entropy alone. By default, γ holds to the
+    end."""
+    min_entropy: float = Field(default=0.0, ge=0.0, le=20.0)
+    """Entropy of the teacher's distribution, in nats, below which a position has no divergence: where the teacher is
+    certain, its distribution says little more than the text. Needs stores that hold the entropy, as captured ones
+    do."""
     temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
     """Temperature T of both distributions in the divergence. If it is not 1, it must be one of
     `teacher.tail_temperatures`, or `tail` must be 'renormalise'."""
@@ -47,8 +57,19 @@ class LossConfig(Section):
     """Whether to exclude the first token of each document from the loss, as nothing before it in the block helps to
     predict it."""
 
+    @field_validator("gamma_of")
+    @classmethod
+    def _weights_are_not_negative(cls, weights: dict[str, float]) -> dict[str, float]:
+        for domain, weight in weights.items():
+            if not 0.0 <= weight <= 1e6:
+                raise ValueError(f"the weight of '{domain}' is {weight}; it must lie in [0, 1000000]")
+        return weights
+
     @model_validator(mode="after")
     def _is_known(self) -> LossConfig:
+        if self.gamma == 0.0 and (self.gamma_of or self.gamma_until is not None or self.min_entropy):
+            field = "gamma_of" if self.gamma_of else "gamma_until" if self.gamma_until is not None else "min_entropy"
+            raise ValueError(f"{field} is set and gamma is 0, so that no targets are read; set gamma too, or leave it")
         if self.tail == "residual" and self.divergence == "reverse_kl":
             raise ValueError(
                 "divergence reverse_kl with tail 'residual' is infinite: it gives no probability to tokens outside the "

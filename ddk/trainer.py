@@ -26,7 +26,7 @@ from torch import Tensor
 from ddk.data import Batch, TrainData, prefetch
 from ddk.errors import UserError
 from ddk.gap import perplexity
-from ddk.loss import teacher_of
+from ddk.loss import Teacher, position_gamma, teacher_of
 from ddk.parallel import Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
 from ddk.student import StudentLoss, layers_of
@@ -307,11 +307,21 @@ class Trainer:
         self, batch: Batch, valid_BL: BoolArray | None, rows: slice, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = self._on_device(batch.tokens_BL1[rows]).long()
-        teacher = None if batch.targets is None else teacher_of(batch.targets, self.loss, self.device, rows)
+        teacher = self._teacher(batch, rows)
         valid = None if valid_BL is None else self._on_device(valid_BL[rows])
         with self.autocast:
             found: tuple[Tensor, Tensor, Tensor] = self._student(tokens[:, :-1], tokens[:, 1:], valid, teacher, scale)
         return found
+
+    def _teacher(self, batch: Batch, rows: slice) -> Teacher | None:
+        """What the micro-batch is compared with; None for cross-entropy alone."""
+        until, targets = self.loss.gamma_until, batch.targets
+        if targets is None or (until is not None and self.state.step >= until):
+            return None
+        teacher = teacher_of(targets, self.loss, self.device, rows)
+        entropy_BL = None if targets.entropy_BL is None else targets.entropy_BL[rows]
+        gamma_BL = position_gamma(self.loss, batch.domains[rows], entropy_BL, targets.tail_mass_BL.shape[1])
+        return teacher if gamma_BL is None else replace(teacher, gamma_T=self._on_device(gamma_BL).flatten())
 
     def _on_device(self, array: np.ndarray[Any, Any]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -2,7 +2,7 @@
 
     run: my-run                      # name of the run, below <root>/runs
     root: s3://bucket/ddk            # where everything is stored: a folder, or anything fsspec opens
-    method: ddk                      # or ddk_no_smoothing, ddk_equal, kd, cpt, minillm, cpt_doremi, ted
+    method: ddk                      # or ddk_retain, ddk_no_smoothing, ddk_equal, kd, cpt, minillm, cpt_doremi, ted
     seed: 0
     domains: {math: {train: [...], validation: [...]}, ...}
     packing: {seq_len: 1024}

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ddk.mixture import MixtureConfig
-from ddk.values import Mixture
+from ddk.values import DomainGap, Mixture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """One interval of the run that is over."""
+
+    step: int
+    """Optimizer steps done at its start."""
+    gaps: Sequence[DomainGap]
+    """Measured at its start, one a domain."""
+    mixture: Mixture
+    """That it was trained under."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +34,20 @@ class Measured:
     """ℓ_ref, of the model whose loss 'excess loss' exceeds: a finished run's student, or the teacher."""
     sizes: Mapping[str, int]
     """Train blocks."""
+    past: Sequence[Interval] = ()
+    """The intervals so far, oldest first; none before any training."""
+    progress: float = 0.0
+    """Share of the run's optimizer steps that are done, in [0, 1]."""
+
+    @property
+    def previous(self) -> Mixture | None:
+        """The mixture of the interval that has just ended; None before any training."""
+        return self.past[-1].mixture if self.past else None
 
 
 class NextMixture(Protocol):
-    def __call__(self, previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
-        """The mixture after a measurement; `previous` is None at the first, before any training."""
+    def __call__(self, now: Measured, config: MixtureConfig) -> Mixture:
+        """The mixture after a measurement."""
         ...
 
 

@@ -86,10 +86,10 @@ def average_mixture(history: Sequence[Mixture]) -> Mixture:
     )
 
 
-def _next(previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
-    if previous is None:
+def _next(now: Measured, config: MixtureConfig) -> Mixture:
+    if now.previous is None:
         return equal_mixture(list(now.student_ppl))
-    return doremi_mixture(previous, now.student_ppl, now.reference_ppl, config.doremi_step, config.doremi_smoothing)
+    return doremi_mixture(now.previous, now.student_ppl, now.reference_ppl, config.doremi_step, config.doremi_smoothing)
 
 
 CPT_DOREMI = Method(next_mixture=_next, follows_gap=True, loss={"gamma": 0.0}, reads_reference=True)

@@ -19,7 +19,7 @@ from ddk.values import Mixture
 def fixed(default: Literal["equal", "proportional"]) -> NextMixture:
     """The mixture that the configuration gives, or else `default`."""
 
-    def next_mixture(previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
+    def next_mixture(now: Measured, config: MixtureConfig) -> Mixture:
         return fixed_mixture(default if config.weights is None else config.weights, now.sizes)
 
     return next_mixture

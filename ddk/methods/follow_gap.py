@@ -13,13 +13,13 @@ from ddk.mixture import MixtureConfig, initial_mixture, update_mixture
 from ddk.values import Mixture
 
 
-def _smoothed(previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
-    if previous is None:
+def _smoothed(now: Measured, config: MixtureConfig) -> Mixture:
+    if now.previous is None:
         return initial_mixture(now.student_ppl, now.teacher_ppl, config.gap)
-    return update_mixture(previous, now.student_ppl, now.teacher_ppl, config.alpha, config.gap)
+    return update_mixture(now.previous, now.student_ppl, now.teacher_ppl, config.alpha, config.gap)
 
 
-def _unsmoothed(previous: Mixture | None, now: Measured, config: MixtureConfig) -> Mixture:
+def _unsmoothed(now: Measured, config: MixtureConfig) -> Mixture:
     return initial_mixture(now.student_ppl, now.teacher_ppl, config.gap)
 
 

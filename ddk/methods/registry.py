@@ -6,25 +6,36 @@ docs/methods.md compares them. Adding one: a small file beside this one with a `
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import ValidationError
 
-from ddk.domain_tree import cut, rolled_up_counts, rolled_up_gaps, rolled_up_mixture, rolled_up_ppl, spread_mixture
-from ddk.methods.base import Measured, Method
+from ddk.domain_tree import (
+    cut,
+    lineage,
+    rolled_up_counts,
+    rolled_up_gaps,
+    rolled_up_mixture,
+    rolled_up_ppl,
+    spread_mixture,
+)
+from ddk.methods.base import Interval, Measured, Method
 from ddk.methods.doremi import CPT_DOREMI
 from ddk.methods.fixed import CPT, DDK_EQUAL, KD
 from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
 from ddk.methods.minillm import MINILLM
+from ddk.methods.retain import DDK_RETAIN
 from ddk.methods.ted import TED
 from ddk.mixture import MixtureConfig, fixed_mixture, proportional_mixture
 from ddk.train_config import LossConfig
 from ddk.values import DomainGap, Mixture
 
-MethodName = Literal["ddk", "ddk_no_smoothing", "ddk_equal", "kd", "cpt", "minillm", "cpt_doremi", "ted"]
+MethodName = Literal["ddk", "ddk_retain", "ddk_no_smoothing", "ddk_equal", "kd", "cpt", "minillm", "cpt_doremi", "ted"]
 
 METHODS: Mapping[MethodName, Method] = {
     "ddk": DDK,
+    "ddk_retain": DDK_RETAIN,
     "ddk_no_smoothing": DDK_NO_SMOOTHING,
     "ddk_equal": DDK_EQUAL,
     "kd": KD,
@@ -47,52 +58,63 @@ def effective_loss(method: MethodName, loss: LossConfig) -> LossConfig:
 
 def mixture_after(
     method: MethodName,
-    previous: Mixture | None,
+    past: Sequence[Interval],
     gaps: Sequence[DomainGap],
     config: MixtureConfig,
     sizes: Mapping[str, int],
     reference: Mapping[str, float] | None = None,
     positions: Mapping[str, int] | None = None,
+    progress: float = 0.0,
 ) -> Mixture:
     """The mixture of the next interval, over the leaves.
 
     With `config.level`, the method sees the domains cut to that level, and its mixture is spread over their leaves.
 
     Args:
-        previous: that of the interval that has just ended; None before the first.
+        past: the intervals so far, oldest first; none before the first.
         gaps: measured now, one a domain.
         sizes: train blocks by domain.
         reference: perplexities by domain of the model that `cpt_doremi` compares with; None: the teacher's.
         positions: validation positions that carry loss, by domain; only `config.level` asks for them.
+        progress: share of the run's optimizer steps that are done, in [0, 1].
 
     Raises:
         ValueError: gaps, mixture, sizes or reference are of different domains.
     """
     level = config.level
     if level is None:
-        return _mixture_after(method, previous, gaps, config, sizes, reference)
+        return _mixture_after(method, past, gaps, config, sizes, reference, progress)
     positions = positions or {}
     found = _mixture_after(
         method,
-        previous and rolled_up_mixture(previous, level),
+        [
+            replace(
+                interval,
+                gaps=rolled_up_gaps(interval.gaps, positions, level),
+                mixture=rolled_up_mixture(interval.mixture, level),
+            )
+            for interval in past
+        ],
         rolled_up_gaps(gaps, positions, level),
         config,
         rolled_up_counts(sizes, level),
         reference and rolled_up_ppl(reference, positions, level),
+        progress,
     )
     return spread_mixture(found, sizes, level)
 
 
 def _mixture_after(
     method: MethodName,
-    previous: Mixture | None,
+    past: Sequence[Interval],
     gaps: Sequence[DomainGap],
     config: MixtureConfig,
     sizes: Mapping[str, int],
     reference: Mapping[str, float] | None,
+    progress: float,
 ) -> Mixture:
     chosen = METHODS[method]
-    if previous is None and chosen.follows_gap and config.initial == "proportional":
+    if not past and chosen.follows_gap and config.initial == "proportional":
         return proportional_mixture(sizes)
     teacher_ppl = {gap.domain: gap.teacher_ppl for gap in gaps}
     now = Measured(
@@ -100,8 +122,10 @@ def _mixture_after(
         teacher_ppl=teacher_ppl,
         reference_ppl=teacher_ppl if reference is None else reference,
         sizes=sizes,
+        past=past,
+        progress=progress,
     )
-    return chosen.next_mixture(previous, now, config)
+    return chosen.next_mixture(now, config)
 
 
 def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:
@@ -127,6 +151,13 @@ def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, d
             fixed_mixture(mixture.weights, {cut(one, level) if level else one: 1 for one in domains})
         except ValueError as error:
             raise ValueError(f"mixture.weights: {error}") from None
+    known = {above for one in domains for above in lineage(one)}
+    # 'math/…' stands for the leaves of a domain whose records say what they are.
+    later = tuple(one.removesuffix("…") for one in domains if one.endswith("/…"))
+    if unknown := sorted(name for name in set(loss.gamma_of) - known if not name.startswith(later)):
+        raise ValueError(
+            f"loss.gamma_of: there is no domain '{unknown[0]}'; the domains are {', '.join(sorted(domains))}"
+        )
     if mixture.reference_run is not None and not chosen.reads_reference:
         others = ", ".join(name for name, known in METHODS.items() if known.reads_reference)
         raise ValueError(

@@ -35,7 +35,7 @@ _LONGEST_KEY = 56
 _REFERENCE = "mixture.reference_run"
 IN_ORDER: tuple[MethodName, ...] = (
     *("cpt", "cpt_doremi", "kd", "ted", "minillm"),
-    *("ddk_equal", "ddk_no_smoothing", "ddk"),
+    *("ddk_equal", "ddk_no_smoothing", "ddk_retain", "ddk"),
 )
 """All methods, as the paper's tables have them."""
 

@@ -42,6 +42,11 @@ def generation(url: str, number: int) -> str:
     return f"{folder}.{number}/{name}"
 
 
+def first_fingerprint(url: str) -> str:
+    """The fingerprint that a store was first made for: `'r/targets/3f2a.2/math.zarr'` → `'3f2a'`."""
+    return url.split("/")[-2].partition(".")[0]
+
+
 def _begun(url: str, number: int) -> bool:
     return uri.size_of(uri.join(generation(url, number), "manifest.json")) is not None
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ddk.cost.shape import TRAINING
+from ddk.values import has_regressed
 from storage.runs.mixtures import MixtureRecord
 from tasks.comparing.spreads import Difference, Spread, paired_difference, spread
 from tasks.reporting.records import Row
@@ -173,7 +175,7 @@ def _share(record: MixtureRecord, domain: str) -> float:
     return record.blocks_drawn.get(domain, 0) / total if total else math.nan
 
 
-def geometric_mean(values: Mapping[str, float]) -> float:
+def geometric_mean(values: Mapping[Any, float]) -> float:
     """Of perplexities by domain: exp of the mean of their logarithms."""
     return math.exp(math.fsum(math.log(value) for value in values.values()) / len(values))
 
@@ -215,6 +217,74 @@ def difference_of(comparison: Comparison, variant: str, measure: Measure) -> Dif
     if variant == comparison.baseline:
         return None
     return paired_difference(by_seed(comparison, variant, measure), by_seed(comparison, comparison.baseline, measure))
+
+
+def regressed_domains(comparison: Comparison, variant: str) -> dict[str, float]:
+    """The domains on which the student ends worse than it began, in the mean over the seeds, with the factor of each.
+
+    Example: {'books': 1.062} where the perplexity on books rises by 6.2%.
+    """
+    runs = comparison.of(variant)
+    found = {}
+    for domain in comparison.domains:
+        both = [
+            (run.records[0].perplexities[domain].student, run.last.perplexities[domain].student)
+            for run in runs
+            if domain in run.last.perplexities
+        ]
+        if not both:
+            continue
+        before, after = (geometric_mean(dict(enumerate(values))) for values in zip(*both, strict=True))
+        if has_regressed(before, after):
+            found[domain] = after / before
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """One variant between the two aims of a mixture: a small largest gap, and small perplexities everywhere."""
+
+    variant: str
+    perplexity: float
+    """Geometric mean over the domains, mean over the seeds."""
+    worst_ratio: float
+    """The largest ratio of the domains, mean over the seeds."""
+    perplexity_interval: tuple[float, float] | None
+    """Of the paired difference from the baseline, at the baseline's place; None without one."""
+    worst_ratio_interval: tuple[float, float] | None
+    regressed: tuple[str, ...]
+    """Domains on which the student ends worse than it began."""
+
+
+def frontier(comparison: Comparison) -> list[FrontierPoint]:
+    """A point for each variant with a finished run."""
+    base = {measure.name: spread_of(comparison, comparison.baseline, measure) for measure in _AIMS}
+
+    def interval(variant: str, measure: Measure) -> tuple[float, float] | None:
+        difference, at = difference_of(comparison, variant, measure), base[measure.name]
+        if difference is None or difference.low is None or difference.high is None or at is None:
+            return None
+        return at.mean + difference.low, at.mean + difference.high
+
+    points = []
+    for variant in comparison.variants:
+        perplexity, worst = (spread_of(comparison, variant.name, measure) for measure in _AIMS)
+        if perplexity is None or worst is None:
+            continue
+        points.append(
+            FrontierPoint(
+                variant=variant.name,
+                perplexity=perplexity.mean,
+                worst_ratio=worst.mean,
+                perplexity_interval=interval(variant.name, _AIMS[0]),
+                worst_ratio_interval=interval(variant.name, _AIMS[1]),
+                regressed=tuple(regressed_domains(comparison, variant.name)),
+            )
+        )
+    return points
+
+
+_AIMS = (Measure(name="perplexity"), Measure(name="worst_ratio"))
 
 
 def saved_flops(comparison: Comparison) -> dict[str, int | None]:

@@ -3,6 +3,7 @@
     ratio_figure     a panel for the mean, one for the largest ratio, one a domain; a line for each variant
     domains_figure   a panel for each variant; a line for each domain
     mixture_figure   likewise, the sampling probabilities
+    frontier_figure  the largest ratio against the geometric mean of the perplexities, a point for each variant
 
 A line is the mean over the seeds, its band goes from the smallest to the largest of them. Equal comparisons give equal
 bytes.
@@ -21,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from storage.runs.mixtures import MixtureRecord
-from tasks.comparing.data import Comparison, Measure
+from tasks.comparing.data import Comparison, FrontierPoint, Measure, frontier
 from tasks.reporting.plots import (
     COLOURS,
     DASHES,
@@ -140,10 +141,83 @@ def mixture_figure(comparison: Comparison, *, theme: Theme = LIGHT) -> Figure:
 
 def plots(comparison: Comparison, *, theme: Theme = LIGHT) -> dict[str, bytes]:
     """PNG files by their names; none where no run is finished."""
-    figures = {"ratio.png": ratio_figure, "domains.png": domains_figure, "mixture.png": mixture_figure}
+    figures = {
+        "frontier.png": frontier_figure,
+        "ratio.png": ratio_figure,
+        "domains.png": domains_figure,
+        "mixture.png": mixture_figure,
+    }
     if not any(comparison.of(variant.name) for variant in comparison.variants):
         return {}
     return {name: as_png(figure(comparison, theme=theme)) for name, figure in figures.items()}
+
+
+def frontier_figure(comparison: Comparison, *, theme: Theme = LIGHT) -> Figure:
+    """Both aims of a mixture at once: a variant further down and further left is better in both.
+
+    A ring is drawn around a variant that leaves domains worse than they were. The bars are the intervals of the paired
+    differences from the baseline, which has none itself.
+    """
+    points = frontier(comparison)
+    rows = -(-len(points) // 2)
+    figure = Figure(figsize=(7.4, 4.6 + 0.22 * rows), dpi=DPI, facecolor=theme.ground)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)  # inches
+    axes = figure.add_subplot(facecolor=theme.ground)
+    dress(axes, theme)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.set_xlabel("perplexity (geometric mean of the domains)")
+    axes.set_ylabel("largest student / teacher perplexity")
+    handles = []
+    for place, point in enumerate(points):
+        colour = COLOURS[place % len(COLOURS)]
+        handles.append(
+            axes.errorbar(
+                point.perplexity,
+                point.worst_ratio,
+                xerr=_lengths(point.perplexity, point.perplexity_interval),
+                yerr=_lengths(point.worst_ratio, point.worst_ratio_interval),
+                color=colour,
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=6,
+                linewidth=1.0,
+                linestyle="",
+                zorder=3 + place / 1000,
+            )
+        )
+        if point.regressed:
+            axes.plot(
+                *(point.perplexity, point.worst_ratio),
+                *("o",),
+                markersize=14,
+                markerfacecolor="none",
+                markeredgecolor=colour,
+                gid=f"regressed {point.variant}",
+            )
+    legend = figure.legend(
+        handles,
+        [_frontier_label(point) for point in points],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        labelcolor=theme.ink,
+        prop=FontProperties(family=FONT, size=8),
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _lengths(middle: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
+    """Of both arms of an error bar; the mean of paired differences may lie beside the mean of all runs."""
+    if interval is None:
+        return None
+    return [[max(0.0, middle - interval[0])], [max(0.0, interval[1] - middle)]]
+
+
+def _frontier_label(point: FrontierPoint) -> str:
+    worse = f" (worse than before: {', '.join(point.regressed)})" if point.regressed else ""
+    return drawable(f"{point.variant}{worse}", 2 * _TITLE_LENGTH)
 
 
 def panels_figure(

@@ -1,7 +1,7 @@
 """The report of a comparison as files below <root>/comparisons/<name>, and as an artifact in Prefect's UI.
 
 comparison.json    every run's numbers; all else is made from it
-index.html         the page; ratio.png, domains.png, mixture.png, which it also holds
+index.html         the page; frontier.png, ratio.png, domains.png, mixture.png, which it also holds
 runs.csv           a row for every run and domain
 summary.csv        means, spreads and differences
 """

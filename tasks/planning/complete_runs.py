@@ -29,7 +29,7 @@ from storage.files.digests import DigestCache
 from storage.files.remembered import recall, remember
 from storage.fingerprint import fingerprint
 from storage.runs.folder import RunFolder
-from storage.stores.generations import newest_complete
+from storage.stores.generations import first_fingerprint, newest_complete
 from storage.stores.manifest import read_manifest
 from storage.stores.schema import Manifest
 from tasks.planning.models import local_folder
@@ -125,17 +125,12 @@ def remember_complete(sources: RunSources, stores: Mapping[str, tuple[str, str]]
         return
     with contextlib.suppress(StoreError, OSError):  # it only saves time
         firsts = {
-            domain: {"blocks": _first(blocks), "targets": _first(targets)}
+            domain: {"blocks": first_fingerprint(blocks), "targets": first_fingerprint(targets)}
             for domain, (blocks, targets) in stores.items()
         }
         place, entry = uri.join(sources.root, MEMORY), {"inputs": digest, "stores": firsts}
         if recall(place).get(sources.run) != entry:
             remember(place, {sources.run: entry})
-
-
-def _first(url: str) -> str:
-    """The fingerprint that a store was first made for: `r/targets/3f2a.2/math.zarr` → `3f2a`."""
-    return url.split("/")[-2].partition(".")[0]
 
 
 def _stores(

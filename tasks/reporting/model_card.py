@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tasks.reporting.records import IntervalRecord, RunSummary, domains_of, flat_settings
+from tasks.reporting.records import IntervalRecord, RunSummary, domains_of, flat_settings, gap_table, regressions
 from tasks.reporting.tree import tree_table
 from tasks.showing.formats import count, escape, gap_cells, markdown_table, percent
 
@@ -24,6 +24,8 @@ RECIPE: Mapping[str, str] = {
     "temperature": "temperature",
     "tail": "treatment of the tail",
     "alpha": "smoothing of the mixture (α)",
+    "retain_temperature": "temperature of the gap in the mixture (τ)",
+    "retain_weight": "weight of what was lost in the mixture (κ)",
     "interval": "steps in an interval",
     "learning_rate": "learning rate",
     "min_learning_rate": "learning rate at the end",
@@ -87,6 +89,7 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
                 for row in gaps
             ],
         ),
+        *([f"**{escape(worse)}**"] if (worse := regressions(gap_table(records))) else []),
         "## Limits",
         "- The numbers are perplexities on the validation blocks of the domains listed above, measured by the run that "
         "trained this model. No benchmark or task was run.\n"
@@ -125,7 +128,8 @@ def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
     """What `RECIPE` names of this run's settings; where two sections have one name, with the sections' names."""
     # What the configuration holds but the method does not use would be a false statement here.
     unused = set() if distils(summary.method) else {"gamma", "divergence", "temperature", "tail"}
-    unused |= set() if summary.method == "ddk" else {"alpha"}
+    unused |= set() if summary.method in ("ddk", "ddk_retain") else {"alpha"}
+    unused |= set() if summary.method == "ddk_retain" else {"retain_temperature", "retain_weight"}
     settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in flat_settings(summary.settings)]
     names = [name for _, name, _ in settings]
     return [

@@ -22,6 +22,8 @@ from tasks.reporting.records import (
     RunSummary,
     domains_of,
     flat_settings,
+    gap_table,
+    regressions,
     render_rows,
 )
 from tasks.reporting.tree import overview, rollup_rows, tree_table, weakest
@@ -46,6 +48,7 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
         settings=list(flat_settings(summary.settings)),
         table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
         leaves=leaves,
+        regressions=regressions(gap_table(records)),
         worst_before=worst_gap(records[0].gaps),
         worst_after=worst_gap(records[-1].gaps),
         intervals=_by_domain([*rows, *rollup_rows(records)], table),

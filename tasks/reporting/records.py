@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from ddk.values import DomainGap, Mixture, worst_first
+from ddk.values import DomainGap, Mixture, has_regressed, worst_first
 from tasks.showing.formats import csv_cell
 
 Row = dict[str, Any]
@@ -127,6 +127,7 @@ def gap_table(records: Sequence[IntervalRecord]) -> list[Row]:
     """One row per domain, before (first record) and after (last record); the domain that lagged most comes first.
 
     `token_share` is the domain's share of all tokens drawn (blocks are equally long), None before any was drawn.
+    `regressed` says that the student is worse on the domain than before training.
     """
     domains = domains_of(records)
     first, last = records[0], records[-1]
@@ -137,6 +138,7 @@ def gap_table(records: Sequence[IntervalRecord]) -> list[Row]:
             "teacher_ppl": last.gap(domain).teacher_ppl,
             "student_ppl_before": first.gap(domain).student_ppl,
             "student_ppl_after": last.gap(domain).student_ppl,
+            "regressed": has_regressed(first.gap(domain).student_ppl, last.gap(domain).student_ppl),
             "ratio_before": first.gap(domain).ratio,
             "ratio_after": last.gap(domain).ratio,
             "blocks_drawn": last.blocks_drawn.get(domain, 0),
@@ -146,6 +148,19 @@ def gap_table(records: Sequence[IntervalRecord]) -> list[Row]:
         for domain in domains
     ]
     return sorted(rows, key=lambda row: worst_first(row["ratio_before"]))
+
+
+def regressions(rows: Sequence[Row]) -> str:
+    """What to say of the domains in `gap_table` on which the student is worse than before training; '' of none.
+
+    'Worse than before training: books (+6.2%), web (+8.7%).'
+    """
+    named = [
+        f"{row['domain']} (+{100 * (row['student_ppl_after'] / row['student_ppl_before'] - 1):.1f}%)"
+        for row in rows
+        if row["regressed"]
+    ]
+    return f"Worse than before training: {', '.join(named)}." if named else ""
 
 
 def render_csv(rows: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from storage.runs.folder import RunFolder
 from storage.stores.schema import Manifest
 from tasks.reporting.page import data_uri
 from tasks.reporting.plots import mixture_plot, ratio_plot
-from tasks.reporting.records import IntervalRecord, RunSummary, gap_table
+from tasks.reporting.records import IntervalRecord, RunSummary, gap_table, regressions
 from tasks.reporting.run_summary import interval_records, summarise
 from tasks.reporting.tree import overview
 from tasks.showing.artifacts import Board, add_version, artifact_key, current_place, showing, table
@@ -123,6 +123,7 @@ def report_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls
             f"# {escape(summary.name)}",
             f"Method “{escape(summary.method)}”, {summary.steps:,} steps, {summary.tokens_seen:,} tokens. Ratio = "
             "student’s ÷ teacher’s perplexity; 1 means caught up.",
+            *([f"**{escape(worse)}**"] if (worse := regressions(gaps)) else []),
             markdown_table(
                 ("domain", "teacher ppl", "student ppl", "→ now", "ratio", "→ now", "share of tokens", "next interval"),
                 [

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddk.values import worst_gap
-from tasks.reporting.records import IntervalRecord, domains_of
+from tasks.reporting.records import IntervalRecord, domains_of, gap_table, regressions
 from tasks.reporting.tree import overview, tree_table
 from tasks.showing.formats import count, gap_cells, percent
 
@@ -16,9 +16,17 @@ from tasks.showing.formats import count, gap_cells, percent
 def terminal_table(records: Sequence[IntervalRecord]) -> Table:
     """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold.
 
-    Where domains have paths, a row above the leaves' says what they roll up to.
+    Where domains have paths, a row above the leaves' says what they roll up to. A line below the table names the
+    domains on which the student is worse than before training.
     """
-    table = Table(title="Gap to the teacher, before → after", title_justify="left")
+    worse = regressions(gap_table(records))
+    table = Table(
+        title="Gap to the teacher, before → after",
+        title_justify="left",
+        caption=Text(worse) if worse else None,
+        caption_justify="left",
+        caption_style="",
+    )
     table.add_column("domain", no_wrap=True)
     for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -21,6 +21,7 @@ from prefect.cache_policies import NO_CACHE
 
 from ddk.domain_tree import rolled_up_mixture
 from ddk.gap import domain_gap
+from ddk.methods.base import Interval
 from ddk.methods.registry import METHODS, mixture_after
 from ddk.parallel import World
 from ddk.trainer import StepReport, TrainerState, resolve_device, resolve_processes
@@ -235,12 +236,13 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
             gaps=measured,
             mixture=mixture_after(
                 settings.method,
-                records[-1].mixture if records else None,
+                [Interval(step=one.step, gaps=one.gaps, mixture=one.mixture) for one in records],
                 measured,
                 settings.mixture,
                 session.inputs.sizes,
                 session.inputs.reference_ppl,
                 session.inputs.positions,
+                progress=step / settings.train.steps,
             ),
             blocks_drawn=state.sampler.drawn,
             positions=session.inputs.positions,

@@ -22,6 +22,7 @@ from ddk.domain_tree import (
     rolled_up_ppl,
     spread_mixture,
 )
+from ddk.methods.base import Interval
 from ddk.methods.registry import MethodName, check_method, mixture_after
 from ddk.mixture import MixtureConfig, initial_mixture, update_mixture
 from ddk.train_config import LossConfig
@@ -139,12 +140,12 @@ def test_a_mixture_over_other_domains_is_not_spread() -> None:
 @given(values=measured(), method=st.sampled_from(METHODS), first=st.booleans())
 def test_a_level_that_cuts_nothing_changes_nothing(values, method: MethodName, first: bool) -> None:
     old, gaps, sizes, positions = values
-    previous = None if first else old
+    past = [] if first else [Interval(step=0, gaps=gaps, mixture=old)]
     deepest = max(map(depth, sizes))
     cutting_nothing = MixtureConfig(level=deepest)
-    expected = mixture_after(method, previous, gaps, MixtureConfig(), sizes)
+    expected = mixture_after(method, past, gaps, MixtureConfig(), sizes)
     # To the last bit: a run's mixtures must not depend on whether a level is spelt out.
-    assert mixture_after(method, previous, gaps, cutting_nothing, sizes, positions=positions) == expected
+    assert mixture_after(method, past, gaps, cutting_nothing, sizes, positions=positions) == expected
 
 
 @calm
@@ -152,12 +153,14 @@ def test_a_level_that_cuts_nothing_changes_nothing(values, method: MethodName, f
 def test_a_level_is_the_method_on_the_coarser_domains(values, method: MethodName, level: int, first: bool) -> None:
     """The same as a run whose configuration had only ever known the coarser domains."""
     old, gaps, sizes, positions = values
-    found = mixture_after(method, None if first else old, gaps, MixtureConfig(level=level), sizes, positions=positions)
+    past = [] if first else [Interval(step=0, gaps=gaps, mixture=old)]
+    found = mixture_after(method, past, gaps, MixtureConfig(level=level), sizes, positions=positions)
     assert math.fsum(found.probabilities.values()) == pytest.approx(1.0, abs=1e-12)
+    coarse_gaps = rolled_up_gaps(gaps, positions, level)
     coarse = mixture_after(
         method,
-        None if first else rolled_up_mixture(old, level),
-        rolled_up_gaps(gaps, positions, level),
+        [] if first else [Interval(step=0, gaps=coarse_gaps, mixture=rolled_up_mixture(old, level))],
+        coarse_gaps,
         MixtureConfig(),
         rolled_up_counts(sizes, level),
     )
@@ -173,12 +176,14 @@ def test_equations_1_and_2_at_level_1_by_hand() -> None:
     sizes, positions = {"m/a": 30, "m/b": 10, "web": 5}, {"m/a": 100, "m/b": 300, "web": 7}
     student, teacher = {"m": 2.0 ** (7 / 4), "web": 9.0}, {"m": 2.0, "web": 3.0}
     config = MixtureConfig(level=1, alpha=0.3)
-    first = mixture_after("ddk", None, gaps, config, sizes, positions=positions)
+    first = mixture_after("ddk", [], gaps, config, sizes, positions=positions)
     expected = initial_mixture(student, teacher).probabilities
     assert dict(first.probabilities) == pytest.approx(
         {"m/a": 0.75 * expected["m"], "m/b": 0.25 * expected["m"], "web": expected["web"]}, abs=1e-14
     )
-    second = mixture_after("ddk", first, gaps, config, sizes, positions=positions)
+    second = mixture_after(
+        "ddk", [Interval(step=0, gaps=gaps, mixture=first)], gaps, config, sizes, positions=positions
+    )
     expected = update_mixture(expected, student, teacher, 0.3).probabilities
     assert dict(second.probabilities) == pytest.approx(
         {"m/a": 0.75 * expected["m"], "m/b": 0.25 * expected["m"], "web": expected["web"]}, abs=1e-14
@@ -191,7 +196,9 @@ def test_a_reference_is_rolled_up_too() -> None:
     old = Mixture(probabilities={"m/a": 0.25, "m/b": 0.25, "web": 0.5})
     config = MixtureConfig(level=1, doremi_smoothing=0.0)
     reference = {"m/a": 8.0, "m/b": 2.0, "web": 4.0}
-    found = mixture_after("cpt_doremi", old, gaps, config, sizes, reference, positions)
+    found = mixture_after(
+        "cpt_doremi", [Interval(step=0, gaps=gaps, mixture=old)], gaps, config, sizes, reference, positions
+    )
     # 'm' against √(8·2) = 4, as 'web' against 4: the same excess loss, so that nothing moves.
     assert dict(found.probabilities) == pytest.approx(dict(old.probabilities), abs=1e-12)
 
@@ -201,7 +208,7 @@ def test_weights_are_of_the_domains_at_the_level() -> None:
     gaps = [DomainGap(domain=leaf, student_ppl=8.0, teacher_ppl=2.0) for leaf in leaves]
     config = MixtureConfig(level=1, weights={"m": 3.0, "web": 1.0})
     check_method("kd", config, LossConfig(), leaves)
-    mixture = mixture_after("kd", None, gaps, config, sizes, positions=sizes)
+    mixture = mixture_after("kd", [], gaps, config, sizes, positions=sizes)
     assert mixture.probabilities == pytest.approx({"m/a": 0.5625, "m/b": 0.1875, "web": 0.25}, abs=1e-14)
     for wrong in ({"m/a": 1.0, "m/b": 1.0, "web": 1.0}, {"m": 1.0}):
         with pytest.raises(ValueError, match=r"mixture.weights: domain '.*' has no weight; give one to each of m, web"):

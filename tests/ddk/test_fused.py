@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from ddk import fused
 from ddk.fused import dense_loss, fused_loss
-from ddk.loss import SMALLEST_TAIL, Teacher, sampled_side, teacher_of, teacher_side
+from ddk.loss import SMALLEST_TAIL, Teacher, position_gamma, sampled_side, teacher_of, teacher_side
 from ddk.student import StudentLoss
 from ddk.train_config import LossConfig
 from ddk.values import SampledTokens, SparseTargets
@@ -42,6 +44,14 @@ class Case:
         log_p_TV = self.dense_TV.log_softmax(-1)
         self.ids_TK = log_p_TV.topk(k).indices
         self.at_TV = (self.dense_TV / loss.temperature).softmax(-1)
+
+    def only(self, rows_T: Tensor, gamma: float) -> Case:
+        """Some positions of it, at another γ."""
+        part = copy.copy(self)
+        part.loss = self.loss.model_copy(update={"gamma": gamma})
+        for name in ("hidden_TD", "labels_T", "dense_TV", "ids_TK", "at_TV"):
+            setattr(part, name, getattr(self, name)[rows_T])
+        return part
 
     def tail(self, probabilities_TV: Tensor) -> Tensor:
         outside_TV = probabilities_TV.scatter(-1, self.ids_TK, 0.0)
@@ -122,6 +132,45 @@ def test_against_dense_float64(divergence: str, tail: str, k: int, temperature: 
     loss = LossConfig(gamma=0.7, divergence=divergence, tail=tail, temperature=temperature, beta=0.3)
     tolerance = 5e-6 if temperature >= 1.0 else 5e-5  # logits at 0.5 are twice as large, and so is float32's error
     assert_matches(Case(9, 30, 8, k, loss), tolerance, chunk_bytes=4 * 30 * 4)
+
+
+@pytest.mark.parametrize(("divergence", "tail"), KINDS)
+def test_each_position_may_have_a_gamma_of_its_own(divergence: str, tail: str) -> None:
+    case = Case(24, 30, 8, 4, LossConfig(gamma=0.7, divergence=divergence, tail=tail))  # type: ignore[arg-type]
+    gamma_T = torch.tensor([0.0, 0.3, 2.0]).repeat(8)
+    hidden_TD, weight_VD = (one.clone().requires_grad_() for one in (case.hidden_TD, case.weight_VD))
+    teacher = replace(case.teacher, gamma_T=gamma_T)
+    sums = fused_loss(hidden_TD, weight_VD, case.labels_T, teacher, case.loss, chunk_bytes=4 * 30 * 7)
+    sums.total.backward()
+    # The loss is a sum over positions: that of the three kinds of them, each with one γ.
+    of_weight, total = torch.zeros_like(case.weight_VD, dtype=torch.float64), 0.0
+    for gamma in (0.0, 0.3, 2.0):
+        rows = gamma_T == gamma
+        ce, kl_, of_hidden, of_weight_here = case.only(rows, gamma).truth()
+        assert (hidden_TD.grad[rows] - of_hidden).abs().max() < 1e-5  # type: ignore[index]
+        of_weight += of_weight_here
+        total += (ce + gamma * kl_).item()
+    assert (weight_VD.grad - of_weight).abs().max() < 1e-5  # type: ignore[operator]
+    assert sums.total.item() == pytest.approx(total, rel=1e-5)
+    assert sums.kl.item() == pytest.approx(case.truth()[1].item(), rel=1e-5), "the divergence itself has no weight"
+
+
+def test_gamma_by_domain_and_by_the_teachers_entropy() -> None:
+    loss = LossConfig(gamma=0.2, gamma_of={"code": 0.0, "math": 1.0, "math/algebra": 3.0}, min_entropy=0.5)
+    entropy_BL = np.array([[0.4, 0.5], [0.6, 9.0], [0.0, 2.0], [1.0, 0.1]], np.float32)
+    found = position_gamma(loss, ("math/logic", "code", "web", "math/algebra/rings"), entropy_BL, 2)
+    assert found == pytest.approx(np.array([[0.0, 1.0], [0.0, 0.0], [0.0, 0.2], [3.0, 0.0]], np.float32))
+    assert position_gamma(LossConfig(gamma=0.2), ("web",), None, 2) is None
+    with pytest.raises(ValueError, match="the targets hold no entropy"):
+        position_gamma(loss, ("web",), None, 2)
+
+
+@pytest.mark.parametrize("setting", [{"gamma_of": {"web": 1.0}}, {"gamma_until": 5}, {"min_entropy": 0.1}])
+def test_without_gamma_its_refinements_mean_nothing_and_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(setting))} is set and gamma is 0"):
+        LossConfig(gamma=0.0, **setting)
+    with pytest.raises(ValidationError, match=r"the weight of 'web' is -0\.1"):
+        LossConfig(gamma_of={"web": -0.1})
 
 
 @given(

@@ -37,12 +37,20 @@ def train_config(**changes) -> TrainConfig:
     return TrainConfig(**{**settings, "device": "cpu", "precision": "fp32", **changes})
 
 
-def trainer(model=None, data: TrainData | None = None, *, gamma: float = 0.2, seed: int = 1, **changes) -> Trainer:
+def trainer(
+    model=None,
+    data: TrainData | None = None,
+    *,
+    gamma: float = 0.2,
+    seed: int = 1,
+    loss: LossConfig | None = None,
+    **changes,
+) -> Trainer:
     return Trainer(
         tiny_model() if model is None else model,
         data or train_data(targets=gamma > 0),
         config=train_config(**changes),
-        loss=LossConfig(gamma=gamma),
+        loss=loss or LossConfig(gamma=gamma),
         vocab_size=V,
         seed=seed,
     )
@@ -321,6 +329,41 @@ def test_the_ce_of_both_paths_is_the_same() -> None:
     run(none, 1)
     for (name, one), (_, other) in zip(tiny.model.named_parameters(), none.model.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_gamma_of_every_domain_is_as_one_gamma() -> None:
+    by_domain, plain = trainer(loss=LossConfig(gamma=0.1, gamma_of=dict.fromkeys(SIZES, 0.5))), trainer(gamma=0.5)
+    for one in (by_domain, plain):
+        one.train_interval(MIXTURE, 0, 3)
+    for name, tensor in weights(plain).items():
+        assert torch.allclose(weights(by_domain)[name], tensor, atol=1e-6), name
+
+
+def test_a_domains_gamma_is_that_of_its_blocks_alone() -> None:
+    first, *others = sorted(SIZES)
+    alone = Mixture(probabilities={first: 1.0} | dict.fromkeys(others, 0.0))
+    for drawn, same in (
+        (alone, False),
+        (Mixture(probabilities={first: 0.0, others[0]: 1.0} | dict.fromkeys(others[1:], 0.0)), True),
+    ):
+        by_domain, plain = trainer(loss=LossConfig(gamma=0.2, gamma_of={first: 5.0})), trainer(gamma=0.2)
+        for one in (by_domain, plain):
+            one.train_interval(drawn, 0, 2)
+        equal = all(torch.allclose(weights(by_domain)[name], w, atol=1e-6) for name, w in weights(plain).items())
+        assert equal is same
+
+
+def test_after_gamma_until_the_student_trains_on_cross_entropy_alone() -> None:
+    reports: list[StepReport] = []
+    until = trainer(loss=LossConfig(gamma=0.2, gamma_until=2))
+    until.train_interval(MIXTURE, 0, 2, reports.append)
+    plain = trainer(gamma=0.2)
+    plain.train_interval(MIXTURE, 0, 2)
+    assert_same(everything(until), everything(plain))
+    until.train_interval(MIXTURE, 1, 1, reports.append)
+    plain.train_interval(MIXTURE, 1, 1)
+    assert [report.kl > 0.0 for report in reports] == [True, True, False]
+    assert any(not torch.equal(weights(until)[name], w) for name, w in weights(plain).items())
 
 
 def test_a_kl_term_without_targets_is_refused() -> None:

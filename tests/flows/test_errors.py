@@ -44,8 +44,8 @@ def config_with(folder: Path, **changes: Any) -> str:
         ({"methd": "ddk"}, "methd: there is no such field (did you mean method?)"),
         (
             {"method": "magic"},
-            "method: Input should be 'ddk', 'ddk_no_smoothing', 'ddk_equal', 'kd', 'cpt', 'minillm', 'cpt_doremi' or "
-            "'ted' (it is 'magic')",
+            "method: Input should be 'ddk', 'ddk_retain', 'ddk_no_smoothing', 'ddk_equal', 'kd', 'cpt', 'minillm', "
+            "'cpt_doremi' or 'ted' (it is 'magic')",
         ),
         ({"loss": {"temperature": 2.0}}, "set loss.tail: renormalise, or loss.temperature: 1.0"),
         ({"train": {"micro_batch_size": 3}}, "micro_batch_size 3 does not divide batch_size 8"),

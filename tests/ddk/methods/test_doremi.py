@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ddk.methods.base import Interval
 from ddk.methods.doremi import average_mixture, doremi_mixture
 from ddk.methods.registry import mixture_after
 from ddk.mixture import MixtureConfig, equal_mixture
@@ -75,15 +76,18 @@ def test_the_method_starts_uniform_and_then_steps_by_its_settings() -> None:
         DomainGap(domain="b", student_ppl=9.0, teacher_ppl=8.0),
     ]
     sizes, old = {"a": 10, "b": 30}, Mixture(probabilities={"a": 0.4, "b": 0.6})
+    after_old = [Interval(step=0, gaps=gaps, mixture=old)]
     config = MixtureConfig(doremi_step=0.7, doremi_smoothing=0.02, alpha=0.9)
     student, teacher = {"a": 12.0, "b": 9.0}, {"a": 4.0, "b": 8.0}
-    assert mixture_after("cpt_doremi", None, gaps, config, sizes) == equal_mixture("ab")
-    assert mixture_after("cpt_doremi", old, gaps, config, sizes) == doremi_mixture(old, student, teacher, 0.7, 0.02)
+    assert mixture_after("cpt_doremi", [], gaps, config, sizes) == equal_mixture("ab")
+    assert mixture_after("cpt_doremi", after_old, gaps, config, sizes) == doremi_mixture(
+        old, student, teacher, 0.7, 0.02
+    )
     first = {"a": 11.0, "b": 5.0}
-    assert mixture_after("cpt_doremi", old, gaps, config, sizes, first) == doremi_mixture(
+    assert mixture_after("cpt_doremi", after_old, gaps, config, sizes, first) == doremi_mixture(
         old, student, first, 0.7, 0.02
     )
-    default = mixture_after("cpt_doremi", old, gaps, MixtureConfig(), sizes)
+    default = mixture_after("cpt_doremi", after_old, gaps, MixtureConfig(), sizes)
     assert default == doremi_mixture(old, student, teacher, 1.0, 1e-3)
 
 

@@ -4,6 +4,7 @@ from typing import Any, get_args
 
 import pytest
 
+from ddk.methods.base import Interval
 from ddk.methods.registry import METHODS, MethodName, check_method, effective_loss, mixture_after
 from ddk.mixture import MixtureConfig, equal_mixture, initial_mixture, update_mixture
 from ddk.train_config import LossConfig
@@ -16,8 +17,9 @@ GAPS = [
 STUDENT, TEACHER = {"math": 12.0, "web": 9.0}, {"math": 4.0, "web": 8.0}
 SIZES = {"math": 10, "web": 30}
 OLD = Mixture(probabilities={"math": 0.9, "web": 0.1})
+AFTER_OLD = [Interval(step=0, gaps=GAPS, mixture=OLD)]
 EVERY: tuple[MethodName, ...] = get_args(MethodName)
-FOLLOWING = ("ddk", "ddk_no_smoothing", "cpt_doremi")
+FOLLOWING = ("ddk", "ddk_retain", "ddk_no_smoothing", "cpt_doremi")
 FIXED = ("ddk_equal", "kd", "cpt", "minillm", "ted")
 
 
@@ -31,38 +33,42 @@ def test_every_name_has_a_method() -> None:
 
 def test_ddk_follows_eq1_and_then_eq2() -> None:
     config = MixtureConfig(alpha=0.3)
-    assert mixture_after("ddk", None, GAPS, config, SIZES) == initial_mixture(STUDENT, TEACHER)
-    assert mixture_after("ddk", OLD, GAPS, config, SIZES) == update_mixture(OLD, STUDENT, TEACHER, 0.3)
+    assert mixture_after("ddk", [], GAPS, config, SIZES) == initial_mixture(STUDENT, TEACHER)
+    assert mixture_after("ddk", AFTER_OLD, GAPS, config, SIZES) == update_mixture(OLD, STUDENT, TEACHER, 0.3)
 
 
 def test_the_gap_may_be_in_nats() -> None:
     config = MixtureConfig(alpha=0.3, gap="log")
     first, second = initial_mixture(STUDENT, TEACHER, "log"), update_mixture(OLD, STUDENT, TEACHER, 0.3, "log")
-    assert mixture_after("ddk", None, GAPS, config, SIZES) == first
-    assert mixture_after("ddk", OLD, GAPS, config, SIZES) == second
-    assert mixture_after("ddk_no_smoothing", OLD, GAPS, config, SIZES) == first
+    assert mixture_after("ddk", [], GAPS, config, SIZES) == first
+    assert mixture_after("ddk", AFTER_OLD, GAPS, config, SIZES) == second
+    assert mixture_after("ddk_no_smoothing", AFTER_OLD, GAPS, config, SIZES) == first
     assert first != initial_mixture(STUDENT, TEACHER)
 
 
 def test_without_smoothing_is_eq1_each_time() -> None:
-    for previous in (None, OLD):
-        mixture = mixture_after("ddk_no_smoothing", previous, GAPS, MixtureConfig(), SIZES)
+    for past in ([], AFTER_OLD):
+        mixture = mixture_after("ddk_no_smoothing", past, GAPS, MixtureConfig(), SIZES)
         assert mixture == initial_mixture(STUDENT, TEACHER)
 
 
 def test_a_reference_changes_nothing_but_cpt_doremi() -> None:
     other = {"math": 11.0, "web": 2.0}
     for method in EVERY:
-        own = mixture_after(method, OLD, GAPS, MixtureConfig(), SIZES)
-        assert (mixture_after(method, OLD, GAPS, MixtureConfig(), SIZES, other) != own) is (method == "cpt_doremi")
-        assert mixture_after(method, OLD, GAPS, MixtureConfig(), SIZES, TEACHER) == own
+        own = mixture_after(method, AFTER_OLD, GAPS, MixtureConfig(), SIZES)
+        assert (mixture_after(method, AFTER_OLD, GAPS, MixtureConfig(), SIZES, other) != own) is (
+            method == "cpt_doremi"
+        )
+        assert mixture_after(method, AFTER_OLD, GAPS, MixtureConfig(), SIZES, TEACHER) == own
 
 
 @pytest.mark.parametrize("method", FOLLOWING)
 def test_proportional_is_for_the_first_interval_only(method: MethodName) -> None:
     config = MixtureConfig(initial="proportional")
-    assert mixture_after(method, None, GAPS, config, SIZES).probabilities == {"math": 0.25, "web": 0.75}
-    assert mixture_after(method, OLD, GAPS, config, SIZES) == mixture_after(method, OLD, GAPS, MixtureConfig(), SIZES)
+    assert mixture_after(method, [], GAPS, config, SIZES).probabilities == {"math": 0.25, "web": 0.75}
+    assert mixture_after(method, AFTER_OLD, GAPS, config, SIZES) == mixture_after(
+        method, AFTER_OLD, GAPS, MixtureConfig(), SIZES
+    )
 
 
 @pytest.mark.parametrize("method", FIXED)
@@ -75,9 +81,9 @@ def test_a_fixed_mixture_stays_whatever_the_gap(method: MethodName) -> None:
         ({"web": 1, "math": 4}, {"math": 0.8, "web": 0.2}),
     ]
     for weights, mixture in by_hand:
-        for previous in (None, OLD):
+        for past in ([], AFTER_OLD):
             for config in (MixtureConfig(weights=weights), MixtureConfig(weights=weights, initial="proportional")):
-                assert mixture_after(method, previous, GAPS, config, SIZES).probabilities == mixture
+                assert mixture_after(method, past, GAPS, config, SIZES).probabilities == mixture
 
 
 def test_what_a_method_fixes_of_the_loss() -> None:
@@ -138,4 +144,4 @@ def test_minillm_needs_a_tail_that_the_reverse_kl_can_take(loss: LossConfig) -> 
 
 
 def test_the_order_of_the_domains_is_kept_by_equal_weights() -> None:
-    assert mixture_after("ddk_equal", None, GAPS, MixtureConfig(), SIZES) == equal_mixture(["math", "web"])
+    assert mixture_after("ddk_equal", [], GAPS, MixtureConfig(), SIZES) == equal_mixture(["math", "web"])

@@ -12,6 +12,8 @@ from tasks.comparing.data import (
     Measure,
     by_seed,
     difference_of,
+    frontier,
+    regressed_domains,
     run_rows,
     saved_flops,
     spread_of,
@@ -76,6 +78,32 @@ def test_differences_are_paired_by_seed(three):
     assert (found.low, found.high) == (pytest.approx(paired.mean() - half), pytest.approx(paired.mean() + half))
     assert found.verdict == "worse"
     assert difference_of(three, "ddk", Measure(name="ratio")) is None, "the baseline is compared with nothing"
+
+
+def test_a_domain_has_regressed_where_the_seeds_mean_rises_by_more_than_a_hundredth(make_comparison):
+    comparison = make_comparison(
+        {
+            "ddk": {
+                0: {"math": [4.0, 2.0], "web": [2.0, 2.3], "qa": [2.0, 2.015]},
+                1: {"math": [4.0, 5.0], "web": [2.0, 1.9], "qa": [2.0, 2.015]},
+            },
+            "kd": {0: {"math": [4.0, 2.0], "web": [2.0, 1.9], "qa": [2.0, 2.03]}},
+        }
+    )
+    # math rises with one seed and halves with the other; web rises by √(2.3 · 1.9)/2 in the geometric mean.
+    assert regressed_domains(comparison, "ddk") == {"web": pytest.approx(np.sqrt(2.3 * 1.9) / 2)}
+    assert regressed_domains(comparison, "kd") == {"qa": pytest.approx(1.015)}
+
+
+def test_the_frontier_has_a_point_for_each_variant_with_its_intervals(three):
+    ddk, kd, cpt = frontier(three)
+    assert [point.variant for point in (ddk, kd, cpt)] == ["ddk", "kd", "cpt"]
+    assert (ddk.perplexity_interval, ddk.worst_ratio_interval) == (None, None), "the baseline is compared with nothing"
+    assert kd.worst_ratio == pytest.approx(final("kd", "math").mean())
+    difference = difference_of(three, "kd", Measure(name="worst_ratio"))
+    base = final("ddk", "math").mean()
+    assert kd.worst_ratio_interval == (pytest.approx(base + difference.low), pytest.approx(base + difference.high))
+    assert not any(point.regressed for point in (ddk, kd, cpt))
 
 
 def test_a_failed_run_is_in_no_mean(three):

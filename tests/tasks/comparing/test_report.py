@@ -18,7 +18,15 @@ from storage.files import uri
 from tasks.comparing.data import ComparedVariant
 from tasks.comparing.page import flops, in_words, render_comparison, render_markdown, signed
 from tasks.comparing.paper import paper, tables_beside
-from tasks.comparing.plots import curve, domains_figure, mixture_figure, plots, ratio_figure, ratio_panels
+from tasks.comparing.plots import (
+    curve,
+    domains_figure,
+    frontier_figure,
+    mixture_figure,
+    plots,
+    ratio_figure,
+    ratio_panels,
+)
 from tasks.comparing.report import (
     comparison_url,
     earlier_failures,
@@ -27,7 +35,16 @@ from tasks.comparing.report import (
     write_comparison,
 )
 
-FILES = ["comparison.json", "domains.png", "index.html", "mixture.png", "ratio.png", "runs.csv", "summary.csv"]
+FILES = [
+    "comparison.json",
+    "domains.png",
+    "frontier.png",
+    "index.html",
+    "mixture.png",
+    "ratio.png",
+    "runs.csv",
+    "summary.csv",
+]
 
 
 class Page(HTMLParser):
@@ -83,7 +100,7 @@ def page_of(comparison):
 
 def test_the_result_stands_in_the_first_table(three):
     page = Page(page_of(three))
-    ddk, kd, cpt = (page.row(name, 7) for name in ("ddk", "kd", "cpt"))
+    ddk, kd, cpt = (page.row(name, 8) for name in ("ddk", "kd", "cpt"))
     # 8·√(2·1.5) = 13.86 and 8·√(2.2·1.7) = 15.47.
     assert ddk[:5] == ["ddk baseline", "2", "14.66 ± 1.14", "1.850 ± 0.141", "2.100 ± 0.141 math"]
     assert kd[3:5] == ["2.300 ± 0.141", "3.150 ± 0.212 math"]
@@ -113,7 +130,7 @@ def test_one_seed_has_no_interval_and_the_page_says_so(make_comparison):
     comparison = make_comparison({name: {7: {"math": [3.0, 2.0]}} for name in ("ddk", "kd")})
     page = Page(page_of(comparison))
     assert "With one seed there is no spread and no interval" in page.text
-    assert page.row("kd", 7)[3:6] == ["2.000", "2.000 math", "0.000 one seed, no interval"]
+    assert page.row("kd", 8)[3:6] == ["2.000", "2.000 math", "0.000 one seed, no interval"]
 
 
 def test_domains_are_shaped_as_the_papers_table(three):
@@ -172,7 +189,7 @@ def test_the_page_needs_nothing_but_itself(three):
     page = Page(page_of(three))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
     loaded = [attrs["src"] for _, attrs in page.tags if "src" in attrs]
-    assert len(loaded) == 6
+    assert len(loaded) == 8
     assert all(source.startswith("data:image/png;base64,") for source in loaded)
     assert "url(" not in page_of(three)
 
@@ -215,6 +232,21 @@ def test_figures_have_a_panel_for_each_domain_or_variant(three):
         pytest.approx([4.0, 3.0, 2.5]),
     ]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ddk", "kd", "cpt"]
+
+
+def test_the_frontier_rings_a_variant_under_which_a_domain_gets_worse(make_comparison):
+    comparison = make_comparison(
+        {
+            "ddk": {seed: {"math": [4.0, 2.0 + seed / 10], "web": [2.0, 2.2]} for seed in range(3)},
+            "kd": {seed: {"math": [4.0, 3.0], "web": [2.0, 1.5]} for seed in range(3)},
+        }
+    )
+    figure = frontier_figure(comparison)
+    (axes,) = figure.axes
+    assert [line.get_gid() for line in axes.get_lines() if line.get_gid()] == ["regressed ddk"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ddk (worse than before: web)", "kd"]
+    points = sorted(container[0].get_ydata()[0] for container in axes.containers)
+    assert points == pytest.approx([2.2, 3.0])
 
 
 def test_the_line_at_one_is_shown_where_the_curves_come_near_it(three):

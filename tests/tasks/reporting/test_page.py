@@ -12,8 +12,18 @@ import pytest
 from rich.console import Console
 
 from ddk.values import DomainGap, Mixture
+from tasks.reporting.model_card import render_model_card
 from tasks.reporting.page import render_page
-from tasks.reporting.records import IntervalRecord, flat_settings, gap_table, plain, render_csv, render_rows
+from tasks.reporting.records import (
+    IntervalRecord,
+    flat_settings,
+    gap_table,
+    plain,
+    regressions,
+    render_csv,
+    render_rows,
+)
+from tasks.reporting.run_artifacts import report_markdown
 from tasks.reporting.terminal import mixture_path, terminal_table
 from tasks.showing.formats import ppl, ratio
 
@@ -200,6 +210,21 @@ def test_terminal_table_has_the_worst_first(records):
         "1.500",
         "33.3\xa0%",
     ]
+
+
+def test_a_domain_that_got_worse_is_named_everywhere(summary, make_records):
+    records = make_records({"math": [4.0, 3.0], "web": [2.0, 2.1], "qa": [1.5, 1.51]})
+    said = "Worse than before training: web (+5.0%)."
+    assert regressions(gap_table(records)) == said
+    assert said in shown(terminal_table(records))
+    html = render_page(summary, records)
+    assert said in html
+    assert html.count("worse than before</span>") == 1
+    assert said.replace("(", "").replace(")", "") in render_model_card(summary, records).replace("(", "").replace(
+        ")", ""
+    )
+    assert said in report_markdown(summary, records, {})
+    assert regressions(gap_table(records[:1])) == ""
 
 
 def test_mixture_path_has_a_row_per_version(records):

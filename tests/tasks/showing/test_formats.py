@@ -108,7 +108,7 @@ def test_names_are_text_wherever_they_are_shown(make_records, make_summary, make
     assert all(Tags(row["domain"]).tags == set() for row in measurement_rows(records))
     compared = make_comparison({"ddk": {0: {name: [3.0, 2.0] for name in HOSTILE}}, "kd": {0: None}}, name=name)
     assert shown(render_markdown(compared)).tags <= tags
-    plots = dict.fromkeys(("ratio.png", "domains.png", "mixture.png"), b"")
+    plots = dict.fromkeys(("frontier.png", "ratio.png", "domains.png", "mixture.png"), b"")
     for html in (render_page(run, records), render_comparison(compared, plots, plots)):
         page = Tags(html)
         assert "script" not in page.tags
