@@ -42,10 +42,10 @@ format: setup     ## Format the code with ruff
 lock: setup       ## Regenerate requirements/{cpu,cuda}.txt from pyproject.toml (UPGRADE=--upgrade for newer versions)
 	UPGRADE=$(UPGRADE) bash requirements/lock.sh
 
-bench: bench-startup bench-quickstart bench-capture bench-training bench-methods ## Run every benchmark (bench-methods takes hours); each writes a table and benchmarks/out/<name>.json
+bench: bench-startup bench-quickstart bench-capture bench-training bench-methods ## Run every benchmark (bench-methods takes hours, bench-mixtures a day); each writes a table and benchmarks/out/<name>.json
 
 bench-%: setup    ## Run one benchmark, e.g. bench-quickstart
-	.venv/bin/python benchmarks/bench_$*.py
+	.venv/bin/python benchmarks/bench_$*.py $(ARGS)
 
 results: setup    ## Write benchmarks/RESULTS.md from benchmarks/out/*.json
 	.venv/bin/python benchmarks/write_results.py

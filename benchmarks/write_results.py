@@ -9,8 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import OUT
+from mixture_verdicts import PERPLEXITY, WORST, Figure, figures
 
-from tasks.comparing.data import COMPARED, ComparedVariant, Comparison, Measure, by_seed, ratios
+from tasks.comparing.data import (
+    COMPARED,
+    ComparedVariant,
+    Comparison,
+    Measure,
+    by_seed,
+    ratios,
+    regressed_domains,
+    spread_of,
+)
 from tasks.comparing.page import in_words, render_markdown, signed
 from tasks.comparing.spreads import paired_difference
 
@@ -28,10 +38,6 @@ and more page faults a pass, and the fused loss for a tenth of that. With *memor
 what the losses themselves take. *Processor time* is that of all threads; on a machine that others use it says more
 than the clock. The distillation losses of TRL, Axolotl, DistillKit and Megatron are not installed here, and so not
 measured; *naive sparse distillation* is how such a loss is usually written.
-
-The times of the loss below are of a machine that was busy with much else (a pass took ten times as long as on an
-idle one), and do not decide which loss is faster: *fused CE alone* cannot take longer than *fused CE + KL*, and
-here it does. Page faults and memory do not depend on that.
 """
 
 
@@ -43,6 +49,8 @@ def main() -> None:
         parts.append(section(result))
         if result["name"] == "methods":
             parts += comparisons()
+        if result["name"] == "mixtures":
+            parts += mixtures()
     with open(os.path.join(os.path.dirname(OUT), "RESULTS.md"), "w", encoding="utf-8") as file:
         file.write("\n".join(parts))
 
@@ -114,6 +122,57 @@ def _condition(comparison: Comparison, variant: ComparedVariant) -> str:
         verdict = "DDK ahead" if ahead.low > 0 else "DDK behind" if ahead.high < 0 else "no difference shown"
         cells += [f"{signed(ahead.mean)} [{signed(ahead.low)}, {signed(ahead.high)}]", verdict]
     return f"| {' | '.join(cells)} |"
+
+
+def mixtures() -> list[str]:
+    """A section for each setting and length of bench_mixtures.py: what each rule reaches, and its verdict."""
+    parts = []
+    for path in sorted(glob.glob(os.path.join(OUT, "mixtures", "*.json"))):
+        with open(path, encoding="utf-8") as file:
+            comparison = Comparison.model_validate_json(file.read())
+        parts.append(mixture(comparison))
+    return parts
+
+
+def mixture(comparison: Comparison) -> str:
+    seeds = ", ".join(map(str, comparison.seeds))
+    tokens = " to ".join(f"{count:,}" for count in sorted({run.tokens for run in comparison.runs}))
+    lines = [
+        f"### mixtures: {comparison.name}",
+        "",
+        f"Means over the seeds {seeds} (a rule that was run with fewer says so), with the 95% interval where there are "
+        f"two and more; {tokens} tokens a run. *Gain*: of the largest ratio, 0 is equal sampling's and 1 DDK's "
+        "(α = 0.5). *Mean*: the geometric mean of the perplexities against equal sampling. *Rise*: the largest of a "
+        "domain's perplexity above its start. *Frontier*: the geometric mean against that which DDK has, at another "
+        "α, with the same largest ratio; below 0 the rule is beyond DDK's frontier. benchmarks/mixture_verdicts.py has "
+        "the definitions.",
+        "",
+        "| rule | seeds | largest ratio | perplexity | gain | mean, % | rise, % | frontier, % | domains above start |",
+        "|---|---:|---:|---:|---|---|---|---|---|",
+    ]
+    for variant in comparison.variants:
+        worst, perplexity = (spread_of(comparison, variant.name, measure) for measure in (WORST, PERPLEXITY))
+        if worst is None or perplexity is None:
+            continue
+        shown = [_mean_and_interval(figure) for figure in figures(comparison, variant.name)]
+        above = ", ".join(
+            f"{domain} +{100 * (factor - 1):.1f}%"
+            for domain, factor in regressed_domains(comparison, variant.name).items()
+        )
+        lines.append(
+            f"| {variant.name} | {worst.n} | {worst.mean:.3f} | {perplexity.mean:.2f} | {' | '.join(shown)} | {above} |"
+        )
+    lines += ["", f"![{comparison.name}](../docs/images/mixtures-{comparison.name}.png)", ""]
+    return "\n".join(lines)
+
+
+def _mean_and_interval(figure: Figure) -> str:
+    found = figure.interval
+    if found is None:
+        return "–"
+    digits = 2 if figure.unit == "" else 1
+    ends = "" if found.low is None or found.high is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"{found.mean:+.{digits}f}{ends}".replace("-", "−")
 
 
 def tables(comparison: Comparison) -> str:

@@ -58,6 +58,8 @@ class StepReport:
     """Mean cross-entropy per position that carries loss, over the global batch, natural log."""
     kl: float
     """Mean divergence likewise; 0 where no targets are read."""
+    loss: float
+    """What was trained on, likewise: ce + γ·kl, each position's divergence times its own γ, and ted's term."""
     learning_rate: float
     gradient_norm: float
     tokens: int
@@ -215,13 +217,14 @@ class Trainer:
                 started = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - started
-                ce, kl, norm, rate = self._step(batch)
+                ce, kl, loss, norm, rate = self._step(batch)
                 self.state = replace(self.state, sampler=sampler_state)
                 on_step(
                     StepReport(
                         step=self.state.step,
                         ce=ce,
                         kl=kl,
+                        loss=loss,
                         learning_rate=rate,
                         gradient_norm=norm,
                         tokens=self.world.size * batch.tokens_BL1[:, 1:].size,
@@ -256,8 +259,8 @@ class Trainer:
             states.append(state)
         return plans, states
 
-    def _step(self, batch: Batch) -> tuple[float, float, float, float]:
-        """Returns mean CE, mean KL, the gradient's norm before clipping, and the learning rate."""
+    def _step(self, batch: Batch) -> tuple[float, float, float, float, float]:
+        """Returns mean CE, mean KL, the loss, the gradient's norm before clipping, and the learning rate."""
         step = self.state.step
         # Keyed by the step, so that a model with dropout resumes with the same draws; by the rank, so that two ranks
         # draw different ones. Hashed, because torch's generator on the CPU takes the low 32 bits only: a seed in the
@@ -270,7 +273,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         valid_BL = batch.valid(self._separator)
         positions = self._positions(batch, valid_BL)
-        sums = torch.zeros(2, device=self.device)
+        sums = torch.zeros(3, device=self.device)
         parts = list(self._micro_batches(len(batch.tokens_BL1)))
         for rows in parts:
             synchronise(self._student, rows is parts[-1])
@@ -278,18 +281,19 @@ class Trainer:
             # them; times the ranks, because gradients are averaged over these.
             total, ce, kl = self._forward(batch, valid_BL, rows, self.world.size / positions)
             total.backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack([ce, kl])
+            sums += torch.stack([ce, kl, total.detach()])
         norm = whole(
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.gradient_clip or math.inf)
         ).item()
-        mean_ce, mean_kl = (self.world.total(sums) / positions).tolist()
+        sum_ce, sum_kl, scaled = self.world.total(sums).tolist()
+        mean_ce, mean_kl, loss = sum_ce / positions, sum_kl / positions, scaled / self.world.size
         if not all(map(math.isfinite, (mean_ce, mean_kl, norm))):
             raise FloatingPointError(
                 f"step {step}: cross-entropy {mean_ce}, KL {mean_kl}, gradient norm {norm}; the training "
                 f"has diverged: lower train.learning_rate and resume from the newest checkpoint"
             )
         self.optimizer.step()
-        return mean_ce, mean_kl, norm, rate
+        return mean_ce, mean_kl, loss, norm, rate
 
     def _positions(self, batch: Batch, valid_BL: BoolArray | None) -> int:
         """That carry loss, in the global batch; at least 1."""

@@ -40,7 +40,7 @@ from storage.corpus.domain import DomainConfig
 from storage.files.root import check_root
 from storage.files.uri import NO_CREDENTIALS, absolute
 from storage.files.yaml_text import MOST_CHARACTERS, parse_yaml
-from tasks.teachers.config import TeacherConfig
+from tasks.teachers.config import TeacherConfig, target_format
 from tasks.training.run_settings import RunSettings
 from tasks.training.tracking.config import TrackingConfig
 
@@ -149,6 +149,14 @@ class Config(Section):
                 "loss.tail 'sampled' reads random draws, but teacher.draws is 0: set it, e.g. to 50 (the teacher is "
                 "then captured again), or set loss.tail: bucket"
             )
+        if loss.min_entropy:
+            for name, domain in self.domains.items():
+                if not target_format(self.teacher, imported=domain.imported).entropy:
+                    raise ValueError(
+                        f"loss.min_entropy reads the entropy of the teacher's distribution, and the targets of domain "
+                        f"'{name}' do not hold it: only captures by teacher.source 'engine' do; set "
+                        f"loss.min_entropy: 0"
+                    )
         return self
 
     def _expected_leaves(self) -> list[str]:

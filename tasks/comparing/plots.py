@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -168,7 +169,7 @@ def frontier_figure(comparison: Comparison, *, theme: Theme = LIGHT) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlabel("perplexity (geometric mean of the domains)")
     axes.set_ylabel("largest student / teacher perplexity")
-    handles = []
+    handles: list[Any] = []
     for place, point in enumerate(points):
         colour = COLOURS[place % len(COLOURS)]
         handles.append(

@@ -20,6 +20,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 RECIPE: Mapping[str, str] = {
     "gamma": "weight of the divergence (γ)",
+    "gamma_until": "steps with the divergence",
+    "min_entropy": "no divergence where the teacher's entropy is below (nats)",
     "divergence": "divergence from the teacher",
     "temperature": "temperature",
     "tail": "treatment of the tail",
@@ -124,17 +126,29 @@ def distils(method: str) -> bool:
     return all(known.reads_targets for name, known in METHODS.items() if name == method)
 
 
+_OF_THE_DIVERGENCE = {"gamma", "gamma_until", "min_entropy", "divergence", "temperature", "tail"}
+_GAMMA_OF = "loss.gamma_of."
+_NOT_USED = {("gamma_until", "null"), ("min_entropy", "0.0")}
+"""Settings that are off have no row."""
+
+
 def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
     """What `RECIPE` names of this run's settings; where two sections have one name, with the sections' names."""
     # What the configuration holds but the method does not use would be a false statement here.
-    unused = set() if distils(summary.method) else {"gamma", "divergence", "temperature", "tail"}
-    unused |= set() if summary.method in ("ddk", "ddk_retain") else {"alpha"}
+    unused = set() if distils(summary.method) else _OF_THE_DIVERGENCE
+    unused = unused | (set() if summary.method in ("ddk", "ddk_retain") else {"alpha"})
     unused |= set() if summary.method == "ddk_retain" else {"retain_temperature", "retain_weight"}
-    settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in flat_settings(summary.settings)]
+    given = list(flat_settings(summary.settings))
+    settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in given if not key.startswith(_GAMMA_OF)]
     names = [name for _, name, _ in settings]
-    return [
+    of_domains = [
+        (f"γ of domain {escape(key.removeprefix(_GAMMA_OF))}", escape(value))
+        for key, value in given
+        if key.startswith(_GAMMA_OF) and "gamma" not in unused
+    ]
+    return of_domains + [
         (RECIPE[wanted] + (f" ({escape(key)})" if names.count(name) > 1 else ""), escape(value))
         for wanted in RECIPE
         for key, name, value in settings
-        if name == wanted and name not in unused
+        if name == wanted and name not in unused and (wanted, value) not in _NOT_USED
     ]

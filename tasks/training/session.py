@@ -86,7 +86,7 @@ class StudentSession:
     @cached_property
     def tracking(self) -> Tracking:
         """Where the run's metrics are sent besides its own files."""
-        return open_tracking(self.settings.tracking, self.run, self._config, self.inputs.job.loss.gamma)
+        return open_tracking(self.settings.tracking, self.run, self._config)
 
     @property
     def training(self) -> Training:

@@ -89,7 +89,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 
 def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
     for ours, theirs in zip(one["reports"], other["reports"], strict=True):
-        for figure in ("step", "ce", "kl", "gradient_norm", "learning_rate", "tokens"):
+        for figure in ("step", "ce", "kl", "loss", "gradient_norm", "learning_rate", "tokens"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=TOLERANCE), figure
     assert one["perplexity"] == pytest.approx(other["perplexity"], rel=TOLERANCE)
     assert one["weights"] == pytest.approx(other["weights"], rel=1e-4, abs=2e-3)

@@ -205,6 +205,7 @@ def test_the_report_of_a_step() -> None:
     assert report.step == 1
     assert report.ce == pytest.approx(ce, rel=1e-5)
     assert report.kl == pytest.approx(kl, rel=1e-4)
+    assert report.loss == pytest.approx(ce + 0.7 * kl, rel=1e-4)
     assert report.tokens == 4 * L
     assert report.gradient_norm > 0
     assert report.seconds >= report.waited_seconds >= 0

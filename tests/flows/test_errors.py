@@ -48,6 +48,11 @@ def config_with(folder: Path, **changes: Any) -> str:
             "'cpt_doremi' or 'ted' (it is 'magic')",
         ),
         ({"loss": {"temperature": 2.0}}, "set loss.tail: renormalise, or loss.temperature: 1.0"),
+        ({"loss": {"gamma_of": {"mth": 1.0}}}, "loss.gamma_of: there is no domain 'mth'; the domains are"),
+        (
+            {"loss": {"min_entropy": 0.5}, "teacher": {"source": "prompt_logprobs"}},
+            "loss.min_entropy reads the entropy of the teacher's distribution, and the targets of domain",
+        ),
         ({"train": {"micro_batch_size": 3}}, "micro_batch_size 3 does not divide batch_size 8"),
         ({"run": "../escape"}, "run: String should match pattern"),
     ],

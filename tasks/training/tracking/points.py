@@ -38,14 +38,12 @@ class RunPoints:
     """What a run has measured up to a step, read when it is asked for.
 
     Args:
-        gamma: γ of the loss CE + γ·KL.
         upto: steps that the training has done. Later ones, of an attempt that was killed, do not count.
         trained_from: first step of an interval that has just been trained, perhaps for a second time.
     """
 
-    def __init__(self, folder: RunFolder, gamma: float, upto: int, trained_from: int | None = None) -> None:
+    def __init__(self, folder: RunFolder, upto: int, trained_from: int | None = None) -> None:
         self._folder = folder
-        self._gamma = gamma
         self._read: dict[int, list[Point]] = {}
         self.upto = upto
         self.trained_from = trained_from
@@ -59,7 +57,7 @@ class RunPoints:
         """The steps of one interval."""
         if first not in self._read:
             rows = self._folder.interval_metrics(first)
-            self._read[first] = [_step(row, self._gamma) for row in rows if row["step"] <= self.upto]
+            self._read[first] = [_step(row) for row in rows if row["step"] <= self.upto]
         return self._read[first]
 
     @cached_property
@@ -90,11 +88,11 @@ class RunPoints:
         return found[0] if found else time.time()
 
 
-def _step(row: Mapping[str, Any], gamma: float) -> Point:
+def _step(row: Mapping[str, Any]) -> Point:
     values = {
         "train/ce": row["ce"],
         "train/kl": row["kl"],
-        "train/loss": row["ce"] + gamma * row["kl"],
+        "train/loss": row["loss"],
         "train/learning_rate": row["learning_rate"],
         "train/gradient_norm": row["gradient_norm"],
         "train/tokens_per_second": row["tokens"] / row["seconds"],

@@ -45,10 +45,9 @@ class Tracker(Protocol):
 class Tracking:
     """A run's trackers."""
 
-    def __init__(self, trackers: Sequence[Tracker], folder: RunFolder, gamma: float) -> None:
+    def __init__(self, trackers: Sequence[Tracker], folder: RunFolder) -> None:
         self._trackers = [_Guarded(tracker) for tracker in trackers]
         self._folder = folder
-        self._gamma = gamma
 
     def update(self, step: int, trained_from: int | None = None) -> None:
         """Pass on what is new.
@@ -60,13 +59,13 @@ class Tracking:
         Raises:
             UserError: before anything was trained: a tracker is not set up.
         """
-        points = RunPoints(self._folder, self._gamma, step, trained_from)
+        points = RunPoints(self._folder, step, trained_from)
         for tracker in self._trackers:
             tracker.call(lambda one: one.log(points), may_refuse=trained_from is None)
 
     def finish(self, step: int, summary: Mapping[str, Any]) -> None:
         """The run is complete after `step` steps."""
-        points = RunPoints(self._folder, self._gamma, step)
+        points = RunPoints(self._folder, step)
 
         def end(tracker: Tracker) -> None:
             tracker.log(points)
@@ -111,12 +110,11 @@ class _Guarded:
         self._warned = True
 
 
-def open_tracking(config: TrackingConfig, folder: RunFolder, run_config: Mapping[str, Any], gamma: float) -> Tracking:
+def open_tracking(config: TrackingConfig, folder: RunFolder, run_config: Mapping[str, Any]) -> Tracking:
     """The trackers that a configuration asks for. Nothing is connected to before the first `update`.
 
     Args:
         run_config: the run's whole resolved configuration, as it is shown with the run.
-        gamma: γ of the loss.
 
     Raises:
         UserError: it is not said where MLflow is.
@@ -134,4 +132,4 @@ def open_tracking(config: TrackingConfig, folder: RunFolder, run_config: Mapping
         from tasks.training.tracking.mlflow_run import MlflowTracker
 
         trackers.append(MlflowTracker(config.mlflow_uri, config.mlflow_experiment, folder, run_config))
-    return Tracking(trackers, folder, gamma)
+    return Tracking(trackers, folder)

@@ -91,6 +91,28 @@ def test_two_settings_of_one_name_are_told_apart(make_summary, records):
     assert "| seed (corpus.seed) | 2 |" in card
 
 
+def test_a_gamma_that_is_not_the_same_everywhere_is_said(make_summary, records):
+    loss = {"gamma": 0.2, "gamma_of": {"gamma": 0.5, "math/algebra": 1.0}, "gamma_until": 15, "min_entropy": 0.0}
+    card = render_model_card(make_summary(settings={"loss": loss}), records)
+    for line in (
+        "| weight of the divergence (γ) | 0.2 |",
+        "| γ of domain gamma | 0.5 |",
+        "| γ of domain math/algebra | 1.0 |",
+        "| steps with the divergence | 15 |",
+    ):
+        assert line in card
+    assert "entropy" not in card
+    assert "γ" not in render_model_card(make_summary(method="cpt", settings={"loss": loss}), records)
+
+
+def test_what_retains_is_said_of_ddk_retain_alone(make_summary, records):
+    settings = {"mixture": {"alpha": 0.5, "retain_temperature": 0.25, "retain_weight": 40.0}}
+    card = render_model_card(make_summary(method="ddk_retain", settings=settings), records)
+    assert "| weight of what was lost in the mixture (κ) | 40.0 |" in card
+    assert "| smoothing of the mixture (α) | 0.5 |" in card
+    assert "κ" not in render_model_card(make_summary(method="ddk", settings=settings), records)
+
+
 def test_what_the_method_does_not_use_is_not_claimed(make_summary, records):
     card = render_model_card(make_summary(method="cpt"), records)
     assert "trained without targets, compared with Qwen/Qwen2.5-14B" in card

@@ -66,6 +66,7 @@ class Run:
                 "step": step,
                 "ce": ce - step / 10,
                 "kl": 1.0 + step,
+                "loss": ce - step / 10 + GAMMA * (1.0 + step),
                 "learning_rate": 1e-3 / step,
                 "gradient_norm": 2.0,
                 "tokens": 800,
@@ -103,7 +104,7 @@ def local_run(tmp_path: Path) -> Run:
 
 def opened(run: Run, **config: Any) -> Tracking:
     """As a process that begins, or goes on with, the run has it."""
-    return open_tracking(TrackingConfig(**config), run.folder, CONFIG, GAMMA)
+    return open_tracking(TrackingConfig(**config), run.folder, CONFIG)
 
 
 def follow(run: Run, follower: Tracking, *firsts: int) -> None:
@@ -547,7 +548,7 @@ from storage.runs.folder import RunFolder
 from tasks.training.tracking.trackers import open_tracking
 from tasks.training.tracking.config import TrackingConfig
 try:
-    open_tracking(TrackingConfig(wandb_project="p"), RunFolder({str(tmp_path)!r}, "a"), {{}}, 0.2).update(0)
+    open_tracking(TrackingConfig(wandb_project="p"), RunFolder({str(tmp_path)!r}, "a"), {{}}).update(0)
 except UserError as error:
     print(error)
 """
@@ -589,7 +590,7 @@ def test_an_interval_of_many_steps_goes_to_mlflow_in_several_requests(
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
-    row = {"ce": 1.0, "kl": 1.0, "learning_rate": 1.0, "gradient_norm": 1.0, "tokens": 1, "seconds": 1.0}
+    row = {"ce": 1.0, "kl": 1.0, "loss": 1.2, "learning_rate": 1.0, "gradient_norm": 1.0, "tokens": 1, "seconds": 1.0}
     rows = [{**row, "waited_seconds": 0.0, "step": step, "time": START + step} for step in range(1, 301)]
     local_run.folder.write_metrics(0, rows)
     follower = opened(local_run, mlflow_experiment="many")
@@ -660,7 +661,7 @@ def test_a_service_that_failed_is_left_alone_for_a_while_and_then_gets_what_it_m
     local_run: Run, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     flaky = Flaky()
-    follower = Tracking([flaky], local_run.folder, GAMMA)
+    follower = Tracking([flaky], local_run.folder)
     with caplog.at_level(logging.INFO, logger="ddk"):
         follow(local_run, follower, 0, 2)
         assert flaky.calls == 1
@@ -685,9 +686,9 @@ def test_a_refusal_after_the_first_step_stops_nothing(local_run: Run) -> None:
 
     refusing = Refusing()
     with pytest.raises(UserError, match="set it up"):
-        Tracking([refusing], local_run.folder, GAMMA).update(0)
+        Tracking([refusing], local_run.folder).update(0)
     refusing.broken = False
-    follower = Tracking([refusing], local_run.folder, GAMMA)
+    follower = Tracking([refusing], local_run.folder)
     follower.update(0)
     refusing.broken = True
     follower.update(2, trained_from=0)
