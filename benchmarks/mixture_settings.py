@@ -74,13 +74,16 @@ def prepare(setting: str, root: Path, corpora: Path | None) -> None:
         if corpora is None:
             raise SystemExit("the setting 'eight' reads a folder of corpora; name it with --corpora")
         make_models(corpora, root / "eight" / "assets")
-    # 'three' reads a part of what 'five' does.
-    config = configuration("five" if setting == "three" else setting, root)
-    path = root / f"{setting}.yaml"
-    with path.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(config.model_dump(mode="json"), file)
+    config = configuration(setting, root)
+    path, done = root / f"{setting}.yaml", root / f"{setting}.done"
+    wanted = yaml.safe_dump(config.model_dump(mode="json"))
+    if done.exists() and done.read_text(encoding="utf-8") == wanted:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(wanted, encoding="utf-8")
     for stage in ("pack", "cache"):
         subprocess.run([sys.executable, "-m", "flows", stage, str(path), "--root", config.root], check=True)
+    done.write_text(wanted, encoding="utf-8")
 
 
 def make_models(corpora: Path, assets: Path) -> None:

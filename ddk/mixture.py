@@ -33,15 +33,17 @@ class MixtureConfig(Section):
     the start of each interval without waiting for one, and measures the gap only before its first step and after its
     last."""
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Smoothing coefficient α of Eq. 2, and of ddk_retain: every domain keeps at least (1 − α)/N."""
+    """Smoothing coefficient α of Eq. 2: every domain keeps at least (1 − α)/N."""
     gap: GapMeasure = "ratio"
     """Gap that Eq. 1 and Eq. 2 (methods ddk and ddk_no_smoothing) exponentiate: 'ratio' is the paper's ℓ_S/ℓ_T; 'log'
     is ln ℓ_S − ln ℓ_T, in nats. Near a ratio of 1 both give the same mixtures. At ratios of 2 and more, 'ratio'
     concentrates the mixture on few domains, and at very large ratios on a single one; 'log' does not."""
-    retain_temperature: float = Field(default=0.25, ge=1e-3, le=1e3)
+    retain_alpha: float = Field(default=0.8, ge=0.0, le=1.0)
+    """With ddk_retain, in place of `alpha`: every domain keeps at least (1 − α)/N."""
+    retain_temperature: float = Field(default=0.5, ge=1e-3, le=1e3)
     """With ddk_retain: gap τ, in nats, by which a domain must lag further to be drawn e times as much. Smaller values
     follow the largest gap more closely."""
-    retain_weight: float = Field(default=40.0, ge=0.0, le=1e6)
+    retain_weight: float = Field(default=20.0, ge=0.0, le=1e6)
     """With ddk_retain: weight κ of what the student has lost on a domain since the start of the run, per nat. 0 lets
     domains be forgotten."""
     initial: Literal["gap", "proportional"] = "gap"

@@ -69,7 +69,7 @@ def _next(now: Measured, config: MixtureConfig) -> Mixture:
         now.student_ppl,
         now.teacher_ppl,
         first,
-        alpha=config.alpha,
+        alpha=config.retain_alpha,
         temperature=config.retain_temperature,
         retention=config.retain_weight,
         progress=now.progress,

@@ -26,6 +26,7 @@ RECIPE: Mapping[str, str] = {
     "temperature": "temperature",
     "tail": "treatment of the tail",
     "alpha": "smoothing of the mixture (α)",
+    "retain_alpha": "share of the mixture that follows the gap (α)",
     "retain_temperature": "temperature of the gap in the mixture (τ)",
     "retain_weight": "weight of what was lost in the mixture (κ)",
     "interval": "steps in an interval",
@@ -136,8 +137,8 @@ def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
     """What `RECIPE` names of this run's settings; where two sections have one name, with the sections' names."""
     # What the configuration holds but the method does not use would be a false statement here.
     unused = set() if distils(summary.method) else _OF_THE_DIVERGENCE
-    unused = unused | (set() if summary.method in ("ddk", "ddk_retain") else {"alpha"})
-    unused |= set() if summary.method == "ddk_retain" else {"retain_temperature", "retain_weight"}
+    unused = unused | (set() if summary.method == "ddk" else {"alpha"})
+    unused |= set() if summary.method == "ddk_retain" else {"retain_alpha", "retain_temperature", "retain_weight"}
     given = list(flat_settings(summary.settings))
     settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in given if not key.startswith(_GAMMA_OF)]
     names = [name for _, name, _ in settings]

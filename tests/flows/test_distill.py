@@ -15,7 +15,8 @@ import torch
 import transformers
 from small_run import ASSETS, DOMAINS, Ddk, SmallRun, files_below, write_config
 
-from ddk.mixture import initial_mixture, update_mixture
+from ddk.methods.retain import retaining_mixture
+from ddk.mixture import MixtureConfig, initial_mixture, update_mixture
 from flows.config import load_config
 from flows.stores.stage_states import plan_stages
 from storage.blocks import open_blocks
@@ -164,6 +165,37 @@ def test_other_methods_run_on_the_same_cache(small_run: SmallRun, ddk: Ddk, meth
     # Equal sampling to within one block of each step's batch.
     drawn = records[-1].blocks_drawn
     assert max(drawn.values()) - min(drawn.values()) <= 6
+
+
+def test_ddk_retain_knows_the_start_of_the_run_and_how_far_it_is(small_run: SmallRun, ddk: Ddk) -> None:
+    levers = ("--set", "loss.gamma_of={math: 1.0}", "--set", "loss.gamma_until=4")
+    output = ddk("distill", small_run.config, "--set", "method=ddk_retain", "--run", "retain", *levers)
+    assert output.code == 0, output.err
+    run = RunFolder(str(small_run.root), "retain")
+    records = MixtureHistory(run.url).records()
+    assert len(records) == 4
+    for record in records:
+        student, teacher = (
+            {domain: getattr(both, who) for domain, both in record.perplexities.items()}
+            for who in ("student", "teacher")
+        )
+        first = {domain: both.student for domain, both in records[0].perplexities.items()}
+        config = MixtureConfig()
+        expected = retaining_mixture(
+            student,
+            teacher,
+            first,
+            alpha=config.retain_alpha,
+            temperature=config.retain_temperature,
+            retention=config.retain_weight,
+            progress=record.step / 6,
+        )
+        assert record.probabilities == pytest.approx(dict(expected.probabilities), abs=1e-12)
+    rows = run.metrics()
+    assert [row["kl"] > 0 for row in rows] == [True] * 4 + [False] * 2
+    usual = sum(row["ce"] + 0.2 * row["kl"] for row in rows[:4])
+    assert sum(row["loss"] for row in rows[:4]) > usual, "the divergence counts five times as much in mathematics"
+    assert [row["loss"] for row in rows[4:]] == pytest.approx([row["ce"] for row in rows[4:]])
 
 
 def test_the_same_run_name_with_other_settings_is_refused(small_run: SmallRun, ddk: Ddk) -> None:

@@ -88,7 +88,7 @@ def test_the_start_of_the_run_is_its_first_measurement() -> None:
         Interval(step=0, gaps=gaps(20.0, 90.0, 80.0), mixture=mixture),
         Interval(step=10, gaps=gaps(25.0, 60.0, 50.0), mixture=mixture),
     ]
-    config = MixtureConfig(alpha=0.7, retain_temperature=0.5, retain_weight=10.0)
+    config = MixtureConfig(retain_alpha=0.7, retain_temperature=0.5, retain_weight=10.0)
     found = mixture_after("ddk_retain", past, gaps(22.0, 40.0, 30.0), config, by_domain([1, 1, 1]), progress=0.4)
     assert found == retaining_mixture(
         by_domain([22.0, 40.0, 30.0]),
