@@ -151,8 +151,8 @@ def keep(job: Job, run: ComparedRun) -> None:
         name: ComparedVariant(name=name, method=fields["method"], settings=_settings(name))
         for name, fields in RULES.items()
     }
-    names = [name for name in [*RULES, *variants] if any(variant == name for variant, _ in runs)]
-    order = list(dict.fromkeys(names))
+    ran = {variant for variant, _ in runs}
+    order = [name for name in dict.fromkeys([*RULES, *variants]) if name in ran]
     comparison = kept.model_copy(
         update={
             "seeds": tuple(sorted({seed for _, seed in runs})),

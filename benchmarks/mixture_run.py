@@ -12,7 +12,7 @@ from mixture_settings import configuration
 from mixture_trials import TRIALS
 
 from ddk.gap import domain_gap
-from ddk.methods.base import Interval, Measured
+from ddk.methods.base import Interval, measured
 from ddk.methods.registry import mixture_after
 from ddk.parallel import World
 from flows.config import Config
@@ -77,17 +77,7 @@ def _records(config: Config, trial: str | None) -> list[MixtureRecord]:
             if trial is None:
                 mixture = mixture_after(config.method, past, gaps, config.mixture, inputs.sizes, progress=progress)
             else:
-                student, teacher = (
-                    {gap.domain: getattr(gap, f"{who}_ppl") for gap in gaps} for who in ("student", "teacher")
-                )
-                now = Measured(
-                    student_ppl=student,
-                    teacher_ppl=teacher,
-                    reference_ppl=teacher,
-                    sizes=inputs.sizes,
-                    past=past,
-                    progress=progress,
-                )
+                now = measured(past, gaps, inputs.sizes, None, progress)
                 mixture = TRIALS[trial](now, config.mixture)
             records.append(
                 make_record(

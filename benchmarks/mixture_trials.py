@@ -21,7 +21,6 @@ from ddk.methods.base import Measured
 from ddk.mixture import MixtureConfig, equal_mixture, exponentiated_mixture, weighted_mixture
 from ddk.values import Mixture
 
-Logs = Mapping[str, float]
 ENOUGH, FIRST_GOAL = 4, 0.4
 EPSILON, TEMPERATURE = 0.5, 0.25
 

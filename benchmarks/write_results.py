@@ -18,10 +18,9 @@ from tasks.comparing.data import (
     Measure,
     by_seed,
     ratios,
-    regressed_domains,
     spread_of,
 )
-from tasks.comparing.page import in_words, render_markdown, signed
+from tasks.comparing.page import in_words, regressed, render_markdown, signed
 from tasks.comparing.spreads import paired_difference
 
 SHOWN = ("train.steps", "train.batch_size", "packing.seq_len", "train.learning_rate", "mixture.interval", "loss.gamma")
@@ -155,10 +154,7 @@ def mixture(comparison: Comparison) -> str:
         if worst is None or perplexity is None:
             continue
         shown = [_mean_and_interval(figure) for figure in figures(comparison, variant.name)]
-        above = ", ".join(
-            f"{domain} +{100 * (factor - 1):.1f}%"
-            for domain, factor in regressed_domains(comparison, variant.name).items()
-        )
+        above = regressed(comparison, variant.name)
         lines.append(
             f"| {variant.name} | {worst.n} | {worst.mean:.3f} | {perplexity.mean:.2f} | {' | '.join(shown)} | {above} |"
         )

@@ -218,6 +218,7 @@ def _consume(logits_CV: Tensor, rows: slice, settings: _Settings) -> Tensor:
     """
     labels_C1 = settings.labels_T[rows, None]
     teacher = None if settings.teacher is None else settings.teacher[rows]
+    gamma = _gamma(teacher, settings.loss)
     if teacher is None:
         hidden_CH, stored_CK = labels_C1, None
     else:
@@ -232,9 +233,7 @@ def _consume(logits_CV: Tensor, rows: slice, settings: _Settings) -> Tensor:
     rest_at_C, sum_at_C = (None, None) if scaled_CV is None else _exponentials(scaled_CV)
 
     if teacher is not None and stored_CK is not None and has_closed_form(settings.loss):
-        ce_C, kl_C, of_known_CH, of_rest_C = closed_form(
-            known_CH, rest_C, stored_CK, teacher, _gamma(teacher, settings.loss)
-        )
+        ce_C, kl_C, of_known_CH, of_rest_C = closed_form(known_CH, rest_C, stored_CK, teacher, gamma)
         of_known_CH *= settings.scale
         of_rest_C *= settings.scale
         of_rest_at_C = None
@@ -247,7 +246,7 @@ def _consume(logits_CV: Tensor, rows: slice, settings: _Settings) -> Tensor:
         if scaled_CV is not None and sum_at_C is not None and of_rest_at_C is not None:
             logits_CV.addcmul_(scaled_CV, (of_rest_at_C / (sum_at_C * temperature))[:, None])
         logits_CV.scatter_add_(1, hidden_CH, of_known_CH)
-    return torch.stack([ce_C.sum(), kl_C.sum(), (_gamma(teacher, settings.loss) * kl_C).sum()])
+    return torch.stack([ce_C.sum(), kl_C.sum(), (gamma * kl_C).sum()])
 
 
 def _derived(

@@ -45,6 +45,25 @@ class Measured:
         return self.past[-1].mixture if self.past else None
 
 
+def measured(
+    past: Sequence[Interval],
+    gaps: Sequence[DomainGap],
+    sizes: Mapping[str, int],
+    reference: Mapping[str, float] | None,
+    progress: float,
+) -> Measured:
+    """What is known, from the gaps measured now; the reference is the teacher where none is given."""
+    teacher_ppl = {gap.domain: gap.teacher_ppl for gap in gaps}
+    return Measured(
+        student_ppl={gap.domain: gap.student_ppl for gap in gaps},
+        teacher_ppl=teacher_ppl,
+        reference_ppl=teacher_ppl if reference is None else reference,
+        sizes=sizes,
+        past=past,
+        progress=progress,
+    )
+
+
 class NextMixture(Protocol):
     def __call__(self, now: Measured, config: MixtureConfig) -> Mixture:
         """The mixture after a measurement."""

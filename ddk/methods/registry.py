@@ -20,7 +20,7 @@ from ddk.domain_tree import (
     rolled_up_ppl,
     spread_mixture,
 )
-from ddk.methods.base import Interval, Measured, Method
+from ddk.methods.base import Interval, Method, measured
 from ddk.methods.doremi import CPT_DOREMI
 from ddk.methods.fixed import CPT, DDK_EQUAL, KD
 from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
@@ -116,16 +116,7 @@ def _mixture_after(
     chosen = METHODS[method]
     if not past and chosen.follows_gap and config.initial == "proportional":
         return proportional_mixture(sizes)
-    teacher_ppl = {gap.domain: gap.teacher_ppl for gap in gaps}
-    now = Measured(
-        student_ppl={gap.domain: gap.student_ppl for gap in gaps},
-        teacher_ppl=teacher_ppl,
-        reference_ppl=teacher_ppl if reference is None else reference,
-        sizes=sizes,
-        past=past,
-        progress=progress,
-    )
-    return chosen.next_mixture(now, config)
+    return chosen.next_mixture(measured(past, gaps, sizes, reference, progress), config)
 
 
 def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:

@@ -149,7 +149,7 @@ def _result(comparison: Comparison, variant: ComparedVariant) -> dict[str, Any]:
     return {
         "variant": variant,
         "baseline": variant.name == comparison.baseline,
-        "regressed": _regressed(comparison, variant.name),
+        "regressed": regressed(comparison, variant.name),
         "seeds": len(runs),
         "worst_domain": ", ".join(worst),
         **{measure.name: _shown(spread_of(comparison, variant.name, measure), measure.name) for measure in _RESULTS},
@@ -160,7 +160,7 @@ def _result(comparison: Comparison, variant: ComparedVariant) -> dict[str, Any]:
 _RESULTS = (PERPLEXITY, MEAN, WORST)
 
 
-def _regressed(comparison: Comparison, variant: str) -> str:
+def regressed(comparison: Comparison, variant: str) -> str:
     """'books +6.2%, web +8.7%': the domains on which the student ends worse than it began."""
     found = regressed_domains(comparison, variant)
     return ", ".join(f"{domain} +{100 * (factor - 1):.1f}%" for domain, factor in found.items())

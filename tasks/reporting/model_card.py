@@ -136,8 +136,8 @@ _NOT_USED = {("gamma_until", "null"), ("min_entropy", "0.0")}
 def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
     """What `RECIPE` names of this run's settings; where two sections have one name, with the sections' names."""
     # What the configuration holds but the method does not use would be a false statement here.
-    unused = set() if distils(summary.method) else _OF_THE_DIVERGENCE
-    unused = unused | (set() if summary.method == "ddk" else {"alpha"})
+    unused = set() if distils(summary.method) else set(_OF_THE_DIVERGENCE)
+    unused |= set() if summary.method == "ddk" else {"alpha"}
     unused |= set() if summary.method == "ddk_retain" else {"retain_alpha", "retain_temperature", "retain_weight"}
     given = list(flat_settings(summary.settings))
     settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in given if not key.startswith(_GAMMA_OF)]
