@@ -45,6 +45,7 @@ RULES: dict[str, dict[str, Any]] = {
     EQUAL: {"method": "ddk_equal"},
     **{f"ddk {alpha:g}": {"method": "ddk", "mixture.alpha": alpha} for alpha in (0.1, 0.25, 0.5, 0.75)},
     "retain": {"method": "ddk_retain", **RETAIN},
+    "retain γ=1": {"method": "ddk_retain", "loss.gamma": 1.0, **RETAIN},
     "velocity": {"method": "ddk", "trial": "velocity"},
     "slope": {"method": "ddk", "trial": "slope"},
     "equal γ=1": {"method": "ddk_equal", "loss.gamma": 1.0},

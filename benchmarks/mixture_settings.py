@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from flows.config import Config, load_config
 from flows.presets.quickstart import remake
@@ -113,12 +113,18 @@ def encoded(tokenizer: transformers.PreTrainedTokenizerBase, lines: list[str]) -
     return np.concatenate([np.asarray([*one.ids, tokenizer.eos_token_id], dtype=np.int64) for one in parts])
 
 
-def make_model(recipe: remake.Recipe, tokens: Mapping[str, Mapping[str, remake.Tokens]], folder: Path) -> None:
-    """Train on from the quickstart's model of the same name, in float32 (bfloat16 is slow on many CPUs)."""
+def make_model(
+    recipe: remake.Recipe, tokens: Mapping[str, Mapping[str, remake.Tokens]], folder: Path, *, fresh: bool = False
+) -> None:
+    """Train on from the quickstart's model of the same name, or one from nothing; in float32 (bfloat16 is slow on many
+    CPUs)."""
     transformers.set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(remake.HERE / recipe.name), dtype=torch.float32, local_files_only=True
-    )
+    if fresh:
+        model = Qwen2ForCausalLM(recipe.config())
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(remake.HERE / recipe.name), dtype=torch.float32, local_files_only=True
+        )
     rng, device = np.random.default_rng(0), torch.device("cpu")
     remake.fit(model, recipe, tokens["train"], tokens["validation"], rng=rng, device=device, exact=True)
     folder.mkdir(parents=True, exist_ok=True)

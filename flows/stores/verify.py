@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ddk.errors import UserError
-from storage.checking.verify_runs import Finding, comparison_findings, memory_findings, run_findings
+from storage.checking.verify_runs import Finding, memory_findings, report_findings, run_findings
 from storage.checking.verify_store import Damage, total_bytes, uncommit, verify
 from storage.errors import StoreDamagedError, StoreError
 from storage.files import uri
 from storage.runs.folder import run_at
+from storage.runs.reports import ComparisonFolder, LawFolder
 from storage.stores.manifest import COPY, MANIFEST, read_manifest, sound_copy
 from storage.stores.schema import Manifest
 from tasks.showing.progress import meter
@@ -27,7 +28,7 @@ def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]
         Whether everything was as it should be.
 
     Raises:
-        UserError: there is no store, run, comparison or root at the URL.
+        UserError: there is no store, run, comparison, law or root at the URL.
     """
     url = url.rstrip("/")
     run = run_at(url)
@@ -36,17 +37,18 @@ def verify_all(url: str, *, full: bool, repair: bool, say: Callable[[str], None]
             raise UserError(f"there is no run at {url}; correct the URL")
         return _verify_run(*run, full=full, say=say)
     stores = [url] if _is_store(url) else list(_stores(url))
-    runs, comparisons = (_folders(uri.join(url, kind)) for kind in ("runs", "comparisons"))
-    if not (stores or runs or comparisons):
+    runs = _folders(uri.join(url, "runs"))
+    reports = [
+        kind(url, name) for kind in (ComparisonFolder, LawFolder) for name in _folders(uri.join(url, kind.folder))
+    ]
+    if not (stores or runs or reports):
         raise UserError(
-            f"there is no store at {url}, nor stores, runs or comparisons below {url}/blocks, /targets, /runs or "
-            f"/comparisons; correct the URL"
+            f"there is no store at {url}, nor stores, runs, comparisons or laws below {url}/blocks, /targets, /runs, "
+            f"/comparisons or /laws; correct the URL"
         )
     sound = [_verify_store(store, full=full, repair=repair, say=say) for store in stores]
     sound += [_verify_run(url, run, full=full, say=say) for run in runs]
-    sound += [
-        _said(f"{url}/comparisons/{name}", comparison_findings(url, name, full=full), say) for name in comparisons
-    ]
+    sound += [_said(report.url, report_findings(report, full=full), say) for report in reports]
     if not _is_store(url):
         sound += [not _tell(memory_findings(url), say), not _tell(list(_without_blocks(url, stores)), say)]
     return all(sound)

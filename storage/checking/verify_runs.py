@@ -1,4 +1,4 @@
-"""Checks whether the files of a root other than its stores are unchanged: runs, comparisons, remembered facts.
+"""Checks whether the files of a root other than its stores are unchanged: runs, comparisons, laws, remembered facts.
 
 Each finding names a file, what is wrong with it, and what to do. Nothing is changed here; the stages recreate what can
 be recreated, and log it.
@@ -16,15 +16,19 @@ from storage.errors import StoreError
 from storage.files import uri
 from storage.files.remembered import facts_of
 from storage.runs.checkpoints import CheckpointFolder
-from storage.runs.comparisons import ComparisonFolder
 from storage.runs.evaluations import EvaluationFolder
 from storage.runs.folder import RunFolder
 from storage.runs.listing import Listing
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
+from storage.runs.reports import ComparisonFolder, LawFolder, ReportFolder
 from storage.stores.manifest import read_manifest
 
 _RETRAIN = "run the same `ddk train` again"
 _T = TypeVar("_T")
+_MADE_AGAIN: dict[type[ReportFolder], str] = {
+    ComparisonFolder: "run the same `ddk compare` with --report-only, which makes it of the runs",
+    LawFolder: "run the same `ddk law` again, which fits it to the runs anew",
+}
 _REPORT = "run `ddk report` again, which writes it anew"
 
 
@@ -51,10 +55,9 @@ def run_findings(root: str, name: str, *, full: bool) -> list[Finding]:
     return audit.findings
 
 
-def comparison_findings(root: str, name: str, *, full: bool) -> list[Finding]:
-    """Everything that is wrong with one comparison."""
-    audit, folder = _Audit(full=full), ComparisonFolder(root, name)
-    again = "run the same `ddk compare` with --report-only, which makes it of the runs"
+def report_findings(folder: ReportFolder, *, full: bool) -> list[Finding]:
+    """Everything that is wrong with one comparison or law."""
+    audit, again = _Audit(full=full), _MADE_AGAIN[type(folder)]
     audit.needed(folder.data_url, folder.data, again)
     audit.listed(folder.listing, again)
     return audit.findings

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ddk.errors import UserError
 from storage.files import uri
 from storage.files.fields import first_problem
-from storage.runs.comparisons import ComparisonFolder
+from storage.runs.reports import ComparisonFolder
 from tasks.comparing.data import Comparison, run_rows, summary_rows
 from tasks.comparing.page import render_comparison, render_markdown
 from tasks.comparing.plots import plots

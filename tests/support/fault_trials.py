@@ -26,10 +26,10 @@ from flows.stores.verify import verify_all
 from storage.blocks import open_blocks
 from storage.files.digests import DigestCache
 from storage.runs.checkpoints import CheckpointFolder
-from storage.runs.comparisons import ComparisonFolder
 from storage.runs.evaluations import EvaluationFolder
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory
+from storage.runs.reports import ComparisonFolder
 from storage.targets import open_targets, teacher_perplexity
 
 Fault = Callable[[random.Random, Path, list[Path]], str | None]

@@ -10,10 +10,10 @@ from foreign_rows import topk_rows
 from small_run import Ddk, write_config
 
 from ddk.values import DomainGap, Mixture
-from storage.runs.comparisons import ComparisonFolder
 from storage.runs.evaluations import EvaluationFolder
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, make_record
+from storage.runs.reports import ComparisonFolder
 
 DOMAINS = ("math", "code")
 

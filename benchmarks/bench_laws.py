@@ -1,0 +1,392 @@
+"""Does a law predict? Three sizes of student, nine mixtures of two groups of domains, and what was said before it ran.
+
+    make bench-laws                      what is missing; a run that was interrupted goes on
+    .venv/bin/python benchmarks/bench_laws.py --report
+
+On the quickstart's corpora and teacher (2,048 train blocks a domain), with a constant learning rate. The steps, each of
+which writes its predictions to `benchmarks/out/laws/predicted.json` before the runs that check them:
+
+    seen        five mixtures, three sizes, to two thirds of the steps
+    predicted   from these alone: the last third of each, and all of two other mixtures
+    checked     those runs; then the law of all of them names the best mixture, for the smallest largest gap
+    best        that mixture and the best of the seven, with three seeds each
+
+A domain new to the law is each of the five in turn: a law across the four others predicts it from its loss before
+training and after the first measurement. What was measured lies in `benchmarks/out/laws/points.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import OUT, Row, publish, row
+from in_process import train, with_fields
+from mixture_settings import CHECKOUT, configuration, encoded, make_model, prepare
+from transformers import AutoTokenizer
+
+from ddk.laws.answers import Objective, best_mixture
+from ddk.laws.cross import beginning, fit_across, unit_of
+from ddk.laws.fitting import Law, fit_all
+from ddk.laws.forms import FORMS, FormName
+from ddk.laws.points import Point, by_domain
+from ddk.laws.quality import LAST, best_form, qualities
+from flows.config import Config
+from flows.presets.quickstart import remake
+from storage.runs.mixtures import MixtureRecord
+from tasks.predicting.points import student_size
+
+STEPS, INTERVAL, WARMUP = 180, 15, 15
+GROUP = ("math", "code")
+"""Half of the group's share goes to each; the other domains share the rest alike."""
+SEEN = (0.1, 0.25, 0.4, 0.6, 0.9)
+UNSEEN = (0.5, 0.75)
+SIZES = ("small", "student", "large")
+RECIPES = {
+    "small": replace(
+        remake.STUDENT, name="small", hidden_size=64, intermediate_size=192, steps=250, learning_rate=5e-3
+    ),
+    "large": replace(
+        remake.STUDENT, name="large", hidden_size=192, intermediate_size=576, layers=3, steps=250, learning_rate=3e-3
+    ),
+}
+SEEDS = (0, 1, 2)
+KEPT = Path(OUT) / "laws"
+ROOT = CHECKOUT / "build" / "bench-laws"
+STORES = CHECKOUT / "build" / "bench-mixtures"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    size: str
+    mixture: Mapping[str, float]
+    label: str
+    seed: int = 0
+    until: int = STEPS
+
+    @property
+    def run(self) -> str:
+        return f"{self.size}-{self.label}-{self.seed}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="run nothing; judge what is there")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, with a thread each")
+    asked = parser.parse_args()
+    if not asked.report:
+        prepare("five", STORES, None)
+        make_students()
+        seen(asked.workers)
+        predict_unseen()
+        checked(asked.workers)
+        predict_best()
+        best(asked.workers)
+    rows = list(judged())
+    return 0 if publish("laws", "make bench-laws", rows) else 1
+
+
+def make_students() -> None:
+    """The smaller and the larger student, trained on the quickstart's corpora as its own was; kept."""
+    missing = [name for name in RECIPES if not any((ROOT / name).glob("*.safetensors"))]
+    if not missing:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(str(remake.HERE / "teacher"), local_files_only=True)
+    tokens: dict[str, dict[str, remake.Tokens]] = {
+        split: {
+            domain: encoded(
+                tokenizer,
+                [
+                    json.dumps({"text": text})
+                    for text in remake.read_corpus(remake.corpus_path(remake.HERE, domain, split))
+                ],
+            )
+            for domain in remake.DOMAINS
+        }
+        for split in ("train", "validation")
+    }
+    for name in missing:
+        make_model(RECIPES[name], tokens, ROOT / name, fresh=True)
+
+
+def group_mixture(share: float) -> dict[str, float]:
+    rest = [domain for domain in remake.DOMAINS if domain not in GROUP]
+    return {
+        domain: share / len(GROUP) if domain in GROUP else (1 - share) / len(rest) for domain in sorted(remake.DOMAINS)
+    }
+
+
+def config_of(job: Job) -> Config:
+    base = configuration("five", STORES)
+    model = base.student.model if job.size == "student" else str(ROOT / job.size)
+    return with_fields(
+        base,
+        {
+            "method": "ddk_equal",
+            "student.model": model,
+            "mixture.weights": dict(job.mixture),
+            "mixture.interval": INTERVAL,
+            "train.steps": STEPS,
+            "train.warmup_steps": WARMUP,
+            "train.min_learning_rate": base.train.learning_rate,
+            "seed": job.seed,
+        },
+    )
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """One run as far as the job says, as it is kept: a point for each measurement, the first before any training."""
+    config = config_of(job)
+    folder = ROOT / "runs" / job.run
+    folder.mkdir(parents=True, exist_ok=True)
+    records = train(config, folder=str(folder), until=job.until)
+    return {
+        "parameters": student_size(config.student.model, None),
+        "size": job.size,
+        "label": job.label,
+        "seed": job.seed,
+        "points": [_point(record) for record in records],
+    }
+
+
+def _point(record: MixtureRecord) -> dict[str, Any]:
+    return {
+        "step": record.step,
+        "tokens": record.tokens_seen,
+        "drawn": dict(record.blocks_drawn),
+        "losses": {gap.domain: math.log(gap.student_ppl) for gap in record.gaps},
+        "teacher": {gap.domain: math.log(gap.teacher_ppl) for gap in record.gaps},
+    }
+
+
+def run_all(jobs: Sequence[Job], workers: int) -> None:
+    """Those that are not kept as far as they go."""
+    kept = points()
+    todo = [job for job in jobs if job.run not in kept or kept[job.run]["points"][-1]["step"] < job.until]
+    print(f"{len(todo)} runs to do, {workers} at once", flush=True)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number, (job, found) in enumerate(zip(todo, pool.map(measure, todo), strict=True), start=1):
+            _keep("points.json", points() | {job.run: found})
+            print(f"{number} of {len(todo)}: {job.run} to step {job.until}", flush=True)
+
+
+def seen(workers: int) -> None:
+    if "unseen" not in predicted():
+        run_all([_job(size, share, until=_two_thirds()) for size in SIZES for share in SEEN], workers)
+
+
+def checked(workers: int) -> None:
+    run_all([_job(size, share) for size in SIZES for share in (*SEEN, *UNSEEN)], workers)
+
+
+def best(workers: int) -> None:
+    choice = predicted()["best"]
+    run_all(
+        [
+            *(Job(size="student", mixture=choice["mixture"], label="law", seed=seed) for seed in SEEDS),
+            *(replace(_job("student", choice["rival"]), seed=seed) for seed in SEEDS),
+        ],
+        workers,
+    )
+
+
+def _job(size: str, share: float, until: int = STEPS) -> Job:
+    return Job(size=size, mixture=group_mixture(share), label=f"{share:g}", until=until)
+
+
+def _two_thirds() -> int:
+    return int(LAST * STEPS / INTERVAL) * INTERVAL
+
+
+def predict_unseen() -> None:
+    """From the runs so far: the losses of each run that is to come, at every measurement."""
+    if "unseen" in predicted():
+        return
+    domains = by_domain(points_of([f"{share:g}" for share in SEEN], _two_thirds()))
+    form = best_form(domains, workers=os.cpu_count() or 1)
+    laws = {name: fit_all(domains, name, workers=os.cpu_count() or 1) for name in {form, *FORMS}}
+    places = [
+        (size, share, step)
+        for size in SIZES
+        for share in (*SEEN, *UNSEEN)
+        for step in range(INTERVAL, STEPS + 1, INTERVAL)
+        if share in UNSEEN or step > _two_thirds()
+    ]
+    _predict(
+        "unseen",
+        {
+            "form": form,
+            "places": [
+                {
+                    "run": _job(size, share).run,
+                    "step": step,
+                    "losses": {name: _losses(laws[name], size, share, step) for name in laws},
+                }
+                for size, share, step in places
+            ],
+        },
+    )
+
+
+def _losses(laws: Mapping[str, Law], size: str, share: float, step: int) -> dict[str, float]:
+    config = config_of(_job(size, share))
+    tokens = step * config.train.batch_size * config.packing.seq_len
+    shares = np.array([group_mixture(share)[domain] for domain in laws])
+    parameters = student_size(config.student.model, None)
+    return {domain: float(law.losses(parameters, tokens, shares)[0]) for domain, law in laws.items()}
+
+
+def predict_best() -> None:
+    """The law's mixture for the smallest largest gap at the end, before it is run."""
+    if "best" in predicted():
+        return
+    domains = by_domain(points_of([f"{share:g}" for share in (*SEEN, *UNSEEN)], STEPS))
+    form: FormName = predicted()["unseen"]["form"]
+    laws = fit_all(domains, form, workers=os.cpu_count() or 1)
+    config = config_of(_job("student", 0.5))
+    tokens = float(STEPS * config.train.batch_size * config.packing.seq_len)
+    teacher = next(iter(points().values()))["points"][0]["teacher"]
+    mixture = best_mixture(laws, teacher, student_size(config.student.model, None), tokens, Objective(kind="worst"))
+    ends = {share: _worst(_job("student", share).run) for share in (*SEEN, *UNSEEN)}
+    _predict("best", {"form": form, "mixture": mixture, "rival": min(ends, key=lambda share: ends[share])})
+
+
+def points() -> dict[str, Any]:
+    return _read("points.json")
+
+
+def predicted() -> dict[str, Any]:
+    return _read("predicted.json")
+
+
+def points_of(labels: Sequence[str], until: int, sizes: Sequence[str] = SIZES) -> list[Point]:
+    """The kept measurements of these mixtures with seed 0, up to a step, from the end of the warm-up on."""
+    return [
+        Point(
+            run=name,
+            parameters=run["parameters"],
+            tokens=float(one["tokens"]),
+            shares={domain: count / sum(one["drawn"].values()) for domain, count in one["drawn"].items()},
+            losses=one["losses"],
+        )
+        for name, run in points().items()
+        if run["label"] in labels and run["seed"] == 0 and run["size"] in sizes
+        for one in run["points"]
+        if WARMUP <= one["step"] <= until
+    ]
+
+
+def judged() -> Sequence[Row]:
+    """A row for each bar."""
+    found: list[Row] = []
+    labels = [f"{share:g}" for share in (*SEEN, *UNSEEN)]
+    domains = by_domain(points_of(labels, STEPS))
+    said = predicted()["unseen"]
+    form: FormName = said["form"]
+    for name in FORMS:
+        laws = fit_all(domains, name, workers=os.cpu_count() or 1)
+        good = qualities(domains, laws, workers=os.cpu_count() or 1)
+        chosen = name == form
+        found.append(
+            row(
+                f"{name}: R² of the fit, median of domains",
+                [one.r2 for one in good.values()],
+                "",
+                0.97 if chosen else None,
+                ">",
+            )
+        )
+        sizes = [100 * one.size.median for one in good.values() if one.size is not None]
+        found.append(row(f"{name}: median error on a held-out size", sizes, "%"))
+        for what, errors, limit in (
+            ("mixtures that had not run", _errors(said, name, mixtures=True), 1.0),
+            ("the last third of the length", _errors(said, name, mixtures=False), 1.5),
+        ):
+            found.append(row(f"{name}: median error on {what}", errors, "%", limit if chosen else None))
+    found.append(row("a new domain from its first measurement: median error", across(), "%", 5.0))
+    if "best" in predicted():
+        rival = f"{predicted()['best']['rival']:g}"
+        differences = [_worst(f"student-law-{seed}") / _worst(f"student-{rival}-{seed}") - 1 for seed in SEEDS]
+        found.append(
+            row(
+                f"largest ratio under the law's mixture against the best of seven ({rival})",
+                [100 * one for one in differences],
+                "%",
+                0.5,
+            )
+        )
+    return found
+
+
+def _errors(said: Mapping[str, Any], form: str, *, mixtures: bool) -> list[float]:
+    """In percent, of every domain at every place that was predicted."""
+    kept = points()
+    unseen = {f"{share:g}" for share in UNSEEN}
+    errors: list[float] = []
+    for place in said["places"]:
+        run = kept[place["run"]]
+        if (run["label"] in unseen) != mixtures:
+            continue
+        there = next(one for one in run["points"] if one["step"] == place["step"])
+        errors += [100 * abs(place["losses"][form][domain] / loss - 1) for domain, loss in there["losses"].items()]
+    return errors
+
+
+def across() -> list[float]:
+    """Percent errors of each domain in turn, predicted from a law across the other four and its own beginning."""
+    labels = [f"{share:g}" for share in (*SEEN, *UNSEEN)]
+    domains = by_domain(points_of(labels, STEPS, sizes=("student",)))
+    run = points()[_job("student", 0.4).run]["points"]
+    errors: list[float] = []
+    for left in domains:
+        rest = {domain: one for domain, one in domains.items() if domain != left}
+        unit = unit_of(rest)
+        known = {
+            domain: beginning(
+                run[0]["losses"][domain],
+                run[1]["losses"][domain],
+                run[1]["tokens"] * run[1]["drawn"][domain] / sum(run[1]["drawn"].values()),
+                unit,
+            )
+            for domain in domains
+        }
+        law = fit_across(rest, known)
+        there = domains[left]
+        losses = law.losses(there.tokens, there.own, known[left])
+        errors += (100 * np.abs(losses / there.losses - 1)).tolist()
+    return errors
+
+
+def _worst(run: str) -> float:
+    last = points()[run]["points"][-1]
+    return max(math.exp(last["losses"][domain] - last["teacher"][domain]) for domain in last["losses"])
+
+
+def _predict(what: str, content: Mapping[str, Any]) -> None:
+    _keep("predicted.json", predicted() | {what: {"at": time.strftime("%Y-%m-%d %H:%M:%S"), **content}})
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = KEPT / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _keep(name: str, content: Mapping[str, Any]) -> None:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    part = KEPT / f"{name}.part"
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(KEPT / name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

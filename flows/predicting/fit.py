@@ -1,0 +1,82 @@
+"""Fits a law to runs of a root, and writes it with its page."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from ddk.errors import UserError
+from ddk.laws.fitting import fit_all
+from ddk.laws.forms import FORMS, FormName
+from ddk.laws.points import by_domain
+from ddk.laws.quality import best_form, qualities, resampled_all
+from storage.runs.reports import LawFolder
+from tasks.predicting.page import render_law
+from tasks.predicting.plots import fit_figure
+from tasks.predicting.points import read_points
+from tasks.predicting.record import LawRecord, StoredPoint, stored_law
+from tasks.reporting.plots import DARK, LIGHT, as_png
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+
+
+def fit_law(
+    root: str, name: str, patterns: Sequence[str], *, form: str = "dcpt", all_points: bool = False
+) -> tuple[LawRecord, dict[str, str]]:
+    """Fit a law to the runs whose names match, and write it.
+
+    Args:
+        form: one of `ddk.laws.forms.FORMS`, or 'auto': the one that predicts unseen mixtures and lengths best.
+
+    Returns:
+        The law, and the URL of each of its files by name.
+
+    Raises:
+        UserError: no runs, runs that cannot be under one law, or too few of them; see `tasks.predicting.points`.
+    """
+    check_name(name)
+    if form not in (*FORMS, "auto"):
+        raise UserError(f"--form is '{form}'; it is one of {', '.join(FORMS)}, or auto")
+    found = read_points(root, patterns, all_points=all_points)
+    points, workers = by_domain(found.points), os.cpu_count() or 1
+    chosen: FormName = best_form(points, workers=workers) if form == "auto" else form  # type: ignore[assignment]
+    laws = fit_all(points, chosen, workers=workers)
+    good = qualities(points, laws, workers=workers)
+    drawn = resampled_all(points, laws, workers=workers)
+    record = LawRecord(
+        name=name,
+        form=chosen,
+        sized=next(iter(laws.values())).sized,
+        domains=tuple(laws),
+        laws={
+            domain: stored_law(law, good[domain], drawn[domain], found.teacher[domain], found.start[domain])
+            for domain, law in laws.items()
+        },
+        points=tuple(
+            StoredPoint(
+                run=point.run,
+                parameters=point.parameters,
+                tokens=point.tokens,
+                shares=dict(point.shares),
+                losses=dict(point.losses),
+            )
+            for point in found.points
+        ),
+        stores={domain: dict(stores) for domain, stores in found.stores.items()},
+        tokens_per_step=found.tokens_per_step,
+        notes=tuple(found.notes),
+    )
+    light, dark = ({"fit.png": as_png(fit_figure(record, theme=theme))} for theme in (LIGHT, DARK))
+    files = {**light, "index.html": render_law(record, light, dark).encode()}
+    return record, LawFolder(root, name).write(record.model_dump(mode="json"), files)
+
+
+def check_name(name: str) -> None:
+    """That a law's name can be a folder's.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not re.fullmatch(_NAME, name):
+        raise UserError(f"--name is '{name}'; a law's name has letters, digits, dots, dashes and underscores")
