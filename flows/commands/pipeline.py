@@ -122,6 +122,10 @@ def plan(
         typer.Option("--blocks", min=1, help="Train blocks to assume for each domain without max_train_blocks."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Also show what a law of the root expects of the run's end.")
+    ] = False,
+    law: Annotated[str, typer.Option("--law", metavar="NAME", help="With --predict: name of the law.")] = "law",
     overrides: Overrides = None,
     root: Root = None,
     run: Run = None,
@@ -129,7 +133,7 @@ def plan(
     """Show which stages are complete, unfinished, stale or missing, and why; runs nothing.
 
     With --cost, estimate the disk space, memory and GPU time of the run from the configuration and the models' configs.
-    The corpora and the weights are not needed.
+    The corpora and the weights are not needed. With --predict, `ddk law` must have fitted a law to runs of the root.
     """
     loaded = load(config, overrides, root, run)
     if cost:
@@ -156,6 +160,11 @@ def plan(
             stages = plan_stages(loaded)
     for line in render(stages):
         say(line)
+    if predict:
+        with loading_libraries():
+            from flows.predicting.expected import expected
+        for line in expected(loaded, law):
+            say(line)
 
 
 @app.command(short_help="Write a run's report.")

@@ -124,8 +124,9 @@ def mixture_answer(
         name=f"mixture-{objective}".replace("/", "~"),
         sentences=[
             f"Best mixture for '{objective}' after {count:,.0f} tokens: largest ratio "
-            f"{_with(there.outcome.worst, there.worst)}, perplexity (geometric mean) {_with(math.exp(there.outcome.mean), there.mean)}; equal sampling "
-            f"{ratio(beside.outcome.worst)} and {ppl(math.exp(beside.outcome.mean))}.",
+            f"{_with(there.outcome.worst, there.worst)}, perplexity (geometric mean) "
+            f"{_with(math.exp(there.outcome.mean), there.mean)}; equal sampling {ratio(beside.outcome.worst)} and "
+            f"{ppl(math.exp(beside.outcome.mean))}.",
             *_outside(there),
         ],
         headings=("Domain", "Share", "Epochs", "Loss", "Ratio", "95%", "Ratio, equal"),

@@ -19,6 +19,7 @@ PACKAGES = ("ddk", "storage", "tasks", "flows")
 HOLDS = {
     "ddk": "the method itself; start with `mixture.py` (Equations 1 and 2), `loss.py` and `sampler.py`",
     "ddk.cost": "operations and memory of a model, calculated from its shape",
+    "ddk.laws": "scaling laws: what they are fitted to, their forms, how good they are, what they answer",
     "ddk.methods": "DDK and the methods it is compared with: how each one mixes the domains",
     "ddk.ted": "task-aware layer-wise distillation (TED): filters and the student that uses them",
     "storage": "the entry points `targets.py` and `blocks.py`, which open a store; errors and fingerprints",
@@ -27,13 +28,14 @@ HOLDS = {
     "storage.exchange": "reads and writes caches in formats of other projects",
     "storage.files": "files at a URL (disk, S3), and the checks of small files",
     "storage.reading": "reads blocks from shards: on disk, from copies, by ranges",
-    "storage.runs": "a run's folder: checkpoints, mixture history, evaluations, comparisons",
+    "storage.runs": "a run's folder: checkpoints, mixture history, evaluations; comparisons and laws",
     "storage.stores": "a store's layout, codec and manifest; what counts as written",
     "tasks.capture": "writes targets into stores: captured or imported; captures samples again to compare",
     "tasks.comparing": "comparisons of several runs: data, page, plots",
     "tasks.evaluation": "benchmarks: questions, models that answer, the sandbox for programs",
     "tasks.packing": "turns documents into token blocks",
     "tasks.planning": "derives the stores of a configuration, and checks that its models fit together",
+    "tasks.predicting": "a law of several runs: its points, its file, page and plots",
     "tasks.reporting": "a run's report, model card and artifacts",
     "tasks.running": "helpers of every task: retries, errors, claims, child processes, Prefect's server",
     "tasks.showing": "progress, the log, Prefect's artifacts and events",
@@ -47,6 +49,7 @@ HOLDS = {
     "flows.operating": "deployments, `ddk serve`, automations, reaching Prefect's server",
     "flows.pages": "pages of the documentation that are made from the code",
     "flows.presets.quickstart": "the quickstart's models and corpora, and the script that made them",
+    "flows.predicting": "`ddk law`: fits, answers, the runs that determine a law; `ddk plan --predict`",
     "flows.stores": "`ddk plan`, `inspect`, `verify`, `import`, `export`",
 }
 
