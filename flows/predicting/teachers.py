@@ -50,7 +50,10 @@ def teachers_request(
     if len(teachers) < 2 or len(set(teachers)) < len(teachers):
         raise UserError("--teachers takes at least two different models, separated by commas")
     fields: dict[str, Any] = {
-        **{f"domains.{domain}.max_train_blocks": blocks for domain in config.domains},
+        "domains": {
+            name: {**domain.model_dump(mode="json"), "max_train_blocks": min(blocks, domain.max_train_blocks or blocks)}
+            for name, domain in config.domains.items()
+        },
         "train.steps": steps,
         "train.warmup_steps": min(config.train.warmup_steps, steps // 10),
         "mixture.interval": steps,
