@@ -38,7 +38,12 @@ def with_fields(config: Config, fields: Mapping[str, Any]) -> Config:
 
 
 def train(
-    config: Config, *, rule: Rule | None = None, folder: str | None = None, until: int | None = None
+    config: Config,
+    *,
+    rule: Rule | None = None,
+    folder: str | None = None,
+    until: int | None = None,
+    export: str | None = None,
 ) -> list[MixtureRecord]:
     """Every measurement of the run, as `ddk train` makes them.
 
@@ -46,6 +51,7 @@ def train(
         rule: in the place of the method's.
         folder: keeps the measurements and a checkpoint there, from which the same call goes on.
         until: stop at this step, with a checkpoint; the next call goes on from there.
+        export: a folder for the student that it ends with.
     """
     torch.set_num_threads(1)
     inputs = RunInputs(config.settings, plan_of(config))
@@ -64,6 +70,8 @@ def train(
             if training.state.step >= until:
                 if folder is not None and until < config.train.steps:
                     training.save()
+                if export is not None:
+                    training.export(export)
                 return records
             steps = min(config.mixture.interval, until - training.state.step)
             training.train_interval(records[-1].mixture, records[-1].version, steps, lambda report: None)
@@ -80,7 +88,15 @@ def _record(
     past = [Interval(step=one.step, gaps=one.gaps, mixture=one.mixture) for one in records]
     progress = step / config.train.steps
     if rule is None:
-        mixture = mixture_after(config.method, past, gaps, config.mixture, inputs.sizes, progress=progress)
+        mixture = mixture_after(
+            config.method,
+            past,
+            gaps,
+            config.mixture,
+            inputs.sizes,
+            progress=progress,
+            accuracies=inputs.accuracies,
+        )
     else:
         mixture = rule(measured(past, gaps, inputs.sizes, None, progress), config.mixture)
     return make_record(

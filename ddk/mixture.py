@@ -18,6 +18,9 @@ from ddk.values import DomainGap, Mixture
 GapMeasure = Literal["ratio", "log"]
 """How far a student lags on a domain: ℓ_S/ℓ_T as in the paper, or ln ℓ_S − ln ℓ_T, in nats."""
 
+Followed = Literal["gap", "accuracy", "both"]
+"""What a mixture follows: the gap of the perplexities, the weakness that benchmarks measured by concept, or both."""
+
 NamedWeights = Literal["equal", "proportional"]
 """A fixed mixture that needs no numbers: every domain equally often, or each by its number of blocks."""
 
@@ -38,6 +41,18 @@ class MixtureConfig(Section):
     """Gap that Eq. 1 and Eq. 2 (methods ddk and ddk_no_smoothing) exponentiate: 'ratio' is the paper's ℓ_S/ℓ_T; 'log'
     is ln ℓ_S − ln ℓ_T, in nats. Near a ratio of 1 both give the same mixtures. At ratios of 2 and more, 'ratio'
     concentrates the mixture on few domains, and at very large ratios on a single one; 'log' does not."""
+    follow: Followed = "gap"
+    """What the mixture follows (methods ddk and ddk_retain): 'gap', the perplexities, as the method says; 'accuracy',
+    the concepts that are weak in the benchmarks of `accuracy_run`, level by level along the domains' paths; 'both',
+    the gap's mixture, tilted towards the weak concepts. See docs/training.md."""
+    accuracy_run: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """With `follow: accuracy` or `both`: a run in the same root that `ddk eval` has asked questions with a path. What
+    it stored is read when training starts; no benchmark is run in training."""
+    accuracy_model: Literal["student", "before"] = "student"
+    """Whose accuracy it is: that run's distilled student, or its student before distillation."""
+    accuracy_temperature: float = Field(default=0.25, ge=1e-3, le=1e3)
+    """Difference in accuracy τ by which a concept must be weaker than its sibling to be drawn e times as much. Smaller
+    values follow the weakest concepts more closely."""
     retain_alpha: float = Field(default=0.8, ge=0.0, le=1.0)
     """With ddk_retain, in place of `alpha`: every domain keeps at least (1 − α)/N."""
     retain_temperature: float = Field(default=0.5, ge=1e-3, le=1e3)

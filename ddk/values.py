@@ -157,6 +157,26 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """How a model answered some questions."""
+
+    right: float
+    """Sum of the answers' scores, each in [0, 1]: the number of right ones where an answer is right or wrong."""
+    asked: int
+
+    def __post_init__(self) -> None:
+        if not (self.asked >= 1 and 0.0 <= self.right <= self.asked):
+            raise ValueError(f"{self.right} right answers to {self.asked} questions are no tally")
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(right=self.right + other.right, asked=self.asked + other.asked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
     """One block that a training step reads."""
 

@@ -58,7 +58,7 @@ def evaluate(
     from tasks.evaluation.questions import build_measures
     from tasks.reporting.scores import report_evaluation
 
-    folder = DataFolder(evaluation.data) if evaluation.data is not None else None
+    folder = DataFolder(evaluation.data, evaluation.concept_field) if evaluation.data is not None else None
     texts = ValidationTexts(root, domains)
     benchmarks = wanted_benchmarks(evaluation, lambda: texts.names, folder.tasks if folder is not None else ())
     count = min(evaluation.completions, evaluation.limit or evaluation.completions)
@@ -109,9 +109,13 @@ def show_scores(config: Any, report: dict[str, str], say: Callable[[str], None])
 
     from rich.console import Console
 
-    from tasks.reporting.scores import evaluation_rows, terminal_scores
+    from tasks.reporting.concepts import terminal_concepts
+    from tasks.reporting.scores import measured_rows, terminal_scores
 
-    rows = evaluation_rows(EvaluationFolder(config.root, config.run).records())
-    Console(width=None if sys.stdout.isatty() else 200).print(terminal_scores(rows))
+    rows, concepts = measured_rows(config.root, config.run)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(terminal_scores(rows))
+    for table in terminal_concepts(concepts):
+        console.print(table)
     for name, url in report.items():
         say(f"{name:<16}{url}")

@@ -79,6 +79,8 @@ class Method:
     """Fields of `LossConfig` that the method fixes, whatever the configuration says."""
     reads_reference: bool = False
     """Whether the mixture depends on `Measured.reference_ppl`."""
+    smoothing: str | None = None
+    """Field of `MixtureConfig` with the α of its floor, for a method that can follow accuracies too."""
     needs_teacher: bool = False
     """Whether the teacher itself takes part in training (`ddk.ted.student`), not only its stored targets."""
 

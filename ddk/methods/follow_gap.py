@@ -23,5 +23,5 @@ def _unsmoothed(now: Measured, config: MixtureConfig) -> Mixture:
     return initial_mixture(now.student_ppl, now.teacher_ppl, config.gap)
 
 
-DDK = Method(next_mixture=_smoothed, follows_gap=True)
+DDK = Method(next_mixture=_smoothed, follows_gap=True, smoothing="alpha")
 DDK_NO_SMOOTHING = Method(next_mixture=_unsmoothed, follows_gap=True)

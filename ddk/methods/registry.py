@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from ddk.concepts import Accuracies, concept_mixture, weaknesses
 from ddk.domain_tree import (
     cut,
     lineage,
@@ -65,6 +66,7 @@ def mixture_after(
     reference: Mapping[str, float] | None = None,
     positions: Mapping[str, int] | None = None,
     progress: float = 0.0,
+    accuracies: Accuracies | None = None,
 ) -> Mixture:
     """The mixture of the next interval, over the leaves.
 
@@ -77,13 +79,14 @@ def mixture_after(
         reference: perplexities by domain of the model that `cpt_doremi` compares with; None: the teacher's.
         positions: validation positions that carry loss, by domain; only `config.level` asks for them.
         progress: share of the run's optimizer steps that are done, in [0, 1].
+        accuracies: by the questions' paths; only `config.follow` asks for them.
 
     Raises:
-        ValueError: gaps, mixture, sizes or reference are of different domains.
+        ValueError: gaps, mixture, sizes or reference are of different domains, or no question belongs to any of them.
     """
     level = config.level
     if level is None:
-        return _mixture_after(method, past, gaps, config, sizes, reference, progress)
+        return _mixture_after(method, past, gaps, config, sizes, reference, progress, accuracies)
     positions = positions or {}
     found = _mixture_after(
         method,
@@ -100,6 +103,7 @@ def mixture_after(
         rolled_up_counts(sizes, level),
         reference and rolled_up_ppl(reference, positions, level),
         progress,
+        accuracies,
     )
     return spread_mixture(found, sizes, level)
 
@@ -112,11 +116,44 @@ def _mixture_after(
     sizes: Mapping[str, int],
     reference: Mapping[str, float] | None,
     progress: float,
+    accuracies: Accuracies | None,
 ) -> Mixture:
     chosen = METHODS[method]
     if not past and chosen.follows_gap and config.initial == "proportional":
         return proportional_mixture(sizes)
-    return chosen.next_mixture(measured(past, gaps, sizes, reference, progress), config)
+    if config.follow == "gap":
+        return chosen.next_mixture(measured(past, gaps, sizes, reference, progress), config)
+    if chosen.smoothing is None or accuracies is None:
+        raise ValueError(f"method {method} follows no accuracies, or there are none")
+    return concept_mixture(
+        list(sizes),
+        weaknesses(accuracies, list(sizes)),
+        alpha=getattr(config, chosen.smoothing),
+        temperature=config.accuracy_temperature,
+        base=_of_the_gap(method, past, gaps, config, sizes, progress) if config.follow == "both" else None,
+    )
+
+
+def _of_the_gap(
+    method: MethodName,
+    past: Sequence[Interval],
+    gaps: Sequence[DomainGap],
+    config: MixtureConfig,
+    sizes: Mapping[str, int],
+    progress: float,
+) -> Mixture:
+    """What the method would have drawn by alone, after the same measurements.
+
+    Played through from the first: the mixtures of the run are tilted towards weak concepts, and a rule that starts from
+    the last of them would count the weakness once more at every interval. Only the last progress counts, as no method
+    that comes here reads both it and the mixtures before.
+    """
+    alone = config.model_copy(update={"follow": "gap"})
+    played: list[Interval] = []
+    for interval in past:
+        mixture = _mixture_after(method, played, interval.gaps, alone, sizes, None, progress, None)
+        played.append(replace(interval, mixture=mixture))
+    return _mixture_after(method, played, gaps, alone, sizes, None, progress, None)
 
 
 def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:
@@ -155,9 +192,31 @@ def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, d
             f"mixture.reference_run is set, and method {method} uses no reference; leave it out, or set "
             f"method: {others}"
         )
+    _check_followed(method, mixture)
     try:
         effective_loss(method, loss)
     except ValidationError as error:
         fixed = ", ".join(f"loss.{field}: {value}" for field, value in chosen.loss.items())
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ValueError(f"method {method} means {fixed}, which conflicts with the rest of loss: {reason}") from None
+
+
+def _check_followed(method: MethodName, mixture: MixtureConfig) -> None:
+    if mixture.follow == "gap":
+        if mixture.accuracy_run is not None:
+            raise ValueError(
+                "mixture.accuracy_run is set, and mixture.follow is 'gap', which reads no accuracies; leave it out, or "
+                "set mixture.follow: accuracy, or both"
+            )
+        return
+    if METHODS[method].smoothing is None:
+        others = " or ".join(name for name, known in METHODS.items() if known.smoothing is not None)
+        raise ValueError(
+            f"mixture.follow is '{mixture.follow}', and method {method} has a mixture of its own kind; set method: "
+            f"{others}, or mixture.follow: gap"
+        )
+    if mixture.accuracy_run is None:
+        raise ValueError(
+            f"mixture.follow is '{mixture.follow}', which needs accuracies by concept; set mixture.accuracy_run to a "
+            f"run that `ddk eval` has asked questions with a path (docs/training.md), or set mixture.follow: gap"
+        )

@@ -76,4 +76,4 @@ def _next(now: Measured, config: MixtureConfig) -> Mixture:
     )
 
 
-DDK_RETAIN = Method(next_mixture=_next, follows_gap=True)
+DDK_RETAIN = Method(next_mixture=_next, follows_gap=True, smoothing="retain_alpha")

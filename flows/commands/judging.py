@@ -43,6 +43,14 @@ def evaluate(
         str | None,
         typer.Option("--data", metavar="FOLDER", help="Folder with files of questions; other tasks use the hub."),
     ] = None,
+    concept_field: Annotated[
+        str,
+        typer.Option(
+            "--concept-field",
+            metavar="FIELD[,FIELD…]",
+            help="Field of the questions in --data with their path (math/algebra), by which accuracies are rolled up.",
+        ),
+    ] = "concept",
     models: Annotated[
         str, typer.Option("--models", help="Models to evaluate: before, student, teacher.")
     ] = "before,student,teacher",
@@ -74,6 +82,7 @@ def evaluate(
         tasks=tasks,
         preset=preset,
         data=data,
+        concept_field=concept_field,
         models=models,
         limit=limit,
         allow_code="unisolated" if allow_unisolated else "isolated" if allow_code else "no",

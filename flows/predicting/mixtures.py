@@ -36,6 +36,11 @@ def mixture_after_tokens(config: Config, record: LawRecord, parameters: float) -
         raise UserError(
             f"method {config.method} follows a reference run, which a law cannot play through; give --mixture"
         )
+    if config.mixture.follow != "gap":
+        raise UserError(
+            f"mixture.follow is '{config.mixture.follow}', and a law does not know accuracies; give --mixture, or set "
+            f"mixture.follow: gap"
+        )
     sizes = train_blocks(config.root, record)
     if not method.follows_gap:
         fixed = mixture_after(config.method, [], _gaps(record, record.start(parameters)), config.mixture, sizes)

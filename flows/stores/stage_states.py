@@ -23,7 +23,8 @@ from storage.stores.schema import Manifest
 from tasks.planning.complete_runs import remember_complete
 from tasks.planning.store_plan import Plan, plan_stores
 from tasks.planning.text_ends import say_ends
-from tasks.training.run_inputs import RunInputs, check_run
+from tasks.training.accuracies import read_accuracies, say_what_does_not_match
+from tasks.training.run_inputs import RunInputs, check_leaves_of_mixture, check_run
 
 _SHOWN = 3
 """Fields that differ, named in a line; the others are counted."""
@@ -37,6 +38,7 @@ def plan_stages(config: Config) -> list[StagePlan]:
     """
     plan = plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
     check_run(config.settings, plan)
+    check_leaves_of_mixture(config.settings, plan)
     say_ends("plan", plan.ends)
     stores = [_store(config.root, plan, domain, kind) for kind in ("blocks", "targets") for domain in plan.domains]
     stages = [*stores, _run(config, plan, stores)]
@@ -109,7 +111,7 @@ def _run(config: Config, plan: Plan, stores: list[StagePlan]) -> StagePlan:
     found = folder.identity()
     common: dict[str, Any] = {"stage": "train", "of": config.run, "url": folder.url}
     if found is None:
-        return StagePlan(state="missing", why="", **common)
+        return StagePlan(state="missing", why=_followed(config, plan), **common)
     waiting = [one for one in stores if one.state != "complete"]
     if waiting:
         why = "its stores must be made first; a run cannot switch stores"
@@ -122,3 +124,17 @@ def _run(config: Config, plan: Plan, stores: list[StagePlan]) -> StagePlan:
         return complete_run(folder, config.train.steps)
     steps = CheckpointFolder(folder.url).steps()
     return StagePlan(state="unfinished", why=f"step {steps[-1] if steps else 0:,} of {config.train.steps:,}", **common)
+
+
+def _followed(config: Config, plan: Plan) -> str:
+    """Whose accuracies the mixture would follow; '' where it follows the gap alone."""
+    mixture = config.mixture
+    accuracies = read_accuracies(config.root, mixture, plan.domains)
+    if accuracies is None:
+        return ""
+    say_what_does_not_match(accuracies, mixture, plan.domains)
+    count = sum(tally.asked for tally in accuracies.student.values())
+    return (
+        f"its mixture follows {mixture.follow}: {count:,} answers of run '{mixture.accuracy_run}' "
+        f"({mixture.accuracy_model})"
+    )

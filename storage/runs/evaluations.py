@@ -15,10 +15,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ddk.values import Tally
 from storage.errors import FormatVersionError, StoreDamagedError, StoreError
 from storage.files import uri
+from storage.files.fields import first_problem
 from storage.files.sealed import Sealed
 from storage.runs.folder import RunFolder
 
@@ -30,6 +34,48 @@ RECORD = Sealed(
     remedy="remove it and run the same `ddk eval` again, which asks the model again",
 )
 _ANSWERS = "samples_sha256"
+CONCEPTS = "concepts"
+"""Field of a record whose questions have paths: `{path: {metric: {"right", "asked"}}}`."""
+
+
+def _path_of_questions(path: str) -> str:
+    if not all(part and part == part.strip() and part.isprintable() for part in path.split("/")):
+        raise ValueError(f"{path!r} is no path of questions")
+    return path
+
+
+class _StoredTally(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    right: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+    asked: Annotated[int, Field(ge=1, strict=True)]
+
+
+_STORED = TypeAdapter(dict[Annotated[str, AfterValidator(_path_of_questions)], dict[str, _StoredTally]])
+
+
+def stored_concepts(tallies: Mapping[str, Mapping[str, Tally]]) -> dict[str, Any]:
+    """Tallies by path and metric, as a record holds them."""
+    return {
+        path: {metric: {"right": one.right, "asked": one.asked} for metric, one in sorted(by_metric.items())}
+        for path, by_metric in sorted(tallies.items())
+    }
+
+
+def concepts_of(record: Mapping[str, Any]) -> dict[str, dict[str, Tally]]:
+    """The tallies by path and metric that a record holds; empty where its questions have no paths.
+
+    Raises:
+        ValueError: they are no tallies.
+    """
+    try:
+        found = _STORED.validate_python(record.get(CONCEPTS, {}))
+    except ValidationError as error:
+        raise ValueError(f"{CONCEPTS}.{first_problem(error)}") from None
+    return {
+        path: {metric: Tally(right=one.right, asked=one.asked) for metric, one in by_metric.items()}
+        for path, by_metric in found.items()
+    }
 
 
 class EvaluationFolder:
@@ -122,10 +168,16 @@ class EvaluationFolder:
         return names
 
     def _read(self, model: str, name: str) -> dict[str, Any] | None:
+        place = uri.join(self.url, model, f"{name}.json")
         try:
-            return RECORD.read(uri.join(self.url, model, f"{name}.json"), self._record_of(model, name))
+            record = RECORD.read(place, self._record_of(model, name))
         except FormatVersionError:
             return None
+        try:
+            concepts_of(record or {})
+        except ValueError as error:
+            raise RECORD.damaged(place, str(error)) from None
+        return record
 
     def _record_of(self, model: str, name: str) -> str:
         return f"the evaluation {name} of the {model} of run '{self._run}'"

@@ -21,6 +21,7 @@ from storage.files import uri
 from storage.fingerprint import fingerprint
 from storage.runs.evaluations import EvaluationFolder, record_name
 from tasks.evaluation.code_execution import executed, program_of, read_back, stored
+from tasks.evaluation.concepts import labelled, tallied, together
 from tasks.evaluation.models import BACKENDS, Backend, EvaluatedModel, require_harness, running
 from tasks.evaluation.names import EvaluationConfig
 from tasks.evaluation.questions import CODE_TASKS, Measure, Part
@@ -92,6 +93,7 @@ def evaluate_model(evaluation: Evaluation, model: EvaluatedModel) -> dict[str, A
             _ask_all(evaluation, model, backend, mine)
     for measure, part in parts:
         _execute(evaluation, measure, part, model)
+        _label(evaluation, measure, part, model)
     for measure in evaluation.measures:
         if measure.group is not None:
             _write_group(evaluation, measure, model)
@@ -210,6 +212,18 @@ def _execute(evaluation: Evaluation, measure: Measure, part: Part, model: Evalua
     logger.info("evaluate %s: %s %s", model.role, part.name, _readable(record["metrics"]))
 
 
+def _label(evaluation: Evaluation, measure: Measure, part: Part, model: EvaluatedModel) -> None:
+    """Keep with the scores what they are by concept, where the questions have paths."""
+    name = evaluation.name(measure, part, model, evaluation.backend(part, model))
+    record = evaluation.folder.find(model.role, name) if part.paths else None
+    samples = evaluation.folder.samples(model.role, name) if record is not None else None
+    if record is None or samples is None:
+        return
+    changed = labelled(record, tallied(samples, part.paths, list(record["metrics"])))
+    if changed is not None:
+        evaluation.folder.write(model.role, name, changed, samples)
+
+
 def _write_group(evaluation: Evaluation, measure: Measure, model: EvaluatedModel) -> None:
     """The score of a task with parts, from the parts' scores."""
     records = {part.name: _stored(evaluation, measure, part, model) for part in measure.parts}
@@ -240,9 +254,13 @@ def _write_group(evaluation: Evaluation, measure: Measure, model: EvaluatedModel
         "parts": len(measure.parts),
     }
     name = record_name(measure.name, fingerprint(identity))
-    if evaluation.folder.find(model.role, name) is None:
-        evaluation.folder.write(model.role, name, record)
+    tallies = together(one for one in records.values() if one is not None)
+    stored_before = evaluation.folder.find(model.role, name)
+    if stored_before is None:
+        evaluation.folder.write(model.role, name, labelled(record, tallies) or record)
         logger.info("evaluate %s: %s %s", model.role, measure.name, _readable(record["metrics"]))
+    elif (changed := labelled(stored_before, tallies)) is not None:
+        evaluation.folder.write(model.role, name, changed)
 
 
 def _readable(metrics: Mapping[str, Any]) -> str:

@@ -8,6 +8,9 @@ same prompt, the same scoring.
 
 Worked examples come from `<stem>_train` or `<stem>_dev`; where there is neither, from the questions themselves, never
 the one that is asked.
+
+A line may say in a further field which concept its question is of, as a path such as `arithmetic/addition`. Its row has
+it in the column `CONCEPT`, which no model is shown.
 """
 
 from __future__ import annotations
@@ -20,12 +23,17 @@ from typing import Any, TypeVar
 from ddk.errors import UserError
 from storage.corpus.domain import CorpusFile, file_format
 from storage.corpus.file_bytes import opened, stored_lines
+from storage.corpus.record_paths import record_path
 from storage.files import uri
 from storage.files.digests import digest
 
 Row = dict[str, Any]
 T = TypeVar("T")
+OWN = "own_questions"
+"""The task of questions that are no benchmark's: `query`, `choices` and `gold`."""
 LETTERS = "ABCDEFGHIJ"
+CONCEPT = "ddk_concept"
+"""Column of a row with the path of its question."""
 _TEST_SUFFIXES = ("", "_test", "_validation", "_val", "_valid")
 _SHOT_SUFFIXES = ("_train", "_dev")
 _KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -61,12 +69,17 @@ class LocalData:
 class DataFolder:
     """What a folder holds for the tasks.
 
+    Args:
+        concept_field: name of the field with a question's path; of several, separated by commas, its parts. Empty:
+            no questions have paths.
+
     Raises:
         UserError: there is no such folder.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, concept_field: str = "") -> None:
         self.url = url
+        self._fields = tuple(name.strip() for name in concept_field.split(",") if name.strip())
         self._names = uri.list_names(url)
         if not self._names:
             raise UserError(f"--data {url}: there is no such folder, or nothing in it; correct the path")
@@ -86,7 +99,7 @@ class DataFolder:
             return None
         shots = self._file(task, _SHOT_SUFFIXES)
         return LocalData(
-            test=_rows(file, FORMATS[task]),
+            test=_rows(file, FORMATS[task], self._fields),
             shots=_rows(shots, FORMATS[task]) if shots is not None else [],
             source=f"{file.name} (sha256 {digest(file.url)[:12]}…)",
         )
@@ -99,7 +112,7 @@ class DataFolder:
         return None
 
 
-def _rows(file: CorpusFile, form: LocalFormat) -> list[Row]:
+def _rows(file: CorpusFile, form: LocalFormat, concept_fields: tuple[str, ...] = ()) -> list[Row]:
     _, compression = file_format(file)
     with opened(file) as stored:
         lines = list(stored_lines(stored, file, compression))
@@ -111,7 +124,33 @@ def _rows(file: CorpusFile, form: LocalFormat) -> list[Row]:
         records = [(place, _parsed(line, place)) for place, line in places]
     if not records:
         raise UserError(f"{file.url} holds no question; fetch it again")
-    return [_read(form.to_row, record, place) for place, record in records]
+    rows = [_read(form.to_row, record, place) for place, record in records]
+    paths = [_path(record, concept_fields, place) for place, record in records]
+    if not any(paths):
+        return rows
+    for (place, _), path in zip(records, paths, strict=True):
+        if path is None:
+            raise UserError(
+                f"{place}: no field '{', '.join(concept_fields)}', which other lines of the file have; give every "
+                f"question its path, or name another field (--concept-field)"
+            )
+    return [{**row, CONCEPT: path} for row, path in zip(rows, paths, strict=True)]
+
+
+def _path(record: Any, fields: tuple[str, ...], place: str) -> str | None:
+    """The path of a line's question; None where it has none of the fields."""
+    given = [record[field] for field in fields if isinstance(record, dict) and field in record]
+    if not given or len(given) < len(fields):
+        return None
+    try:
+        if wrong := [value for value in given if not isinstance(value, str | int) or isinstance(value, bool)]:
+            raise ValueError(f"it is {str(wrong[0])[:60]!r}, and no text")
+        return record_path("/".join(map(str, given)))
+    except ValueError as error:
+        raise UserError(
+            f"{place}: the field '{', '.join(fields)}' holds no path ({error}); write one such as "
+            f"'arithmetic/addition', or name another field (--concept-field)"
+        ) from None
 
 
 def _parsed(text: bytes, place: str) -> Any:
@@ -149,6 +188,13 @@ def _question(row: Row) -> Row:
 
 def _question_stem(row: Row) -> Row:
     return _lettered("question_stem", row)
+
+
+def _own(row: Row) -> Row:
+    choices, gold = [str(choice) for choice in row["choices"]], row["gold"]
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise ValueError(f"'gold' is {gold!r}; it must be the number of a choice, from 0")
+    return {"query": str(row["query"]), "choices": choices, "gold": gold}
 
 
 def _piqa(row: Row) -> Row:
@@ -254,6 +300,7 @@ FORMATS: Mapping[str, LocalFormat] = {
         f"agieval_gaokao_{subject}": LocalFormat(definition=f"agieval/gaokao-{subject}.yaml", to_row=_agieval_zh)
         for subject in ("biology", "chemistry", "geography", "history", "mathqa", "physics")
     },
+    OWN: LocalFormat(definition="", to_row=_own),
     "humaneval": LocalFormat(definition="humaneval/humaneval.yaml", to_row=_humaneval),
     "mbpp": LocalFormat(definition="mbpp/mbpp.yaml", to_row=_mbpp),
 }

@@ -2,6 +2,7 @@
 
 A benchmark is a task of lm-evaluation-harness by its name there (`arc_easy`, `mmlu`, …), `c3`, or one of
 
+    own_questions         one's own questions, from a file of the data folder
     completion            lines of code completed, in every domain of the run (`completion:java`: in one)
     humaneval, mbpp       with the harness's prompts; what models wrote is executed in `tasks.evaluation.sandbox` alone
 
@@ -71,6 +72,9 @@ class EvaluationConfig(Section):
     """'paper', 'paper-5shot', 'code' or 'local'; besides `tasks`. Neither: 'local' with a data folder, else 'paper'."""
     data: str | None = None
     """Folder or URL with files of questions; what it has no file for comes from the hub."""
+    concept_field: str = "concept"
+    """Field of a line in those files that holds the path of its question, such as `arithmetic/addition`; several,
+    separated by commas, are its parts. Accuracies are shown for every part. Empty: no paths are read."""
     models: tuple[Role, ...] = ROLES
     """Models to evaluate: before, student, teacher."""
     limit: int | None = Field(default=None, ge=1, le=10**9)

@@ -6,7 +6,7 @@ Imports the harness; import this module within functions only, after `tasks.eval
 - Any other comes from the hub, as the harness defines it.
 - `humaneval` and `mbpp` are the harness's definitions without their scoring, which would execute programs in this very
   process: here the answers are kept, and executed in `tasks.evaluation.sandbox` where that is allowed.
-- `c3`, which the harness lacks, and `completion` are defined here.
+- `c3`, which the harness lacks, `own_questions` (questions of one's own) and `completion` are defined here.
 
 The requests of a benchmark (prompt, continuation or stop texts, answer) are built once and hashed. The hash is
 therefore known before a model is loaded, and a later version of a data set counts as another benchmark.
@@ -36,7 +36,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from ddk.errors import UserError, first_line
 from tasks.evaluation.completions import MAX_TOKENS, Completion, edit_similarity, exact_match
-from tasks.evaluation.local_files import FORMATS, DataFolder, LocalData, Row
+from tasks.evaluation.local_files import CONCEPT, FORMATS, OWN, DataFolder, LocalData, Row
 from tasks.evaluation.names import COMPLETION, Benchmark
 
 CODE_TASKS = ("humaneval", "mbpp")
@@ -63,6 +63,9 @@ class Part:
     available: int
     source: str
     """Where the questions come from, for the reader."""
+    paths: Mapping[int, str]
+    """Of its questions by their numbers, where they have any: `arithmetic/addition`. No model is shown them, and they
+    are no part of `requests`: questions whose paths were changed need not be asked again."""
 
     @property
     def generates(self) -> bool:
@@ -174,8 +177,8 @@ def _mmlu(data: LocalData) -> Any:
 
 def _definition(name: str) -> dict[str, Any]:
     """The harness's definition of one of our tasks, or our own."""
-    if name == "c3":
-        return dict(_C3)
+    if name in (own := {"c3": _C3, OWN: _OWN}):
+        return dict(own[name])
     # Resolving what stands in code would import, for these two, a module that executes a program at once.
     path = os.path.join(_DEFINITIONS, FORMATS[name].definition)
     definition = load_yaml(path, resolve_func=name not in CODE_TASKS)
@@ -204,6 +207,18 @@ _C3: Mapping[str, Any] = {
         {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
         {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
     ],
+    "metadata": {"version": 1.0},
+}
+
+_OWN: Mapping[str, Any] = {
+    "task": OWN,
+    "output_type": "multiple_choice",
+    "doc_to_text": "query",
+    "doc_to_target": "gold",
+    "doc_to_choice": "choices",
+    "target_delimiter": " ",
+    "num_fewshot": 0,
+    "metric_list": _C3["metric_list"],
     "metadata": {"version": 1.0},
 }
 
@@ -253,6 +268,9 @@ def _score_completion(row: Row, generated: Sequence[str]) -> dict[str, float]:
 
 def _from_hub(benchmark: Benchmark, folder: DataFolder | None) -> Iterator[Built]:
     name = benchmark.task
+    if name == OWN:
+        where = f"{folder.url} has none" if folder is not None else "--data names the folder that has one"
+        raise UserError(f"task '{OWN}' takes its questions from a file {OWN}.jsonl, and {where}; add it, or name it")
     if name in FORMATS and name != "mmlu":
         definition = _definition(name)
         if name == "mbpp":
@@ -379,6 +397,7 @@ def _part(task: Any, benchmark: Benchmark, source: str, *, limit: int | None, se
         asked=len({instance.doc_id for instance in instances}),
         available=len(task.eval_docs),
         source=source,
+        paths={instance.doc_id: instance.doc[CONCEPT] for instance in instances if CONCEPT in instance.doc},
     )
 
 
@@ -396,7 +415,8 @@ def _keep_apart(task: Any, shots: int) -> None:
 def _digest(task: Any, instances: Sequence[Any]) -> str:
     sha256 = hashlib.sha256()
     for instance in instances:
-        asked = [instance.request_type, instance.args, instance.idx, instance.doc, task.doc_to_target(instance.doc)]
+        doc = {name: value for name, value in instance.doc.items() if name != CONCEPT}
+        asked = [instance.request_type, instance.args, instance.idx, doc, task.doc_to_target(instance.doc)]
         sha256.update(json.dumps(asked, ensure_ascii=False, sort_keys=True, default=str).encode())
     return sha256.hexdigest()
 

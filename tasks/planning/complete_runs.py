@@ -68,7 +68,8 @@ class RunSources:
         server, a model on the hub that is not pinned to a commit, a run that another one's result goes into, files
         that are not there.
         """
-        if self.teacher.source == "server" or self.sections["mixture"]["reference_run"] is not None:
+        mixture = self.sections["mixture"]
+        if self.teacher.source == "server" or (mixture["reference_run"] or mixture["accuracy_run"]) is not None:
             return None
         try:
             return self._digest()

@@ -25,6 +25,8 @@ RECIPE: Mapping[str, str] = {
     "divergence": "divergence from the teacher",
     "temperature": "temperature",
     "tail": "treatment of the tail",
+    "follow": "what the mixture follows",
+    "accuracy_run": "run whose accuracies it follows",
     "alpha": "smoothing of the mixture (α)",
     "retain_alpha": "share of the mixture that follows the gap (α)",
     "retain_temperature": "temperature of the gap in the mixture (τ)",
@@ -129,7 +131,7 @@ def distils(method: str) -> bool:
 
 _OF_THE_DIVERGENCE = {"gamma", "gamma_until", "min_entropy", "divergence", "temperature", "tail"}
 _GAMMA_OF = "loss.gamma_of."
-_NOT_USED = {("gamma_until", "null"), ("min_entropy", "0.0")}
+_NOT_USED = {("gamma_until", "null"), ("min_entropy", "0.0"), ("follow", "gap"), ("accuracy_run", "null")}
 """Settings that are off have no row."""
 
 

@@ -23,6 +23,15 @@ from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory
 from tasks.evaluation.local_files import FORMATS
 from tasks.evaluation.names import COMPLETION, PRESETS, ROLES, headline
+from tasks.reporting.concepts import (
+    by_benchmark,
+    concept_rows,
+    earlier_records,
+    earlier_run,
+    roles_of,
+    with_concepts,
+    with_interval,
+)
 from tasks.reporting.page import environment as plain_environment
 from tasks.reporting.records import Row, render_csv
 from tasks.showing.artifacts import add_version, artifact_key
@@ -38,14 +47,21 @@ def report_evaluation(root: str, run: str) -> dict[str, str]:
     Returns:
         The URL of each file by its name.
     """
-    rows = evaluation_rows(EvaluationFolder(root, run).records())
+    rows, concepts = measured_rows(root, run)
     folder = RunFolder(root, run)
-    contents = {"evaluation.html": _page(root, run), "evaluation.csv": render_csv(rows)}
+    contents = {"evaluation.html": _page(root, run), "evaluation.csv": render_csv(with_concepts(rows, concepts))}
     urls = {name: uri.join(folder.report_url, name) for name in contents}
     for name, content in contents.items():
         uri.write_bytes(urls[name], content.encode())
     _publish(run, rows)
     return urls
+
+
+def measured_rows(root: str, run: str) -> tuple[list[Row], list[Row]]:
+    """The rows of all benchmarks, and of the concepts in them."""
+    records = EvaluationFolder(root, run).records()
+    rows = evaluation_rows(records)
+    return rows, concept_rows(records, rows, earlier_records(root, run))
 
 
 def evaluation_section(root: str, run: str) -> Markup | None:
@@ -199,8 +215,9 @@ def _page(root: str, run: str) -> str:
 
 
 def _render(template: str, root: str, run: str) -> str:
-    rows = evaluation_rows(EvaluationFolder(root, run).records())
+    rows, concepts = measured_rows(root, run)
     measured = perplexities(root, run)
+    earlier = earlier_run(root, run)
     benchmarks = [row for row in rows if row["shown"] and not row["task"].startswith(f"{COMPLETION}:")]
     return (
         _environment()
@@ -212,6 +229,8 @@ def _render(template: str, root: str, run: str) -> str:
             benchmarks=benchmarks,
             means=means(benchmarks),
             completions=completion_rows(rows, measured),
+            concepts={name: (tree, roles_of(tree)) for name, tree in by_benchmark(concepts).items()},
+            earlier=earlier and earlier[0],
             perplexities=measured,
             roles=ROLES,
             cut_short=any(row["questions"] < row["of"] for row in rows),
@@ -223,6 +242,7 @@ def _render(template: str, root: str, run: str) -> str:
 def _environment() -> jinja2.Environment:
     environment = plain_environment()
     environment.filters |= {"score": score, "questions": questions, "metric_name": metric_name, "ppl": _ppl}
+    environment.globals |= {"with_interval": with_interval}
     return environment
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from ddk.concepts import Accuracies
 from ddk.data import TrainData
 from ddk.domain_tree import depth
 from ddk.errors import UserError
@@ -24,6 +25,7 @@ from storage.targets import teacher_perplexity
 from tasks.planning.models import weight_digests
 from tasks.planning.preflight import StudentFacts, check_live_teacher, check_student
 from tasks.planning.store_plan import Plan
+from tasks.training.accuracies import as_identity, read_accuracies, say_what_does_not_match
 from tasks.training.job import TrainingJob, open_data
 from tasks.training.run_settings import RunSettings
 
@@ -35,15 +37,18 @@ _OPERATIONAL = {
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
-    """Check that every leaf has a weight, which needs the plan if the records give the paths.
+    """Check that every leaf has a weight, which needs the plan if the records give the paths; likewise that accuracies
+    which the mixture follows are there, and of these leaves.
 
     Raises:
-        UserError: `mixture.weights` are of other domains than the plan's, cut to `mixture.level`.
+        UserError: `mixture.weights` are of other domains than the plan's, cut to `mixture.level`; or see
+            `tasks.training.accuracies`.
     """
     try:
         check_method(settings.method, settings.mixture, settings.loss, plan.domains)
     except ValueError as error:
         raise UserError(str(error)) from None
+    read_accuracies(settings.root, settings.mixture, plan.domains)
 
 
 def check_run(settings: RunSettings, plan: Plan) -> StudentFacts:
@@ -114,6 +119,7 @@ class RunInputs:
             "mixture": settings.mixture.model_dump(),
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
             **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
+            **({"accuracies": as_identity(self.accuracies)} if self.accuracies is not None else {}),
             "stores": {
                 domain: {"blocks": store.blocks_url.split("/")[-2], "targets": store.targets_url.split("/")[-2]}
                 for domain, store in self.plan.domains.items()
@@ -151,6 +157,19 @@ class RunInputs:
             raise UserError(
                 f"mixture.reference_run '{name}' has domains {sorted(found)}, this run {sorted(self.plan.domains)}"
             )
+        return found
+
+    @cached_property
+    def accuracies(self) -> Accuracies | None:
+        """What `mixture.accuracy_run` answered, by the questions' paths; None where the mixture follows the gap alone.
+
+        Raises:
+            UserError: see `tasks.training.accuracies`.
+        """
+        settings = self.settings
+        found = read_accuracies(settings.root, settings.mixture, self.plan.domains)
+        if found is not None:
+            say_what_does_not_match(found, settings.mixture, self.plan.domains)
         return found
 
     @cached_property

@@ -243,6 +243,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
                 session.inputs.reference_ppl,
                 session.inputs.positions,
                 progress=step / settings.train.steps,
+                accuracies=session.inputs.accuracies,
             ),
             blocks_drawn=state.sampler.drawn,
             positions=session.inputs.positions,
@@ -261,7 +262,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
         worst.ratio,
         worst.domain,
         ", ".join(f"{domain} {p:.2f}" for domain, p in _shown(record.mixture).probabilities.items()),
-        "" if METHODS[settings.method].follows_gap else " (fixed)",
+        "" if METHODS[settings.method].follows_gap and settings.mixture.follow != "accuracy" else " (fixed)",
     )
     return record
 

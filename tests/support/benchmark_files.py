@@ -86,6 +86,12 @@ FILES: dict[str, Rows] = {
             "answer": "男的",
         },
     ],
+    "own_questions.jsonl": [
+        {"query": "2 + 3 =", "choices": ["5", "6"], "gold": 0, "concept": "arithmetic/addition"},
+        {"query": "2 + 4 =", "choices": ["5", "6"], "gold": 1, "concept": "arithmetic/addition"},
+        {"query": "2 * 3 =", "choices": ["5", "6"], "gold": 1, "concept": "arithmetic/multiplication"},
+        {"query": "After 3 comes", "choices": ["4", "2"], "gold": 0, "concept": "order"},
+    ],
     "humaneval.jsonl": [
         {
             "task_id": "HumanEval/0",

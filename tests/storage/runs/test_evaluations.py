@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ddk.values import Tally
 from storage.errors import StoreDamagedError
 from storage.files import uri
-from storage.runs.evaluations import EvaluationFolder, record_name
+from storage.runs.evaluations import CONCEPTS, EvaluationFolder, concepts_of, record_name, stored_concepts
 
 RECORD = {"task": "arc_easy", "metrics": {"acc,none": {"value": 0.25}}}
 SAMPLES = [{"answer": "one\u2028line \x85 of\x0ctext"}, {"answer": "二"}]
@@ -97,3 +99,24 @@ def test_a_folder_on_s3_is_copied_for_as_long_as_it_is_used(s3_server: str, tmp_
     with uri.local_folder_copy(str(tmp_path / "here")) as local:
         assert local == str(tmp_path / "here")
     assert (tmp_path / "here").exists()
+
+
+def test_tallies_by_path_come_back_and_are_checked(tmp_path: Path) -> None:
+    folder = EvaluationFolder(str(tmp_path), "run")
+    tallies = {"math/add": {"acc,none": Tally(right=1.5, asked=2)}}
+    folder.write("student", "t-0a", {**RECORD, CONCEPTS: stored_concepts(tallies)})
+    (record,) = folder.records()
+    assert concepts_of(record) == tallies
+    assert concepts_of(RECORD) == {}
+    wrong: tuple[tuple[Any, str], ...] = (
+        ({"a": {"acc": {"right": 3, "asked": 2}}}, "are no tally"),
+        ({"a": {"acc": {"right": 1, "asked": 0}}}, "asked"),
+        ({"a": {"acc": {"right": 1, "asked": 2, "more": 1}}}, "more"),
+        ({"a/ /b": {}}, "is no path of questions"),
+        ([1], "concepts"),
+    )
+    for concepts, message in wrong:
+        folder.write("student", "t-0a", {**RECORD, CONCEPTS: concepts})
+        with pytest.raises(StoreDamagedError, match=message):
+            folder.records()
+        assert folder.find("teacher", "t-0a") is None
