@@ -34,6 +34,7 @@ _OPERATIONAL = {
     *("device", "keep_checkpoints", "log_every"),
     *("processes", "nodes", "rendezvous", "parallel", "compile"),
 }
+_FOLLOWED = {"follow", "accuracy_run", "accuracy_model", "accuracy_temperature"}
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
@@ -116,7 +117,8 @@ class RunInputs:
             "train": settings.train.model_dump(
                 exclude=_OPERATIONAL | ({"shuffle_mib"} if self._shuffled_whole else set())
             ),
-            "mixture": settings.mixture.model_dump(),
+            # Where accuracies are not followed, a run is what it was before they could be.
+            "mixture": settings.mixture.model_dump(exclude=_FOLLOWED if settings.mixture.follow == "gap" else None),
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
             **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
             **({"accuracies": as_identity(self.accuracies)} if self.accuracies is not None else {}),

@@ -131,6 +131,28 @@ def test_what_is_answered_is_not_asked_again_here_or_in_another_run(
     assert case.evaluate("arc_easy", models="teacher", limit=1) == [(1, 0)]
 
 
+def test_accuracies_by_path_are_kept_and_shown_and_other_paths_ask_nothing_again(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    tasks, models = "own_questions,mmlu", "before,teacher"
+    assert case.evaluate(tasks, models, limit=None) == [(3, 0), (3, 0)]  # MMLU has two subjects
+
+    def asked(task: str) -> dict[str, int]:
+        (record,) = [one for path, one in case.records().items() if path.startswith(f"teacher/{task}-")]
+        return {path: tallies["acc,none"]["asked"] for path, tallies in record.get("concepts", {}).items()}
+
+    assert asked("own_questions") == {"arithmetic/addition": 2, "arithmetic/multiplication": 1, "order": 1}
+    assert asked("mmlu") == {}
+    page = (case.run / "report" / "evaluation.html").read_text()
+    assert "Concepts of own_questions" in page
+    with (case.run / "report" / "evaluation.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == "own_questions" and row["metric"] == "acc,none"]
+    tree = {"arithmetic", "arithmetic/addition", "arithmetic/multiplication", "order"}
+    assert (rows[0]["concept"], {row["concept"] for row in rows[1:]}) == ("", tree)
+    # Another field holds other paths: the answers are counted anew, and no model is asked. Of a group likewise.
+    assert case.evaluate("mmlu", models, limit=None, concept_field="subject") == [(0, 2), (0, 2)]
+    assert asked("mmlu") == {"anatomy": 2, "astronomy": 1}
+
+
 def test_programs_are_executed_only_when_that_is_allowed_and_later_without_asking_again(tmp_path: Path) -> None:
     case = Case(tmp_path)
     assert case.evaluate("mbpp@1", models="student") == [(1, 0)]
