@@ -7,8 +7,9 @@ addition and on both concepts of order, with next to nothing of the three others
 facts that nobody was trained on; then the student is distilled with each mixture, for the same number of steps, and
 asked again:
 
-    equal       every concept equally often (ddk_equal)         accuracy   mixture.follow: accuracy
-    gap         DDK, by perplexities                            both       mixture.follow: both
+    equal       every concept equally often (ddk_equal)     accuracy       mixture.follow: accuracy, with the default
+    gap         DDK, by perplexities                                       mixture.alpha: 0.5
+    both        mixture.follow: both                        accuracy-0.8   likewise, with mixture.alpha: 0.8
 
 Weak concepts are those that the student lacks by its making, not by what was measured. Five seeds; differences are
 paired by seed, with their 95% interval.
@@ -54,6 +55,7 @@ RULES: dict[str, dict[str, Any]] = {
     "equal": {"method": "ddk_equal"},
     "gap": {"method": "ddk"},
     "accuracy": {"method": "ddk", "mixture.follow": "accuracy", **FOLLOWED},
+    "accuracy-0.8": {"method": "ddk", "mixture.follow": "accuracy", "mixture.alpha": 0.8, **FOLLOWED},
     "both": {"method": "ddk", "mixture.follow": "both", **FOLLOWED},
 }
 
@@ -75,7 +77,7 @@ def make_models() -> None:
     lacking = {concept: 0.01 if concept in WEAK else (1 - 0.01 * len(WEAK)) / len(STRONG) for concept in made.CONCEPTS}
     alike = dict.fromkeys(made.CONCEPTS, 1 / len(made.CONCEPTS))
     if not (BUILD / "student" / "tokenizer.json").exists():
-        made.make_model(BUILD / "student", lacking, hidden=64, layers=2, steps=250, rate=5e-3)
+        made.make_model(BUILD / "student", lacking, hidden=64, layers=2, steps=220, rate=5e-3)
     if not (BUILD / "teacher" / "tokenizer.json").exists():
         made.make_model(BUILD / "teacher", alike, hidden=96, layers=3, steps=500, rate=3e-3)
 
@@ -151,7 +153,8 @@ def run(config: Config, measures: list[Measure], rule: str, fields: Mapping[str,
         return
     student = BUILD / "students" / name
     records = train(with_fields(config, {**fields, "run": name, "seed": seed}), export=str(student))
-    made.save_tokenizer(student)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILD / "student" / file, student / file)
     shares = {concept: f"{p:.2f}" for concept, p in records[-1].probabilities.items()}
     print(f"{name}: last mixture {json.dumps(shares)}", flush=True)
     ask(config, measures, name, {"student": student})

@@ -1,12 +1,12 @@
 """What bench_concepts.py is made of: facts about numbers by concept, and two small models, of which one lacks some.
 
-    arithmetic/addition        7 + 8 = 15        order/larger     7 max 8 = 8
-    arithmetic/subtraction     8 - 7 = 1         order/smaller    7 min 8 = 7
-    arithmetic/multiplication  7 * 8 = 56
-    arithmetic/remainder       8 mod 7 = 1
+    arithmetic/addition        seven plus eight is fifteen        order/larger     seven max eight is eight
+    arithmetic/subtraction     eight minus seven is one           order/smaller    seven min eight is seven
+    arithmetic/multiplication  seven times eight is fiftysix
+    arithmetic/remainder       eight modulo seven is one
 
-Numbers run from 0 to 12. Every fifth fact of a concept is asked and never trained on. A question has up to four
-choices, the others being numbers near the answer or in the question. A number is one token. A document is one fact,
+Numbers run from zero to twelve. Every fifth fact of a concept is asked and never trained on. A question has up to four
+choices, the others being numbers near the answer or in the question. A word is one token. A document is one fact,
 whose question is a prompt: only the answer carries loss.
 """
 
@@ -20,31 +20,63 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from flows.presets.quickstart.remake import EOS, save_tokenizer
 
 LARGEST = 12
 HELD_OUT = 5
 DOCUMENTS = 12_000
 """Of a concept, for training: each fact many times."""
 SEQ_LEN = 64
-EOS = "<end>"
 SIGNS = {
-    "addition": "+",
-    "subtraction": "-",
-    "multiplication": "*",
-    "remainder": "mod",
+    "addition": "plus",
+    "subtraction": "minus",
+    "multiplication": "times",
+    "remainder": "modulo",
     "larger": "max",
     "smaller": "min",
 }
+IS = "is"
 CONCEPTS = (
     *(f"arithmetic/{name}" for name in ("addition", "subtraction", "multiplication", "remainder")),
     *(f"order/{name}" for name in ("larger", "smaller")),
 )
-VOCABULARY = {
-    word: number
-    for number, word in enumerate([EOS, "=", *SIGNS.values(), *map(str, range(LARGEST * LARGEST + LARGEST + 2))])
-}
+_SMALL = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def word(number: int) -> str:
+    """146 → 'hundredfortysix', which is one word to the tokenizer."""
+    if number >= 100:
+        return "hundred" + (word(number - 100) if number > 100 else "")
+    if number >= 20:
+        return _TENS[number // 10 - 2] + (word(number % 10) if number % 10 else "")
+    return _SMALL[number]
+
+
+def make_tokenizer() -> Tokenizer:
+    """A token for every word, with and without a space before it; it splits texts as Qwen2's, as it must beside one."""
+    words = [*SIGNS.values(), IS, *map(word, range(LARGEST * LARGEST + LARGEST + 2))]
+    texts = [space + one for one in words for space in (" ", "")]
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(texts * 3, trainers.BpeTrainer(special_tokens=[EOS], show_progress=False))
+    if longest := [text for text in texts if len(made.encode(text).ids) > 1]:
+        raise SystemExit(f"the tokenizer splits {longest[0]!r}")
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +102,7 @@ def facts(concept: str) -> list[Fact]:
         answer, near = known[name]
         if answer >= 0:
             others = tuple(dict.fromkeys(other for other in near if other != answer))
-            found.append(Fact(f"{a} {SIGNS[name]} {b} =", answer, others))
+            found.append(Fact(f"{word(a)} {SIGNS[name]} {word(b)} {IS}", answer, others))
     return found
 
 
@@ -89,14 +121,14 @@ def write_texts(folder: Path) -> None:
         rng = np.random.default_rng([1, CONCEPTS.index(concept)])
         for split, count in (("train", DOCUMENTS), ("validation", DOCUMENTS // 10)):
             drawn = [trained[i] for i in rng.integers(len(trained), size=count)]
-            rows = [{"question": fact.question, "answer": f" {fact.answer}"} for fact in drawn]
+            rows = [{"question": fact.question, "answer": f" {word(fact.answer)}"} for fact in drawn]
             _write(folder / concept / f"{split}.jsonl", rows)
         for fact in asked:
             choices = [fact.answer, *fact.others]
             rng.shuffle(choices)
             gold = choices.index(fact.answer)
             questions.append(
-                {"query": fact.question, "choices": list(map(str, choices)), "gold": gold, "concept": concept}
+                {"query": fact.question, "choices": list(map(word, choices)), "gold": gold, "concept": concept}
             )
     _write(folder / "questions" / "own_questions.jsonl", questions)
 
@@ -112,9 +144,10 @@ def make_model(
     """Train one from nothing on answers alone, each row of a batch of one concept, and keep it with its tokenizer."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
+    tokenizer = make_tokenizer()
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(VOCABULARY),
+            vocab_size=tokenizer.get_vocab_size(),
             hidden_size=hidden,
             intermediate_size=3 * hidden,
             num_hidden_layers=layers,
@@ -128,14 +161,15 @@ def make_model(
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    streams = {concept: _tokens(concept, rng) for concept in mixture}
+    streams = {concept: _tokens(tokenizer, concept, rng) for concept in mixture}
+    end, asks = (tokenizer.token_to_id(token) for token in (EOS, f"Ġ{IS}"))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 50) * max(0.05, 1 - step / steps)
         drawn = rng.choice(list(mixture), size=batch, p=list(mixture.values()))
         tokens = torch.tensor([[next(streams[str(concept)]) for _ in range(SEQ_LEN + 1)] for concept in drawn])
         inputs, labels = tokens[:, :-1], tokens[:, 1:].clone()
-        labels[(inputs != VOCABULARY["="]) & (labels != VOCABULARY[EOS])] = -100
+        labels[(inputs != asks) & (labels != end)] = -100
         logits = model(inputs).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -144,21 +178,11 @@ def make_model(
         optimizer.step()
     print(f"{folder.name}: loss {loss.item():.3f} after {steps} steps", flush=True)
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(tokenizer, folder)
 
 
-def _tokens(concept: str, rng: np.random.Generator) -> Iterator[int]:
+def _tokens(tokenizer: Tokenizer, concept: str, rng: np.random.Generator) -> Iterator[int]:
     trained, _ = divided(concept)
+    texts = [tokenizer.encode(f"{fact.question} {word(fact.answer)}{EOS}").ids for fact in trained]
     while True:
-        fact = trained[int(rng.integers(len(trained)))]
-        yield from (VOCABULARY[word] for word in f"{fact.question} {fact.answer} {EOS}".split())
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A token for every number and sign."""
-    made = Tokenizer(models.WordLevel(VOCABULARY, unk_token=EOS))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([EOS])
-    made.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": EOS, "unk_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield from texts[int(rng.integers(len(texts)))]

@@ -58,16 +58,23 @@ def report_evaluation(root: str, run: str) -> dict[str, str]:
 
 
 def measured_rows(root: str, run: str) -> tuple[list[Row], list[Row]]:
-    """The rows of all benchmarks, and of the concepts in them."""
-    records = EvaluationFolder(root, run).records()
+    """The rows of all benchmarks, and of the concepts in them.
+
+    Where the run's mixture followed accuracies on a benchmark that the run itself has not been asked (yet), there are
+    concepts of that too.
+    """
+    records, earlier = EvaluationFolder(root, run).records(), earlier_records(root, run)
     rows = evaluation_rows(records)
-    return rows, concept_rows(records, rows, earlier_records(root, run))
+    own = {(row["task"], row["shots"]) for row in rows}
+    followed = [row for row in evaluation_rows(earlier) if (row["task"], row["shots"]) not in own]
+    return rows, concept_rows(records, [*rows, *followed], earlier)
 
 
 def evaluation_section(root: str, run: str) -> Markup | None:
     """The tables as HTML (`<section>`s with headings of the second level), every value escaped; None without scores."""
-    rows = evaluation_rows(EvaluationFolder(root, run).records())
-    return Markup(_render("evaluation_section.html.j2", root, run)) if rows else None  # noqa: S704 (made by jinja2)
+    rows, concepts = measured_rows(root, run)
+    anything = rows or concepts
+    return Markup(_render("evaluation_section.html.j2", root, run)) if anything else None  # noqa: S704 (made by jinja2)
 
 
 def evaluation_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from ddk.values import Tally
+from storage.files import uri
 from storage.runs.evaluations import CONCEPTS, EvaluationFolder, stored_concepts
 from storage.runs.folder import RunFolder
 from tasks.reporting.concepts import by_benchmark, concept_rows, earlier_run, terminal_concepts
@@ -101,6 +102,18 @@ def test_the_page_shows_the_run_that_was_followed_and_this_one(tmp_path: Path) -
     assert page.count('class="interval"') == 4
     _, concepts = measured_rows(root, "second")
     assert {row["concept"]: row["earlier"] for row in concepts}["math/mul"] == 0.1
+
+
+def test_a_run_that_has_not_been_asked_yet_shows_what_it_followed(tmp_path: Path) -> None:
+    root = root_with(tmp_path, follow="both", accuracy_run="first")
+    uri.remove_tree(EvaluationFolder(root, "second").url)
+    page = evaluation_section(root, "second")
+    assert page is not None
+    assert "No benchmark has been evaluated" in page
+    assert "Run first" in page
+    assert "10.0 [2, 40]" in page
+    assert "Student now" not in page
+    assert Path(report_evaluation(root, "second")["evaluation.csv"]).read_text().strip() == ""
 
 
 def test_the_csv_has_whole_benchmarks_and_below_them_their_concepts(tmp_path: Path) -> None:
