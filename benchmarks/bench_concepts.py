@@ -77,7 +77,7 @@ def make_models() -> None:
     lacking = {concept: 0.01 if concept in WEAK else (1 - 0.01 * len(WEAK)) / len(STRONG) for concept in made.CONCEPTS}
     alike = dict.fromkeys(made.CONCEPTS, 1 / len(made.CONCEPTS))
     if not (BUILD / "student" / "tokenizer.json").exists():
-        made.make_model(BUILD / "student", lacking, hidden=64, layers=2, steps=220, rate=5e-3)
+        made.make_model(BUILD / "student", lacking, hidden=64, layers=2, steps=450, rate=5e-3)
     if not (BUILD / "teacher" / "tokenizer.json").exists():
         made.make_model(BUILD / "teacher", alike, hidden=96, layers=3, steps=500, rate=3e-3)
 
