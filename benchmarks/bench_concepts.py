@@ -3,13 +3,11 @@
     make bench-concepts        a few minutes on one core; what has been run is kept below build/bench-concepts
 
 Facts about numbers by concept (concept_facts.py). The teacher was trained on all concepts alike; the student on
-addition and on both concepts of order, with next to nothing of the three others. The code of `ddk eval` asks both about
-facts that nobody was trained on; then the student is distilled with each mixture, for the same number of steps, and
-asked again:
+addition and on both concepts of order, with next to nothing of the three others. The code of `ddk eval` asks both; then
+the student is distilled with each mixture, for the same number of steps, and asked again:
 
-    equal       every concept equally often (ddk_equal)     accuracy       mixture.follow: accuracy, with the default
-    gap         DDK, by perplexities                                       mixture.alpha: 0.5
-    both        mixture.follow: both                        accuracy-0.8   likewise, with mixture.alpha: 0.8
+    equal   every concept equally often (ddk_equal)         accuracy   mixture.follow: accuracy
+    gap     DDK, by perplexities                            both       mixture.follow: both
 
 Weak concepts are those that the student lacks by its making, not by what was measured. Five seeds; differences are
 paired by seed, with their 95% interval.
@@ -30,6 +28,7 @@ import yaml
 from harness import Row, publish, row
 from in_process import train, with_fields
 
+from ddk.concepts import rolled_up_tallies
 from flows.config import Config, load_config
 from storage.files.digests import DigestCache
 from storage.runs.evaluations import EvaluationFolder, concepts_of
@@ -53,9 +52,8 @@ FIRST = "first"
 FOLLOWED = {"mixture.accuracy_run": FIRST, "mixture.accuracy_model": "before"}
 RULES: dict[str, dict[str, Any]] = {
     "equal": {"method": "ddk_equal"},
-    "gap": {"method": "ddk"},
     "accuracy": {"method": "ddk", "mixture.follow": "accuracy", **FOLLOWED},
-    "accuracy-0.8": {"method": "ddk", "mixture.follow": "accuracy", "mixture.alpha": 0.8, **FOLLOWED},
+    "gap": {"method": "ddk"},
     "both": {"method": "ddk", "mixture.follow": "both", **FOLLOWED},
 }
 
@@ -85,9 +83,6 @@ def make_models() -> None:
 def prepare() -> None:
     """Models, blocks and targets; left as they are where they are there."""
     make_models()
-    done = BUILD / "prepared"
-    if done.exists():
-        return
     config = {
         "run": "concepts",
         "root": "./root",
@@ -116,6 +111,9 @@ def prepare() -> None:
         "mixture": {"interval": INTERVAL},
     }
     (BUILD / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    done = BUILD / "prepared"
+    if done.exists():
+        return
     for stage in ("pack", "cache"):
         subprocess.run([sys.executable, "-m", "flows", stage, str(BUILD / "config.yaml")], check=True)
     done.touch()
@@ -162,9 +160,10 @@ def run(config: Config, measures: list[Measure], rule: str, fields: Mapping[str,
 
 
 def accuracies(root: str, run_name: str, role: str) -> dict[str, float]:
-    """By concept."""
+    """By concept, and by concept with `/new` and `/seen`."""
     (record,) = [one for one in EvaluationFolder(root, run_name).records() if one["model"] == role]
-    return {concept: by_metric["acc,none"].accuracy for concept, by_metric in concepts_of(record).items()}
+    tallies = {path: by_metric["acc,none"] for path, by_metric in concepts_of(record).items()}
+    return {node: tally.accuracy for node, tally in rolled_up_tallies(tallies).items()}
 
 
 def rows(root: str) -> Iterator[Row]:
@@ -177,7 +176,12 @@ def rows(root: str) -> Iterator[Row]:
         yield row(f"{concept} ({kind}): teacher", [100 * teacher[concept]], "%")
         for rule, by_seed in after.items():
             yield row(f"{concept} ({kind}): {rule}", [100 * found[concept] for found in by_seed.values()], "%")
-    groups = {"weak concepts": WEAK, "strong concepts": STRONG, "all concepts": made.CONCEPTS}
+    groups = {
+        "weak concepts": WEAK,
+        "strong concepts": STRONG,
+        "all concepts": made.CONCEPTS,
+        "weak concepts, new facts": tuple(f"{concept}/new" for concept in WEAK),
+    }
     mean = {
         rule: {
             group: {seed: _mean(found, concepts) for seed, found in by_seed.items()}

@@ -5,8 +5,9 @@
     arithmetic/multiplication  seven times eight is fiftysix
     arithmetic/remainder       eight modulo seven is one
 
-Numbers run from zero to twelve. Every fifth fact of a concept is asked and never trained on. A question has up to four
-choices, the others being numbers near the answer or in the question. A word is one token. A document is one fact,
+Numbers run from zero to twelve. Every fifth fact of a concept is never trained on. These facts are asked, with the path
+`arithmetic/addition/new`, and as many others at most (`…/seen`). A question has up to four choices, the others being
+numbers near the answer or in the question. A word is one token. A document is one fact,
 whose question is a prompt: only the answer carries loss.
 """
 
@@ -123,12 +124,17 @@ def write_texts(folder: Path) -> None:
             drawn = [trained[i] for i in rng.integers(len(trained), size=count)]
             rows = [{"question": fact.question, "answer": f" {word(fact.answer)}"} for fact in drawn]
             _write(folder / concept / f"{split}.jsonl", rows)
-        for fact in asked:
+        for kind, fact in [("new", fact) for fact in asked] + [("seen", fact) for fact in trained[: len(asked)]]:
             choices = [fact.answer, *fact.others]
             rng.shuffle(choices)
             gold = choices.index(fact.answer)
             questions.append(
-                {"query": fact.question, "choices": list(map(word, choices)), "gold": gold, "concept": concept}
+                {
+                    "query": fact.question,
+                    "choices": list(map(word, choices)),
+                    "gold": gold,
+                    "concept": f"{concept}/{kind}",
+                }
             )
     _write(folder / "questions" / "own_questions.jsonl", questions)
 

@@ -4,17 +4,17 @@ A question has a path as a domain has (`arithmetic/addition`). The accuracy of a
 
     ã[root] = right/asked;   ã[c] = (right[c] + m·ã[parent]) / (asked[c] + m)     shrunk accuracy, m = 10 questions
     w[c] = max(0, ã_T[c] − ã_S[c])                                                       weakness; ã_T = 1 if unknown
-    ψ[c] = q[c] · exp(w[c]/τ);   r[c] = α·ψ[c]/Σψ + (1 − α)/N                             over the N children of a node
+    ψ[c] = q[c] · exp(w[c]/τ);   r[c] = α·ψ[c]/Σψ + (1 − α)·n[c]/n[parent]               between the children of a node
 
-The probability of a domain is the product of r along its path. q is equal between the children (`follow: accuracy`), or
-their shares under the mixture that follows the gap (`follow: both`).
+The probability of a domain is the product of r along its path. n counts the domains at or below a node. q is n[c]/n
+(`follow: accuracy`), or the children's shares under the mixture that follows the gap (`follow: both`).
 
 Why so. Leaves have few questions (ConceptMath, arXiv 2402.14660, has 16 to 20), so that one of them may look hopeless
 by chance: it is taken to be like its siblings until its own questions say otherwise. What the teacher cannot do either
 cannot be distilled from it, hence the difference; unlike a quotient, it stays bounded where the teacher's accuracy is
-small. r is Eq. 2 between the children of each node: exponentiated, with the same floor. It is applied once, not again
-at every interval, as the accuracies are of one measurement: repeating it would count that measurement many times over.
-Between siblings alone, a topic with many leaves takes nothing from the others.
+small. r is Eq. 2 between the children of each node: exponentiated, with the same floor, which between N domains is
+(1 − α)/N. Where all are equally weak, every domain is drawn equally often. It is applied once, not again at every
+interval, as the accuracies are of one measurement: repeating it would count that measurement many times over.
 """
 
 from __future__ import annotations
@@ -135,11 +135,13 @@ def concept_mixture(
         weakness: w by domain and by node above them, in [0, 1].
         alpha: α in [0, 1].
         temperature: τ > 0, in accuracy.
-        base: q, over the same domains; None: equal between the children of every node.
+        base: q, over the same domains; None: every domain equally often.
 
     Raises:
-        ValueError: a node has no weakness, or the base is over other domains.
+        ValueError: a node has no weakness, the base is over other domains, or α lies outside of [0, 1].
     """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
     if base is not None and set(base.domains) != set(domains):
         raise ValueError(f"the mixture has domains {sorted(base.domains)}, the tree {sorted(domains)}")
     if missing := sorted({node for domain in domains for node in lineage(domain)} - set(weakness)):
@@ -147,15 +149,16 @@ def concept_mixture(
     below = _leaves_below(domains)
     share = {"": 1.0}
     for node, children in _children(domains).items():
-        weights = {
-            child: 1.0 if base is None else math.fsum(base.probabilities[leaf] for leaf in below[child])
-            for child in children
-        }
-        # Eq. 1 may leave a whole branch without any probability.
-        old = weighted_mixture(weights if any(weights.values()) else dict.fromkeys(children, 1.0))
+        alike = weighted_mixture({child: float(len(below[child])) for child in children})
+        old = alike
+        if base is not None:
+            weights = {child: math.fsum(base.probabilities[leaf] for leaf in below[child]) for child in children}
+            # Eq. 1 may leave a whole branch without any probability.
+            old = weighted_mixture(weights) if any(weights.values()) else alike
         rise = {child: weakness[child] / temperature for child in children}
-        between = exponentiated_mixture(old, rise, alpha)
-        share |= {child: share[node] * r for child, r in between.probabilities.items()}
+        weak = exponentiated_mixture(old, rise, 1.0).probabilities
+        for child, floor in alike.probabilities.items():
+            share[child] = share[node] * (alpha * weak[child] + (1.0 - alpha) * floor)
     return weighted_mixture({domain: share[domain] for domain in domains})
 
 

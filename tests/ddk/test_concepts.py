@@ -109,11 +109,14 @@ def test_weakness_is_what_the_teacher_knows_better() -> None:
 def test_the_mixture_by_hand_level_by_level() -> None:
     weakness = {"math": 0.5, "math/add": 0.0, "math/mul": 0.5, "web": 0.25}
     found = concept_mixture(DOMAINS, weakness, alpha=0.6, temperature=0.25).probabilities
-    math_share = 0.6 * math.e / (math.e + 1) + 0.4 / 2  # e^(0.5/0.25) against e^(0.25/0.25)
+    # Two domains at e^(0.5/0.25) each against one at e^(0.25/0.25); the floor is a third for each domain.
+    math_share = 0.6 * 2 * math.e / (2 * math.e + 1) + 0.4 * 2 / 3
     mul_share = 0.6 * math.e**2 / (math.e**2 + 1) + 0.4 / 2
     assert found["math/mul"] == pytest.approx(math_share * mul_share)
     assert found["math/add"] == pytest.approx(math_share * (1 - mul_share))
     assert found["web"] == pytest.approx(1 - math_share)
+    alike = concept_mixture(DOMAINS, dict.fromkeys(weakness, 0.3), alpha=0.6, temperature=0.25).probabilities
+    assert alike == pytest.approx(dict.fromkeys(DOMAINS, 1 / 3)), "equally weak: equal sampling"
 
 
 def test_a_base_is_tilted_and_one_without_probability_is_taken_as_equal() -> None:
@@ -123,7 +126,7 @@ def test_a_base_is_tilted_and_one_without_probability_is_taken_as_equal() -> Non
     assert found == pytest.approx(dict(base.probabilities)), "equally weak: as it was"
     nothing = Mixture(probabilities={"math/add": 0.0, "math/mul": 0.0, "web": 1.0})
     found = concept_mixture(DOMAINS, level, alpha=0.5, temperature=0.1, base=nothing).probabilities
-    assert found == pytest.approx({"math/add": 0.125, "math/mul": 0.125, "web": 0.75})
+    assert found == pytest.approx({"math/add": 1 / 6, "math/mul": 1 / 6, "web": 2 / 3})
 
 
 @settings(deadline=None, max_examples=60)
@@ -143,9 +146,9 @@ def test_no_child_falls_below_the_floor_of_its_level(right: list[int], alpha: fl
     for domain in domains:
         for node in lineage(domain):
             share[node] = math.fsum(p for leaf, p in found.items() if leaf == node or leaf.startswith(f"{node}/"))
-    siblings = {"a": 2, "b": 2, "a/x": 3, "a/y": 3, "a/z": 3, "a/z/1": 2, "a/z/2": 2}
-    for node, count in siblings.items():
-        assert share[node] >= share[node.rpartition("/")[0]] * (1 - alpha) / count - 1e-12
+    floors = {"a": 4 / 5, "b": 1 / 5, "a/x": 1 / 4, "a/y": 1 / 4, "a/z": 2 / 4, "a/z/1": 1 / 2, "a/z/2": 1 / 2}
+    for node, floor in floors.items():
+        assert share[node] >= share[node.rpartition("/")[0]] * (1 - alpha) * floor - 1e-12
     # A weaker sibling is never drawn less.
     assert (found["a/z/1"] - found["a/z/2"]) * (right[2] - right[3]) <= 1e-12
 
