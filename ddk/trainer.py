@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from ddk.gap import perplexity
 from ddk.loss import Teacher, position_gamma, teacher_of
 from ddk.parallel import Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
+from ddk.selection import block_losses
 from ddk.student import StudentLoss, layers_of
 from ddk.train_config import LossConfig, TrainConfig
 from ddk.values import BlockReader, BoolArray, Draw, Mixture
@@ -247,6 +249,16 @@ class Trainer:
                 batch_size=self.config.micro_batch_size or self._share,
                 world=self.world,
             )
+
+    def block_losses(self, blocks: BlockReader, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Mean cross-entropy of each block under the student as it is now; see `ddk.selection.block_losses`."""
+        was_training = self._student.training
+        self._student.eval()
+        try:
+            with self.autocast:
+                return block_losses(self._student, blocks, indices, self.device)
+        finally:
+            self._student.train(was_training)
 
     def _plan(self, mixture: Mixture, steps: int) -> tuple[list[Sequence[Draw]], list[SamplerState]]:
         """This rank's share of every batch, and the state after it."""

@@ -49,7 +49,9 @@ def _store(url: str, manifest: Manifest) -> Iterator[str]:
         blocks = manifest.splits[split].blocks
         positions = blocks * manifest.dims["seq_len"]
         yield f"{split}: {blocks:,} blocks, {positions:,} positions, {len(shards)} shards"
-        sizes = {name: sum(shard.objects[name].bytes for shard in shards) for name in shards[0].objects}
+        sizes = {
+            name: sum(shard.objects[name].bytes for shard in shards) for name in (shards[0].objects if shards else ())
+        }
         for name, size in sizes.items():
             yield f"  {name}: {size:,} bytes, {size / positions:.1f} a position"
         if len(sizes) > 1:

@@ -10,6 +10,7 @@ import base64
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -26,6 +27,7 @@ from tasks.reporting.records import (
     regressions,
     render_rows,
 )
+from tasks.reporting.selection_plots import selections_plot
 from tasks.reporting.tree import overview, rollup_rows, tree_table, weakest
 from tasks.showing.formats import count, duration, percent, ppl, ratio
 
@@ -44,6 +46,7 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
     template = environment().get_template("report.html.j2")
     return template.render(
         run=summary,
+        selections=_images(selections_plot, summary.selections) if summary.selections else None,
         evaluation=evaluation,
         settings=list(flat_settings(summary.settings)),
         table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
@@ -108,7 +111,7 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _images(plot: Callable[..., bytes], records: Sequence[IntervalRecord]) -> dict[str, str]:
+def _images(plot: Callable[..., bytes], records: Sequence[Any]) -> dict[str, str]:
     """The plot in both themes, for a wide screen and for a phone."""
     return {
         f"{shape}_{name}": data_uri(plot(records, theme=replace(theme, narrow=shape == "narrow")))

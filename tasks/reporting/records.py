@@ -76,6 +76,8 @@ class RunSummary:
     """None where it is not known, as for a run still going."""
     stopped_early: str | None
     """Why the run ended before its budget was used up; None where it did not."""
+    selections: tuple[Mapping[str, object], ...] = ()
+    """Of the domains whose blocks were chosen: `tasks.reporting.selections.selections_of`."""
 
 
 def domains_of(records: Sequence[IntervalRecord]) -> tuple[str, ...]:

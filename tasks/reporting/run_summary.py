@@ -10,6 +10,7 @@ from ddk.methods.registry import METHODS
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
 from tasks.reporting.records import IntervalRecord, RunSummary
+from tasks.reporting.selections import selections_of
 
 
 def interval_records(folder: RunFolder) -> list[IntervalRecord]:
@@ -49,6 +50,7 @@ def summarise(
         settings=effective_settings(config),
         wall_seconds=done.get("training_seconds"),
         stopped_early=done.get("stopped_early"),
+        selections=selections_of(folder),
     )
 
 

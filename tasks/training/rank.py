@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -109,6 +111,10 @@ class RankTraining:
         chosen = self._validation if sample is None else {d: First(self._validation[d], n) for d, n in sample.items()}
         return {domain: self._trainer.perplexity(blocks) for domain, blocks in chosen.items()}
 
+    def block_losses(self, blocks: BlockReader, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Mean cross-entropy of each of the given blocks under the student as it is now, [n] in nats."""
+        return self._trainer.block_losses(blocks, indices)
+
     @cached_property
     def _validation(self) -> dict[str, BlockReader]:
         return {domain: open_blocks(url, "validation") for domain, url in self._job.blocks.items()}
@@ -142,14 +148,19 @@ class RankTraining:
     def _load(self, step: int) -> None:
         """Load a checkpoint, or the newest, where this one has made room for newer ones meanwhile."""
         try:
-            self._load_one(step)
+            self.load(step)
         except StoreDamagedError:
             newer = [other for other in self._checkpoints.steps() if other > step]
             if self._world.size > 1 or not newer:
                 raise
             self._load(newer[-1])
 
-    def _load_one(self, step: int) -> None:
+    def load(self, step: int) -> None:
+        """Take up where the checkpoint of a step was saved.
+
+        Raises:
+            StoreDamagedError: it cannot be read, or is of another run.
+        """
         state = state_from_json(self._checkpoints.state(step), self._checkpoints.url(step))
         # On every rank: a machine's ranks read the same local files, but a file from afar is fetched by each.
         with self._checkpoints.folder(step) as folder:

@@ -23,6 +23,7 @@ from storage.runs.mixtures import MixtureHistory
 from storage.targets import teacher_perplexity
 from tasks.planning.models import weight_digests
 from tasks.planning.preflight import StudentFacts, check_live_teacher, check_student
+from tasks.planning.selection_plan import SelectionPlan, plan_selections
 from tasks.planning.store_plan import Plan
 from tasks.training.job import TrainingJob, open_data
 from tasks.training.run_settings import RunSettings
@@ -87,6 +88,7 @@ class RunInputs:
             separator=(plan.eos_id, *plan.bos_ids[-1:]),
             blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
             targets={domain: store.targets_url for domain, store in plan.domains.items()},
+            selections={domain: one.selection_url for domain, one in self.selections.items()},
             **self._live_teacher(),
         )
 
@@ -115,11 +117,24 @@ class RunInputs:
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
             **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
             "stores": {
-                domain: {"blocks": store.blocks_url.split("/")[-2], "targets": store.targets_url.split("/")[-2]}
+                domain: {
+                    "blocks": store.blocks_url.split("/")[-2],
+                    "targets": store.targets_url.split("/")[-2],
+                    **(
+                        {"selections": self.selections[domain].selection_url.split("/")[-2]}
+                        if domain in self.selections
+                        else {}
+                    ),
+                }
                 for domain, store in self.plan.domains.items()
             },
         }
         return dict(as_json(identity))
+
+    @cached_property
+    def selections(self) -> dict[str, SelectionPlan]:
+        """Of the domains whose blocks are chosen."""
+        return plan_selections(self.settings.root, self.plan, self.settings.student)
 
     @cached_property
     def teacher_ppl(self) -> dict[str, float]:
