@@ -17,7 +17,7 @@ import zstandard
 
 from ddk.errors import UserError
 from storage.corpus import documents, file_bytes
-from storage.corpus.documents import iter_documents
+from storage.corpus.documents import Text, iter_documents
 from storage.corpus.domain import CorpusFile
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -147,7 +147,10 @@ def test_documents_on_s3(s3_server: str, tmp_path: Path) -> None:
 
 RECORDS = [("one", "a"), ("two", ""), ("three", None), (" ", "left out"), ("", "left out"), ("ü", " \n"), ("six", "é")]
 """Text and prompt."""
-PROMPTED = [(0, "one", "a"), (1, "two", ""), (2, "three", ""), (5, "ü", " \n"), (6, "six", "é")]
+PROMPTED = [
+    *(Text(0, "one", "a"), Text(1, "two", ""), Text(2, "three", "")),
+    *(Text(5, "ü", " \n"), Text(6, "six", "é")),
+]
 
 
 def test_prompts_of_json_lines(tmp_path: Path) -> None:
@@ -175,7 +178,7 @@ def test_prompts_of_parquet(tmp_path: Path, kind: pa.DataType, first: str) -> No
 
 def test_a_parquet_column_without_any_prompt(tmp_path: Path) -> None:
     file = put_table(tmp_path / "a.parquet", text=pa.array(["one"]), prompt=pa.array([None]))
-    assert list(iter_documents(file, "text", prompt_field="prompt")) == [(0, "one", "")]
+    assert list(iter_documents(file, "text", prompt_field="prompt")) == [Text(0, "one", "")]
 
 
 @pytest.mark.parametrize(
