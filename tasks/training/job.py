@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from ddk.data import TrainData
 from ddk.known_targets import KnownTargets
 from ddk.train_config import LossConfig, StudentConfig, TedConfig, TrainConfig
-from ddk.values import TargetReader
+from ddk.values import Split, TargetReader
 from storage.blocks import open_blocks
 from storage.targets import open_targets
 
@@ -37,16 +37,18 @@ class TrainingJob(BaseModel):
     """A local folder, where the method needs the live teacher."""
 
 
-def open_data(job: TrainingJob) -> TrainData:
-    """The train splits that a job reads.
+def open_data(job: TrainingJob, split: Split = "train") -> TrainData:
+    """The blocks and, where its loss has a divergence, the targets that a job reads; of validation, what it measures.
 
     Raises:
         StoreMissingError: a store is not there, or not complete.
     """
     reads_targets = job.loss.gamma > 0.0
     return TrainData(
-        blocks={domain: open_blocks(url) for domain, url in job.blocks.items()},
-        targets={domain: _known_targets(open_targets(url), job.vocab_size) for domain, url in job.targets.items()}
+        blocks={domain: open_blocks(url, split) for domain, url in job.blocks.items()},
+        targets={
+            domain: _known_targets(open_targets(url, split), job.vocab_size) for domain, url in job.targets.items()
+        }
         if reads_targets
         else None,
     )
