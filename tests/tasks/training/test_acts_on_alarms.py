@@ -134,7 +134,7 @@ def test_the_table_of_the_newest_measurement(monkeypatch: pytest.MonkeyPatch) ->
         run_summary, "MixtureHistory", lambda url: type("", (), {"whole": lambda self, done: [*HISTORY[:3], capped]})()
     )
     folder = type("", (), {"url": "", "summary": lambda self: None, "config": lambda self: None})()
-    records = interval_records(folder)  # type: ignore[arg-type]
+    records = interval_records(folder)
     assert [len(one.alarms) for one in records] == [0, 0, 1, 1]
     assert overtraining_rows(records) == [
         {
