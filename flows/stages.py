@@ -49,6 +49,7 @@ from tasks.showing.progress import logger
 from tasks.teachers.config import TeacherConfig
 from tasks.teachers.sources import open_teacher
 from tasks.training.finish import report_run, save_final_student
+from tasks.training.overtraining import reason_to_stop
 from tasks.training.run_inputs import RunInputs, check_leaves_of_mixture, check_run
 from tasks.training.session import StudentSession, evaluate_gap, train_interval, update_mixture
 
@@ -347,15 +348,26 @@ def _as_it_was_saved(session: StudentSession, summary: Mapping[str, Any]) -> str
     return save_final_student(session, summary["stopped_early"])
 
 
+def _reason_to_stop(session: StudentSession, record: MixtureRecord) -> str | None:
+    stop_ratio = session.settings.mixture.stop_ratio
+    if caught_up(record.gaps, stop_ratio):
+        return f"every domain's ratio is at or below mixture.stop_ratio {stop_ratio} at step {record.step}"
+    if session.settings.train.overtrained == "warn":
+        return None
+    return reason_to_stop(session.settings, session.history.records())
+
+
 def _train_to_the_end(session: StudentSession) -> str | None:
     """Interval by interval. Returns why it stopped before its last step, or None."""
-    stop_ratio = session.settings.mixture.stop_ratio
     while True:
         record = _mixture_now(session)
         if session.done:
             return None
-        if caught_up(record.gaps, stop_ratio):
-            return f"every domain's ratio is at or below mixture.stop_ratio {stop_ratio} at step {record.step}"
+        reason = _reason_to_stop(session, record)
+        if reason is not None:
+            if record.step != session.step:  # measured elsewhere: the final student has to be measured too
+                _measure(session)
+            return reason
         try:
             train_interval(session, record, session.step)
         except FloatingPointError as error:

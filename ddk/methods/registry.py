@@ -27,7 +27,7 @@ from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
 from ddk.methods.minillm import MINILLM
 from ddk.methods.retain import DDK_RETAIN
 from ddk.methods.ted import TED
-from ddk.mixture import MixtureConfig, fixed_mixture, proportional_mixture
+from ddk.mixture import MixtureConfig, equal_mixture, fixed_mixture, proportional_mixture
 from ddk.train_config import LossConfig
 from ddk.values import DomainGap, Mixture
 
@@ -117,6 +117,20 @@ def _mixture_after(
     if not past and chosen.follows_gap and config.initial == "proportional":
         return proportional_mixture(sizes)
     return chosen.next_mixture(measured(past, gaps, sizes, reference, progress), config)
+
+
+def smallest_mixture(method: MethodName, config: MixtureConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The floor of the mixture, by leaf: (1 − α)/N, and with `config.level` its share of that of its domain.
+
+    Below this, neither Eq. 2 nor ddk_retain draws a domain; other methods have floors of their own, or none.
+
+    Args:
+        sizes: train blocks by domain.
+    """
+    alpha = config.retain_alpha if method == "ddk_retain" else config.alpha
+    equal = equal_mixture(sizes if config.level is None else rolled_up_counts(sizes, config.level))
+    spread = equal if config.level is None else spread_mixture(equal, sizes, config.level)
+    return {domain: (1.0 - alpha) * p for domain, p in spread.probabilities.items()}
 
 
 def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:

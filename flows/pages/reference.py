@@ -57,6 +57,8 @@ def _section(title: str, model: type[BaseModel]) -> Iterator[str]:
 
 def _type(field: FieldInfo) -> str:
     section = _model_of(field.annotation)
+    if _choices_of(field.annotation):
+        return "section"
     if section is not None:
         return "sections" if get_origin(field.annotation) is dict else "section"
     return _named(field.annotation).replace("|", "\\|")
@@ -65,8 +67,6 @@ def _type(field: FieldInfo) -> str:
 def _named(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
-    if _choices_of(annotation):
-        return "section"
     if isinstance(annotation, str | int):
         return f"`{annotation}`"
     if get_origin(annotation) in (list, tuple, Annotated):

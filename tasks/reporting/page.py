@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from ddk.values import worst_gap
+from tasks.reporting.overtraining import all_alarms, epoch_limit_of, too_often
 from tasks.reporting.plots import DARK, LIGHT, mixture_plot, ratio_plot
 from tasks.reporting.records import (
     IntervalRecord,
@@ -29,7 +30,7 @@ from tasks.reporting.records import (
 )
 from tasks.reporting.selection_plots import selections_plot
 from tasks.reporting.tree import overview, rollup_rows, tree_table, weakest
-from tasks.showing.formats import count, duration, percent, ppl, ratio
+from tasks.showing.formats import count, duration, number_or_unknown, percent, ppl, ratio
 
 
 def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluation: Markup | None = None) -> str:
@@ -52,6 +53,11 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
         table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
         leaves=leaves,
         regressions=regressions(gap_table(records)),
+        too_often=too_often(records),
+        alarms=all_alarms(records),
+        limit=epoch_limit_of(summary.settings),
+        with_epochs=any(record.train_blocks for record in records),
+        with_kl=any(record.kl for record in records),
         worst_before=worst_gap(records[0].gaps),
         worst_after=worst_gap(records[-1].gaps),
         intervals=_by_domain([*rows, *rollup_rows(records)], table),
@@ -134,4 +140,5 @@ def environment(*packages: str) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"ppl": ppl, "ratio": ratio, "percent": percent, "count": count, "duration": duration}
+    environment.filters["number"] = number_or_unknown
     return environment

@@ -13,6 +13,7 @@ from ddk.errors import UserError
 from ddk.parallel import World
 from ddk.train_config import LossConfig, StudentConfig, TrainConfig
 from ddk.trainer import resolve_device
+from ddk.values import BlockReader
 from storage.blocks import open_blocks
 from storage.corpus.selecting import ByTrajectory
 from storage.runs.folder import RunFolder
@@ -82,14 +83,14 @@ class _Models:
         self._steps = steps
         self._at: int | None = None
 
-    def losses(self, blocks: object, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def losses(self, blocks: BlockReader, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """[n, C]"""
         columns = []
         for step in self._steps or (None,):
             if step is not None and step != self._at:
                 self._training.load(step)
                 self._at = step
-            columns.append(self._training.block_losses(blocks, chosen))  # type: ignore[arg-type]
+            columns.append(self._training.block_losses(blocks, chosen))
         return np.stack(columns, axis=1)
 
 

@@ -13,7 +13,7 @@ from ddk.data import TrainData
 from ddk.known_targets import KnownTargets
 from ddk.selection import Selected
 from ddk.train_config import LossConfig, StudentConfig, TedConfig, TrainConfig
-from ddk.values import TargetReader
+from ddk.values import Split, TargetReader
 from storage.blocks import open_blocks
 from storage.errors import StoreDamagedError
 from storage.selections import open_selection
@@ -46,18 +46,20 @@ class TrainingJob(BaseModel):
     """A local folder, where the method needs the live teacher."""
 
 
-def open_data(job: TrainingJob) -> TrainData:
-    """The train splits that a job reads.
+def open_data(job: TrainingJob, split: Split = "train") -> TrainData:
+    """The blocks and, where its loss has a divergence, the targets that a job reads; of validation, what it measures.
 
     Raises:
         StoreMissingError: a store is not there, or not complete.
     """
     reads_targets = job.loss.gamma > 0.0
-    kept = {domain: open_selection(url).read()[0] for domain, url in job.selections.items()}
+    # Validation is on all blocks, whatever is trained on.
+    chosen = job.selections if split == "train" else {}
+    kept = {domain: open_selection(url).read()[0] for domain, url in chosen.items()}
     return TrainData(
-        blocks={domain: _kept(open_blocks(url), kept.get(domain)) for domain, url in job.blocks.items()},
+        blocks={domain: _kept(open_blocks(url, split), kept.get(domain)) for domain, url in job.blocks.items()},
         targets={
-            domain: _kept(_known_targets(open_targets(url), job.vocab_size), kept.get(domain))
+            domain: _kept(_known_targets(open_targets(url, split), job.vocab_size), kept.get(domain))
             for domain, url in job.targets.items()
         }
         if reads_targets

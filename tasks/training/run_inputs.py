@@ -33,6 +33,8 @@ _OPERATIONAL = {
     *("device", "keep_checkpoints", "log_every"),
     *("processes", "nodes", "rendezvous", "parallel", "compile"),
 }
+# The same, where no more than words follows from an alarm.
+_ALARMS = {"overtrained", "epoch_limit"}
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
@@ -111,7 +113,9 @@ class RunInputs:
             "vocabulary": self.student.vocab_size,
             "loss": effective_loss(settings.method, settings.loss).model_dump(),
             "train": settings.train.model_dump(
-                exclude=_OPERATIONAL | ({"shuffle_mib"} if self._shuffled_whole else set())
+                exclude=_OPERATIONAL
+                | ({"shuffle_mib"} if self._shuffled_whole else set())
+                | (_ALARMS if settings.train.overtrained == "warn" else set())
             ),
             "mixture": settings.mixture.model_dump(),
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
