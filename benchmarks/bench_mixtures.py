@@ -48,6 +48,7 @@ RULES: dict[str, dict[str, Any]] = {
     "retain γ=1": {"method": "ddk_retain", "loss.gamma": 1.0, **RETAIN},
     "velocity": {"method": "ddk", "trial": "velocity"},
     "slope": {"method": "ddk", "trial": "slope"},
+    "kept slope": {"method": "ddk", "trial": "kept slope"},
     "equal γ=1": {"method": "ddk_equal", "loss.gamma": 1.0},
     "equal KL>0.5 nats": {"method": "ddk_equal", "loss.min_entropy": 0.5},
 }

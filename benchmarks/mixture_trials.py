@@ -4,6 +4,7 @@
                arXiv 2411.14318): a domain that has come less far than others towards its goal is drawn more
     slope      (1 − ε)·slope + ε·softmax(g/τ): what a token brings on a domain, as measured over the last interval
                (after ADO, arXiv 2410.11820), beside a weight on the domains that lag
+    kept slope the same with ddk_retain's weight on what was lost: (1 − ε)·slope + ε·softmax(g/τ + κ·p·f)
 
 g_i = ln ℓ_S[i] − ln ℓ_T[i]. The goal g*_i is the gap that a power law through the run so far foretells for the last
 step; before there are four measurements, 0.4 of the first gap. Both keep (1 − α)/N for every domain.
@@ -23,6 +24,7 @@ from ddk.values import Mixture
 
 ENOUGH, FIRST_GOAL = 4, 0.4
 EPSILON, TEMPERATURE = 0.5, 0.25
+KEPT_ALPHA, KEPT_TEMPERATURE, KEPT_WEIGHT = 0.8, 0.5, 30.0
 
 
 def velocity(now: Measured, config: MixtureConfig) -> Mixture:
@@ -36,10 +38,22 @@ def velocity(now: Measured, config: MixtureConfig) -> Mixture:
 
 
 def slope(now: Measured, config: MixtureConfig) -> Mixture:
+    return _sloped(now, {domain: gap / TEMPERATURE for domain, gap in _gaps(now).items()}, config.alpha)
+
+
+def kept_slope(now: Measured, config: MixtureConfig) -> Mixture:
+    start = {gap.domain: gap.student_ppl for gap in now.past[0].gaps} if now.past else now.student_ppl
+    lost = {domain: max(0.0, math.log(ppl) - math.log(start[domain])) for domain, ppl in now.student_ppl.items()}
+    rise = {
+        domain: gap / KEPT_TEMPERATURE + KEPT_WEIGHT * now.progress * lost[domain] for domain, gap in _gaps(now).items()
+    }
+    return _sloped(now, rise, KEPT_ALPHA)
+
+
+def _sloped(now: Measured, rise: Mapping[str, float], alpha: float) -> Mixture:
+    """Half by slope, half by softmax(rise)."""
     gaps = _gaps(now)
-    lagging = exponentiated_mixture(
-        equal_mixture(gaps), {domain: gap / TEMPERATURE for domain, gap in gaps.items()}, config.alpha
-    )
+    lagging = exponentiated_mixture(equal_mixture(gaps), rise, alpha)
     if now.previous is None:
         return lagging
     before = {gap.domain: math.log(gap.student_ppl) for gap in now.past[-1].gaps}
@@ -49,13 +63,17 @@ def slope(now: Measured, config: MixtureConfig) -> Mixture:
     }
     total = math.fsum(gains.values())
     share = {domain: gain / total if total > 0.0 else 1.0 / len(gaps) for domain, gain in gains.items()}
-    uniform = (1.0 - config.alpha) / len(gaps)
+    uniform = (1.0 - alpha) / len(gaps)
     return weighted_mixture(
-        {d: (1.0 - EPSILON) * (config.alpha * share[d] + uniform) + EPSILON * lagging.probabilities[d] for d in gaps}
+        {d: (1.0 - EPSILON) * (alpha * share[d] + uniform) + EPSILON * lagging.probabilities[d] for d in gaps}
     )
 
 
-TRIALS: Mapping[str, Callable[[Measured, MixtureConfig], Mixture]] = {"velocity": velocity, "slope": slope}
+TRIALS: Mapping[str, Callable[[Measured, MixtureConfig], Mixture]] = {
+    "velocity": velocity,
+    "slope": slope,
+    "kept slope": kept_slope,
+}
 
 
 def _gaps(now: Measured) -> dict[str, float]:

@@ -109,7 +109,7 @@ class Sharded(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainData:
-    """The train split of every domain."""
+    """One split of every domain: train, or validation where the student is measured."""
 
     blocks: Mapping[str, BlockReader]
     targets: Mapping[str, TargetReader] | None

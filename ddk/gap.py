@@ -1,8 +1,13 @@
-"""The student's perplexity on a domain's validation blocks."""
+"""What is measured of the student on a domain's validation blocks: its perplexity, and its divergence from the teacher.
+
+Both come from one forward pass. The divergence is the loss's own (direction, tail, temperature), a mean over the same
+positions as the perplexity and without any γ: what the training minimises, on texts that it does not read.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,33 +15,64 @@ import torch
 
 from ddk.data import loss_mask
 from ddk.errors import UserError
+from ddk.loss import teacher_of
 from ddk.parallel import World
-from ddk.values import BlockReader, DomainGap
+from ddk.train_config import LossConfig
+from ddk.values import BlockReader, DomainGap, TargetReader
 
 _ROWS = 512
 """Of logits that are normalised at once."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """What the student was measured at on one domain's validation blocks."""
+
+    ppl: float
+    """exp(mean cross-entropy per token, natural log); infinite beyond what a float holds."""
+    kl: float | None = None
+    """Mean divergence from the teacher per token, in nats; None where no targets were given, or it is no finite
+    number."""
+
+
 def perplexity(student: Any, blocks: BlockReader, *, batch_size: int, world: World | None = None) -> float:
-    """ℓ = exp(mean cross-entropy per token, natural log) over all positions of the blocks that carry loss.
+    """ℓ of `held_out`, without targets; the arguments and errors are the same."""
+    return held_out(student, blocks, batch_size=batch_size, world=world).ppl
+
+
+@torch.no_grad()
+def held_out(
+    student: Any,
+    blocks: BlockReader,
+    targets: TargetReader | None = None,
+    loss: LossConfig | None = None,
+    *,
+    batch_size: int,
+    world: World | None = None,
+) -> HeldOut:
+    """Perplexity, and divergence from the teacher, over all positions of the blocks that carry loss.
 
     Args:
         student: a `ddk.student.StudentLoss`, or what `ddk.parallel.spread` makes of it; put into evaluation mode for
             the measurement and back afterwards.
         blocks: validation blocks [N, L + 1].
+        targets: of the same blocks; None measures the perplexity alone.
+        loss: the student's; needed with `targets`.
         batch_size: blocks a forward pass. Changes the speed, and the result only by rounding.
         world: the ranks that measure together, each its share.
 
     Raises:
-        ValueError: there are no blocks, or no position in them carries loss.
+        ValueError: there are no blocks, or no position in them carries loss; targets without a loss, or of another
+            number of blocks.
     """
+    if targets is not None and (loss is None or len(targets) != len(blocks)):
+        raise ValueError(f"{len(blocks)} blocks need as many targets, and the loss; there are {len(targets)}")
     if len(blocks) == 0:
         raise ValueError("perplexity needs at least one block")
     world = world or World()
     was_training = student.training
     student.eval()
-    found = torch.zeros(2, dtype=torch.float64, device=world.device)
+    found = torch.zeros(3, dtype=torch.float64, device=world.device)
     try:
         starts = list(range(0, len(blocks), batch_size))
         # Every rank passes as often, if need be over a batch that it does not count: FSDP gathers weights together.
@@ -48,18 +84,25 @@ def perplexity(student: Any, blocks: BlockReader, *, batch_size: int, world: Wor
             tokens = torch.from_numpy(blocks.read(indices).astype(np.int64)).to(world.device)
             valid_BL = loss_mask(blocks, indices)
             valid = None if valid_BL is None else torch.from_numpy(valid_BL).to(world.device)
-            _, ce, _ = student(tokens[:, :-1], tokens[:, 1:], valid)
+            teacher = None
+            if targets is not None and loss is not None:
+                teacher = teacher_of(targets.read(indices), loss, world.device)
+            _, ce, kl = student(tokens[:, :-1], tokens[:, 1:], valid, teacher)
             if number < len(starts):
                 found[0] += ce
-                found[1] += tokens[:, 1:].numel() if valid is None else valid.sum()
+                found[1] += kl
+                found[2] += tokens[:, 1:].numel() if valid is None else valid.sum()
     finally:
         student.train(was_training)
-    total, positions = world.total(found).tolist()
+    ce_sum, kl_sum, positions = world.total(found).tolist()
     if positions == 0:
         raise ValueError("perplexity needs at least one position that carries loss")
-    mean = total / positions
-    # Beyond 709 exp overflows: infinite, as `domain_gap` then says in words.
-    return math.inf if mean > 709.0 else math.exp(mean)
+    mean, kl_mean = ce_sum / positions, kl_sum / positions
+    return HeldOut(
+        # Beyond 709 exp overflows: infinite, as `domain_gap` then says in words.
+        ppl=math.inf if mean > 709.0 else math.exp(mean),
+        kl=kl_mean if targets is not None and math.isfinite(kl_mean) else None,
+    )
 
 
 @torch.no_grad()

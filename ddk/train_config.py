@@ -14,6 +14,10 @@ from ddk.section import MOST_STEPS, Section
 Parallel = Literal["ddp", "fsdp"]
 Tail = Literal["bucket", "renormalise", "residual", "sampled"]
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Overtrained = Literal["warn", "cap", "stop"]
+EPOCH_LIMIT = 4.0
+"""Muennighoff et al., NeurIPS 2023, 'Scaling Data-Constrained Language Models' (arXiv 2305.16264): up to four epochs,
+repeated text is worth nearly as much as new text."""
 
 
 class StudentConfig(Section):
@@ -142,6 +146,14 @@ class TrainConfig(Section):
     """Amount of data that is shuffled together, over all domains, in MiB (decoded; on S3 it is about a third of that).
     In each epoch, a domain's shards are read in random order, as many at a time as fit into this amount, so that each
     shard is fetched once. Domains that fit entirely are shuffled as a whole."""
+    overtrained: Overtrained = "warn"
+    """What happens once a domain is seen too often (docs/training.md describes the alarms). 'warn' says so and goes on;
+    'cap' draws the domain no more often than the floor of the mixture, (1 − α)/N, from then on; 'stop' ends the run at
+    that measurement."""
+    epoch_limit: float | None = Field(default=EPOCH_LIMIT, gt=0.0, le=1e9)
+    """Number of epochs (times that a domain's train blocks were read) beyond which a domain is seen too often; null
+    leaves the number out. Source of the default: Muennighoff et al. 2023, 'Scaling Data-Constrained Language
+    Models'."""
     log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
     """Number of steps between log lines. There is also a line at the end of each interval."""
 

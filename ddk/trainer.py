@@ -20,18 +20,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ddk.data import Batch, TrainData, prefetch
 from ddk.errors import UserError
-from ddk.gap import perplexity
+from ddk.gap import HeldOut, held_out
 from ddk.loss import Teacher, position_gamma, teacher_of
 from ddk.parallel import Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
+from ddk.selection import block_losses
 from ddk.student import StudentLoss, layers_of
 from ddk.train_config import LossConfig, TrainConfig
-from ddk.values import BlockReader, BoolArray, Draw, Mixture
+from ddk.values import BlockReader, BoolArray, Draw, Mixture, TargetReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,18 +237,36 @@ class Trainer:
         self.state = replace(self.state, mixture_versions=(*self.state.mixture_versions, version))
 
     def perplexity(self, blocks: BlockReader) -> float:
-        """ℓ of the student as it is now; every rank measures its share of the blocks and learns the result.
+        """ℓ of the student as it is now; see `held_out`."""
+        return self.held_out(blocks).ppl
+
+    def held_out(self, blocks: BlockReader, targets: TargetReader | None = None) -> HeldOut:
+        """ℓ of the student as it is now, and its divergence from the teacher where there are targets of the blocks.
+
+        Every rank measures its share of the blocks and learns the result.
 
         Raises:
-            ValueError: there are no blocks.
+            ValueError: there are no blocks, or not as many targets.
         """
         with self.autocast:
-            return perplexity(
+            return held_out(
                 self._student,
                 blocks,
+                targets,
+                self.loss,
                 batch_size=self.config.micro_batch_size or self._share,
                 world=self.world,
             )
+
+    def block_losses(self, blocks: BlockReader, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Mean cross-entropy of each block under the student as it is now; see `ddk.selection.block_losses`."""
+        was_training = self._student.training
+        self._student.eval()
+        try:
+            with self.autocast:
+                return block_losses(self._student, blocks, indices, self.device)
+        finally:
+            self._student.train(was_training)
 
     def _plan(self, mixture: Mixture, steps: int) -> tuple[list[Sequence[Draw]], list[SamplerState]]:
         """This rank's share of every batch, and the state after it."""

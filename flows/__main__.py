@@ -1,10 +1,11 @@
 """The `ddk` command.
 
     ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
-    ddk distill CONFIG          run all stages: pack, cache, train, report
-    ddk pack|cache|train|gap|report CONFIG      run one stage
+    ddk distill CONFIG          run all stages: pack, cache, select, train, report
+    ddk pack|cache|select|train|gap|report CONFIG      run one stage
     ddk eval CONFIG             benchmark the student before and after distillation, and the teacher
     ddk compare CONFIG          run several methods and seeds on one teacher cache, and compare them
+    ddk law CONFIG              fit a scaling law to runs; `ddk law mixture|tokens|size CONFIG` answer from it
     ddk plan CONFIG             show which stages are complete, stale or missing, and why; runs nothing
     ddk plan CONFIG --cost      estimate disk, GPU memory and GPU hours; needs no data and no weights
     ddk serve CONFIG            serve every stage as a deployment from this process, for development

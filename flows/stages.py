@@ -1,6 +1,7 @@
 """The pipelines as Prefect flows. Each takes sections of the configuration as its parameters.
 
     pack_corpus    documents → blocks            cache_teacher   blocks → teacher targets
+    select_blocks  blocks and targets → which blocks to train on, of domains with `select`
     train          intervals of training, each followed by gap and mixture; ends with student and report
     rebalance      gap of the newest checkpoint → the next mixture
     report         a run's report, at any time   distill         all of it, in order
@@ -37,15 +38,18 @@ from tasks.packing.pack_corpus import pack_corpus as pack_domain
 from tasks.packing.pack_rows import pack_rows
 from tasks.planning.complete_runs import remember_complete
 from tasks.planning.preflight import check_student_if_there
+from tasks.planning.selection_plan import plan_selections
 from tasks.planning.store_plan import Plan, plan_stores
 from tasks.running.loopback import loopback_past_proxies
 from tasks.running.plain_errors import plain_errors
 from tasks.running.sharing import alone
 from tasks.running.storage_block import use_storage_block
+from tasks.selecting.select_blocks import select_domain
 from tasks.showing.progress import logger
 from tasks.teachers.config import TeacherConfig
 from tasks.teachers.sources import open_teacher
 from tasks.training.finish import report_run, save_final_student
+from tasks.training.overtraining import reason_to_stop
 from tasks.training.run_inputs import RunInputs, check_leaves_of_mixture, check_run
 from tasks.training.session import StudentSession, evaluate_gap, train_interval, update_mixture
 
@@ -189,6 +193,31 @@ def cache_teacher(
         ]
 
 
+@by_sections(name="select-blocks", flow_run_name="select {run}")
+def select_blocks(config: Config) -> list[dict[str, Any]]:
+    """Choose the train blocks of every domain with `select`; needs complete stores of blocks and targets.
+
+    Returns:
+        What `tasks.selecting.select_blocks.select_domain` says of each such domain.
+    """
+    plan = plan_of(config)
+    found = plan_selections(config.root, plan, config.student)
+    done = [select_domain(config.root, plan, one, config.student, config.train) for one in found.values()]
+    for domain, times in repeats(config, {one["domain"]: one["kept"] for one in done}, len(plan.domains)).items():
+        logger.warning(
+            "select %s: drawn as often as the others, each kept block is trained on %.1f times in this run; keep more, "
+            "or train fewer steps, where that is too often",
+            *(domain, times),
+        )
+    return done
+
+
+def repeats(config: Config, kept: Mapping[str, int], domains: int) -> dict[str, float]:
+    """How often each kept block would be drawn under equal sampling, of the domains where that is more than once."""
+    each = config.train.steps * config.train.batch_size / domains
+    return {domain: each / count for domain, count in kept.items() if each > count}
+
+
 @by_sections(name="train-student", flow_run_name="train {run}")
 def train_student(config: Config, force: Force = False) -> dict[str, Any]:
     """Train the student interval by interval; needs complete stores of blocks and targets.
@@ -251,6 +280,8 @@ def distill(config: Config) -> dict[str, Any]:
             check_run(config.settings, plan)
             stores = (config.root, config.domains, config.teacher, config.packing, config.storage_block)
             stage(*stores, student=config.student)
+        if any(corpus.block_select is not None for corpus in config.domains.values()):
+            select_blocks(**flow_parameters(config))
         result: dict[str, Any] = train_student(**flow_parameters(config))
     if digest == config.sources.digest():  # nothing has changed while it ran
         remember_complete(config.sources, plan.urls, digest)
@@ -317,15 +348,26 @@ def _as_it_was_saved(session: StudentSession, summary: Mapping[str, Any]) -> str
     return save_final_student(session, summary["stopped_early"])
 
 
+def _reason_to_stop(session: StudentSession, record: MixtureRecord) -> str | None:
+    stop_ratio = session.settings.mixture.stop_ratio
+    if caught_up(record.gaps, stop_ratio):
+        return f"every domain's ratio is at or below mixture.stop_ratio {stop_ratio} at step {record.step}"
+    if session.settings.train.overtrained == "warn":
+        return None
+    return reason_to_stop(session.settings, session.history.records())
+
+
 def _train_to_the_end(session: StudentSession) -> str | None:
     """Interval by interval. Returns why it stopped before its last step, or None."""
-    stop_ratio = session.settings.mixture.stop_ratio
     while True:
         record = _mixture_now(session)
         if session.done:
             return None
-        if caught_up(record.gaps, stop_ratio):
-            return f"every domain's ratio is at or below mixture.stop_ratio {stop_ratio} at step {record.step}"
+        reason = _reason_to_stop(session, record)
+        if reason is not None:
+            if record.step != session.step:  # measured elsewhere: the final student has to be measured too
+                _measure(session)
+            return reason
         try:
             train_interval(session, record, session.step)
         except FloatingPointError as error:

@@ -21,6 +21,8 @@ Laws = Mapping[str, Law]
 _LEAST = 1e-4
 """Share that every domain keeps, where nothing asks for more."""
 _BISECTIONS = 80
+_TIE = 1e-3
+"""Weight of the mean loss beside the largest gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +254,10 @@ def _minimum(
     worst = objective.kind == "worst"
 
     def value(x: Vector) -> float:
-        return float(x[-1]) if worst else objective.value(losses(x), losses(x) - goal, domains)
+        # Where the worst domain has all that it may have, the others' shares would be arbitrary: their mean decides.
+        if worst:
+            return float(x[-1]) + _TIE * float(losses(x[:count]).mean())
+        return objective.value(losses(x), losses(x) - goal, domains)
 
     constraints: list[LinearConstraint | NonlinearConstraint] = [
         LinearConstraint(np.array([[*np.ones(count), *([0.0] if worst else [])]]), 1.0, 1.0)

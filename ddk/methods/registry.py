@@ -28,7 +28,7 @@ from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
 from ddk.methods.minillm import MINILLM
 from ddk.methods.retain import DDK_RETAIN
 from ddk.methods.ted import TED
-from ddk.mixture import MixtureConfig, fixed_mixture, proportional_mixture
+from ddk.mixture import MixtureConfig, equal_mixture, fixed_mixture, proportional_mixture
 from ddk.train_config import LossConfig
 from ddk.values import DomainGap, Mixture
 
@@ -154,6 +154,20 @@ def _of_the_gap(
         mixture = _mixture_after(method, played, interval.gaps, alone, sizes, None, progress, None)
         played.append(replace(interval, mixture=mixture))
     return _mixture_after(method, played, gaps, alone, sizes, None, progress, None)
+
+
+def smallest_mixture(method: MethodName, config: MixtureConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The floor of the mixture, by leaf: (1 − α)/N, and with `config.level` its share of that of its domain.
+
+    Below this, neither Eq. 2 nor ddk_retain draws a domain; other methods have floors of their own, or none.
+
+    Args:
+        sizes: train blocks by domain.
+    """
+    alpha = config.retain_alpha if method == "ddk_retain" else config.alpha
+    equal = equal_mixture(sizes if config.level is None else rolled_up_counts(sizes, config.level))
+    spread = equal if config.level is None else spread_mixture(equal, sizes, config.level)
+    return {domain: (1.0 - alpha) * p for domain, p in spread.probabilities.items()}
 
 
 def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, domains: Collection[str]) -> None:

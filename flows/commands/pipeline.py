@@ -45,9 +45,9 @@ def quickstart(
     _show_result(config, _again(os.path.relpath(path), overrides, root))
 
 
-@app.command(short_help="Run every stage in order: pack, cache, train, report.")
+@app.command(short_help="Run every stage in order: pack, cache, select, train, report.")
 def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
-    """Run every stage in order: pack, cache, train, report. Complete stages are skipped."""
+    """Run every stage in order: pack, cache, select, train, report. Complete stages are skipped."""
     loaded = load(config, overrides, root, run)
     _distill(loaded)
     _show_result(loaded, _again(config, overrides, root))
@@ -73,6 +73,17 @@ def cache(config: ConfigPath, overrides: Overrides = None, root: Root = None, fo
             f"{done['domain']}: {done['shards_written']} shards written, teacher perplexity "
             f"{done['teacher_ppl']:.3f}, {100 * done['retained_mass']:.2f}% of its probability kept  {done['url']}"
         )
+
+
+@app.command(short_help="Choose the train blocks of the domains that have `select`.")
+def select(config: ConfigPath, overrides: Overrides = None, root: Root = None) -> None:
+    """Choose which train blocks of each domain with `select` the student is trained on; an interrupted call resumes."""
+    loaded = load(config, overrides, root, None)
+    done = run_flow("select_blocks", loaded)
+    for one in done:
+        say(f"{one['domain']}: {one['kept']:,} of {one['blocks']:,} blocks kept  {one['url']}")
+    if not done:
+        say("no domain has select (difference or trajectory), so that all blocks are used")
 
 
 @app.command(short_help="Train the student on the cached targets.")

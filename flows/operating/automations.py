@@ -38,7 +38,7 @@ SILENCE = 3 * SLOWEST_HEARTBEAT
 """Seconds without a heartbeat after which a run counts as dead. Three of the slowest, so that neither one that is lost
 nor a process that computes without a pause, or a server that starts anew, makes a healthy run look dead."""
 FLOWS = (
-    *("pack-corpus", "cache-teacher", "train-student", "rebalance", "distill", "report"),
+    *("pack-corpus", "cache-teacher", "select-blocks", "train-student", "rebalance", "distill", "report"),
     *("import-targets", "replay-targets", "compare", "evaluate"),
 )
 """Names of all flows of this project: those of others on the same server are not touched."""

@@ -112,6 +112,7 @@ def say_that_it_crashed(run: UUID) -> None:
 
 pack_corpus = deployable(stages.pack_corpus)
 cache_teacher = deployable(stages.cache_teacher)
+select_blocks = deployable(stages.select_blocks)
 train_student = deployable(stages.train_student)
 rebalance = deployable(stages.rebalance)
 distill = deployable(stages.distill)
@@ -121,6 +122,7 @@ evaluate = deployable(evaluating.evaluate)
 DEPLOYABLE: Mapping[str, Flow[..., Any]] = {
     "pack-corpus": pack_corpus,
     "cache-teacher": cache_teacher,
+    "select-blocks": select_blocks,
     "train-student": train_student,
     "rebalance": rebalance,
     "distill": distill,

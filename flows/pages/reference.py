@@ -39,6 +39,8 @@ def _sections(within: type[BaseModel], prefix: str = "") -> Iterator[str]:
             title = f"{prefix}{name}.<domain>" if get_origin(field.annotation) is dict else f"{prefix}{name}"
             yield from _section(f"`{title}`", model)
             yield from _sections(model, f"{title}.")
+        for model in _choices_of(field.annotation):
+            yield from _section(f"`{prefix}{name}` {_tag_of(model)}", model)
 
 
 def _section(title: str, model: type[BaseModel]) -> Iterator[str]:
@@ -55,6 +57,8 @@ def _section(title: str, model: type[BaseModel]) -> Iterator[str]:
 
 def _type(field: FieldInfo) -> str:
     section = _model_of(field.annotation)
+    if _choices_of(field.annotation):
+        return "section"
     if section is not None:
         return "sections" if get_origin(field.annotation) is dict else "section"
     return _named(field.annotation).replace("|", "\\|")
@@ -85,6 +89,20 @@ def _default(field: FieldInfo) -> str:
     return "null" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def _choices_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that one field may hold, told apart by their first field."""
+    found = [_model_of(part) for part in get_args(annotation)]
+    models = [model for model in found if model is not None]
+    nested = [model for part in get_args(annotation) if _model_of(part) is None for model in _choices_of(part)]
+    return nested or (models if len(models) > 1 else [])
+
+
+def _tag_of(model: type[BaseModel]) -> str:
+    """`by: difference`."""
+    name, field = next(iter(model.model_fields.items()))
+    return f"with `{name}: {get_args(field.annotation)[0]}`"
+
+
 def _model_of(annotation: Any) -> type[BaseModel] | None:
     """The section behind a field, also where it is one a domain."""
     for candidate in (annotation, *get_args(annotation)):
@@ -94,5 +112,6 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 
 
 if __name__ == "__main__":
+    page = render()  # first: an error must not leave an empty page
     with open(PATH, "w", encoding="utf-8") as file:
-        file.write(render())
+        file.write(page)

@@ -95,5 +95,6 @@ def _fields(config: Config, model: str, weights: dict[str, float] | str) -> dict
         "mixture.weights": weights,
         "mixture.interval": max(1, config.train.steps // MEASUREMENTS),
         "mixture.stop_ratio": None,
+        "train.overtrained": "warn",
         "train.min_learning_rate": config.train.learning_rate,
     }

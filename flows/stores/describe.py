@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from ddk.errors import UserError
 from ddk.values import SPLITS, worst_gap
 from storage.runs.folder import RunFolder, run_at
-from storage.runs.mixtures import MixtureHistory
+from storage.runs.mixtures import MixtureHistory, MixtureRecord
 from storage.stores.codec import PLAIN
 from storage.stores.manifest import StoreWriter, read_manifest
 from storage.stores.schema import Manifest
 from storage.targets import distortion, teacher_perplexity
+from tasks.reporting.overtraining import alarms_of, epoch_limit_of, said
 
 
 def describe(url: str) -> Iterator[str]:
@@ -49,7 +51,9 @@ def _store(url: str, manifest: Manifest) -> Iterator[str]:
         blocks = manifest.splits[split].blocks
         positions = blocks * manifest.dims["seq_len"]
         yield f"{split}: {blocks:,} blocks, {positions:,} positions, {len(shards)} shards"
-        sizes = {name: sum(shard.objects[name].bytes for shard in shards) for name in shards[0].objects}
+        sizes = {
+            name: sum(shard.objects[name].bytes for shard in shards) for name in (shards[0].objects if shards else ())
+        }
         for name, size in sizes.items():
             yield f"  {name}: {size:,} bytes, {size / positions:.1f} a position"
         if len(sizes) > 1:
@@ -79,12 +83,25 @@ def _targets(url: str, manifest: Manifest) -> Iterator[str]:
 def _run(folder: RunFolder, config: dict[str, Any]) -> Iterator[str]:
     summary = folder.summary()
     yield f"run {folder.name}, method {config['method']}, " + ("complete" if summary else "not finished")
-    for record in MixtureHistory(folder.url).records():
+    records = MixtureHistory(folder.url).records()
+    raised = alarms_of(records, epoch_limit_of(config))
+    for record in records:
         worst = worst_gap(record.gaps)
         mixture = ", ".join(f"{domain} {probability:.3f}" for domain, probability in record.probabilities.items())
         measured = f"worst ratio {worst.ratio:.3f} ({worst.domain})"
         yield f"version {record.version} at step {record.step}: {measured}; {mixture}"
+        if record.train_blocks:
+            yield "  " + "; ".join(_seen(record, domain, blocks) for domain, blocks in record.train_blocks.items())
+        yield from (f"  seen too often: {said(alarm)}" for alarm in raised if alarm.step == record.step)
     yield from _nested("config", config)
+
+
+def _seen(record: MixtureRecord, domain: str, blocks: int) -> str:
+    """'math 4.8 epochs, held-out CE 5.1942, KL 1.1381'."""
+    found = f"{domain} {record.blocks_drawn.get(domain, 0) / blocks:.1f} epochs"
+    found += f", held-out CE {math.log(record.perplexities[domain].student):.4f}"
+    kl = (record.kl or {}).get(domain)
+    return found if kl is None else f"{found}, KL {kl:.4f}"
 
 
 def _nested(name: str, value: Any, indent: int = 0) -> Iterator[str]:

@@ -21,6 +21,7 @@ from storage.stores.layout import Kind
 from storage.stores.manifest import read_manifest
 from storage.stores.schema import Manifest
 from tasks.planning.complete_runs import remember_complete
+from tasks.planning.selection_plan import SelectionPlan, plan_selections
 from tasks.planning.store_plan import Plan, plan_stores
 from tasks.planning.text_ends import say_ends
 from tasks.training.accuracies import read_accuracies, say_what_does_not_match
@@ -41,6 +42,8 @@ def plan_stages(config: Config) -> list[StagePlan]:
     check_leaves_of_mixture(config.settings, plan)
     say_ends("plan", plan.ends)
     stores = [_store(config.root, plan, domain, kind) for kind in ("blocks", "targets") for domain in plan.domains]
+    selections = plan_selections(config.root, plan, config.student).values()
+    stores += [_selection(one) for one in selections]
     stages = [*stores, _run(config, plan, stores)]
     if all(one.state == "complete" for one in stages):
         remember_complete(config.sources, plan.urls, config.sources.digest())
@@ -62,6 +65,16 @@ def _store(root: str, plan: Plan, domain: str, kind: Kind) -> StagePlan:
     if closest is None:
         return StagePlan(stage=stage, of=domain, state="missing", why="", url=url)
     return StagePlan(stage=stage, of=domain, state="stale", why=_named(closest), url=url)
+
+
+def _selection(selection: SelectionPlan) -> StagePlan:
+    url, domain = selection.selection_url, selection.domain
+    manifest = read_manifest(url)
+    if manifest is not None and manifest.complete:
+        kept, blocks = manifest.splits["train"].blocks, manifest.facts["blocks"]
+        return StagePlan(stage="select", of=domain, state="complete", why=f"{kept:,} of {blocks:,} blocks", url=url)
+    begun = manifest is not None or read_manifest(selection.scores_url) is not None
+    return StagePlan(stage="select", of=domain, state="unfinished" if begun else "missing", why="", url=url)
 
 
 def _others(root: str, domain: str, kind: Kind) -> Iterator[Manifest]:

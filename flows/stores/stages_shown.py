@@ -24,7 +24,7 @@ from storage.runs.folder import RunFolder
 from storage.stores.schema import Manifest
 from tasks.planning.complete_runs import find_complete
 
-Stage = Literal["pack", "cache", "train"]
+Stage = Literal["pack", "cache", "select", "train"]
 State = Literal["complete", "unfinished", "stale", "missing"]
 
 
@@ -78,5 +78,7 @@ def render(stages: list[StagePlan]) -> Iterator[str]:
     left = [one for one in stages if one.state != "complete"]
     yield "" if left else "nothing to do"
     if left:
-        by_stage = {stage: [one.of for one in left if one.stage == stage] for stage in ("pack", "cache", "train")}
+        by_stage = {
+            stage: [one.of for one in left if one.stage == stage] for stage in ("pack", "cache", "select", "train")
+        }
         yield "to do: " + "; ".join(f"{stage} {', '.join(names)}" for stage, names in by_stage.items() if names)

@@ -11,7 +11,8 @@ from storage.errors import StoreDamagedError, StoreError
 from storage.files import uri
 from storage.runs.folder import run_at
 from storage.runs.reports import ComparisonFolder, LawFolder
-from storage.stores.manifest import COPY, MANIFEST, read_manifest, sound_copy
+from storage.stores.layout import KINDS
+from storage.stores.manifest import COPY, MANIFEST, STAGE, read_manifest, sound_copy
 from storage.stores.schema import Manifest
 from tasks.showing.progress import meter
 
@@ -64,7 +65,8 @@ def _verify_store(store: str, *, full: bool, repair: bool, say: Callable[[str], 
         say(str(error))
         return False
     if manifest is None:
-        stage = "ddk pack CONFIG" if "/blocks/" in store else "ddk cache CONFIG"
+        stages = (STAGE[kind] for kind in KINDS if f"/{kind}/" in store)
+        stage = f"{next(stages, STAGE['targets'])} CONFIG"
         say(str(broken) if broken else f"{store}: manifest.json is missing; `{stage}` makes the store again")
         return False
     with meter(f"verify {store.rsplit('/', 1)[-1]}", total_bytes(store, manifest), "bytes") as progress:
@@ -127,7 +129,7 @@ def told(store: str, manifest: Manifest, damages: list[Damage], *, repair: bool)
 
 
 def _stage(manifest: Manifest) -> str:
-    return "ddk pack CONFIG" if manifest.kind == "blocks" else "ddk cache CONFIG"
+    return f"{STAGE[manifest.kind]} CONFIG"
 
 
 def _is_store(url: str) -> bool:
@@ -136,7 +138,7 @@ def _is_store(url: str) -> bool:
 
 def _stores(url: str) -> Iterator[str]:
     """Every store below a root, also one whose manifest is lost."""
-    for kind in ("blocks", "targets"):
+    for kind in KINDS:
         for fingerprint in uri.list_names(uri.join(url, kind)):
             for name in uri.list_names(uri.join(url, kind, fingerprint)):
                 if name.endswith(".zarr"):

@@ -21,7 +21,7 @@ from storage.runs.folder import RunFolder
 from storage.runs.listing import Listing
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
 from storage.runs.reports import ComparisonFolder, LawFolder, ReportFolder
-from storage.stores.manifest import read_manifest
+from storage.stores.manifest import STAGE, read_manifest
 
 _RETRAIN = "run the same `ddk train` again"
 _T = TypeVar("_T")
@@ -145,7 +145,8 @@ class _RunAudit(_Audit):
     def _stores(self, identity: dict[str, Any]) -> None:
         stores = identity.get("stores")
         for domain, fingerprints in (stores if isinstance(stores, dict) else {}).items():
-            for kind, stage in (("blocks", "ddk pack"), ("targets", "ddk cache")):
+            for kind in ("blocks", "targets", *(("selections",) if "selections" in fingerprints else ())):
+                stage = STAGE[kind]
                 url = uri.join(self._root, kind, str(fingerprints.get(kind)), store_name(domain))
                 manifest = self.read(url, partial(read_manifest, url))
                 if manifest is None and not uri.list_names(url):

@@ -10,6 +10,7 @@ whose records have them.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ class Text(NamedTuple):
     text: str
     prompt: str
     """What comes before the text; empty where there is none, or no field for it."""
+    value: float | None = None
+    """A number that the record carries; None without a field for it."""
 
 
 def iter_documents(
@@ -40,6 +43,7 @@ def iter_documents(
     start: int = 0,
     on_bytes: OnBytes | None = None,
     prompt_field: str | None = None,
+    value_field: str | None = None,
 ) -> Iterator[Text]:
     """Every document whose record number is at least `start`.
 
@@ -52,7 +56,7 @@ def iter_documents(
             text, not UTF-8, a truncated or corrupt file, a file that is no longer there, a prompt's field of a text
             file.
     """
-    for _, document in _iter(file, _Fields(text_field, prompt_field), start, on_bytes):
+    for _, document in _iter(file, _Fields(text_field, prompt_field, None, value_field), start, on_bytes):
         yield document
 
 
@@ -62,18 +66,19 @@ def iter_filed(
     path_field: str,
     on_bytes: OnBytes | None = None,
     prompt_field: str | None = None,
+    value_field: str | None = None,
 ) -> Iterator[tuple[str, Text]]:
     """As `iter_documents`, each with the path that its record has (`storage.corpus.record_paths.record_path`).
 
     Raises:
         UserError: also for a record without a path, or with a value that is not a path.
     """
-    yield from _iter(file, _Fields(text_field, prompt_field, path_field), 0, on_bytes)
+    yield from _iter(file, _Fields(text_field, prompt_field, path_field, value_field), 0, on_bytes)
 
 
 def _iter(file: CorpusFile, fields: _Fields, start: int, on_bytes: OnBytes | None) -> Iterator[tuple[str, Text]]:
     """Path and document; the path is empty where there is no field for it."""
-    check_fields(file, fields.prompt, path_field=fields.path)
+    check_fields(file, fields.prompt, path_field=fields.path, value_field=fields.value)
     kind, compression = file_format(file)
     with opened(file, on_bytes) as stored:
         if kind == "parquet":
@@ -93,10 +98,16 @@ class _Fields(NamedTuple):
     text: str
     prompt: str | None = None
     path: str | None = None
+    value: str | None = None
 
     def settings(self) -> Iterator[tuple[str, str]]:
         """Each name, and what it is called in the configuration."""
-        for name, setting in ((self.text, "text_field"), (self.prompt, "prompt_field"), (self.path, "path_field")):
+        for name, setting in (
+            (self.text, "text_field"),
+            (self.prompt, "prompt_field"),
+            (self.path, "path_field"),
+            (self.value, "select.field"),
+        ):
             if name is not None:
                 yield name, setting
 
@@ -123,7 +134,17 @@ def _json_records(
             has_prompt = fields.prompt is not None and record[fields.prompt] is not None
             prompt = _json_text(record, place, str(fields.prompt)) if has_prompt else ""
             path = _path(_json_text(record, place, fields.path), fields.path, place) if fields.path is not None else ""
-            yield path, Text(number, text, prompt)
+            value = None if fields.value is None else _number(record[fields.value], fields.value, place)
+            yield path, Text(number, text, prompt, value)
+
+
+def _number(value: Any, name: str, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(
+            f"{place}: field '{name}' is {str(value)[:40]!r} and not a finite number; correct or remove the record, or "
+            f"name another field as select.field"
+        )
+    return float(value)
 
 
 def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
@@ -142,6 +163,7 @@ def _json_record(line: str, place: str, fields: _Fields) -> dict[str, Any]:
             also = {
                 "prompt_field": ", or give the record one (null for no prompt)",
                 "path_field": ", or give the record one",
+                "select.field": ", or give the record one",
             }.get(setting, "")
             there = _listed(record)
             raise UserError(f"{place}: no field '{name}'; set {setting} to one that is there{also}: {there}")
@@ -241,6 +263,10 @@ def _check_column(schema: Any, file: CorpusFile, column: str, setting: str) -> N
     if (times := schema.names.count(column)) > 1:
         raise UserError(f"{file.url}: {times} columns are called '{column}'; rename or remove all but the one meant")
     kind = schema.field(column).type
+    if setting == "select.field":
+        if not (pt.is_integer(kind) or pt.is_floating(kind)):
+            raise UserError(f"{file.url}: column '{column}' holds {kind}, not numbers; name another as {setting}")
+        return
     if pt.is_dictionary(kind):
         kind = kind.value_type
     if pt.is_null(kind) and setting == "prompt_field":  # no row has a prompt
@@ -255,13 +281,15 @@ def _row_text(row: int, cells: Sequence[Any], place: str, fields: _Fields) -> tu
     Args:
         cells: of the columns that `fields` names, in its order.
     """
-    found = {name: _cell_text(cell, place, name) for (name, _), cell in zip(fields.settings(), cells, strict=True)}
+    by_name = {name: cell for (name, _), cell in zip(fields.settings(), cells, strict=True)}
+    found = {name: _cell_text(cell, place, name) for name, cell in by_name.items() if name != fields.value}
     for name in (fields.text, fields.path):
         if name is not None and found[name] is None:
             raise UserError(f"{place}: column '{name}' is null; fill or remove such rows")
     path = "" if fields.path is None else _path(str(found[fields.path]), fields.path, place)
     prompt = None if fields.prompt is None else found[fields.prompt]
-    return path, Text(row, str(found[fields.text]), prompt or "")
+    value = None if fields.value is None else _number(by_name[fields.value].as_py(), fields.value, place)
+    return path, Text(row, str(found[fields.text]), prompt or "", value)
 
 
 def _cell_text(cell: Any, place: str, column: str) -> str | None:

@@ -29,6 +29,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ddk.errors import UserError
 from ddk.section import Section
+from storage.corpus.selecting import BlockSelect, ByField, Select
 from storage.errors import StoreError, explained
 from storage.files import uri
 
@@ -72,6 +73,10 @@ class DomainConfig(Section):
     """Largest number of train blocks (of each leaf, if there is a path_field). If empty, all are used."""
     max_validation_blocks: int | None = Field(default=None, ge=1, le=10**12)
     """Largest number of validation blocks (of each leaf, if there is a path_field). If empty, all are used."""
+    select: Select | None = None
+    """Which of the domain's train data to use. `{by: difference, keep: 0.5}` and `{by: trajectory, keep: 0.1, run:
+    NAME}` keep the best blocks (`ddk select`); `{by: field, field: quality, at_least: 0.6}` keeps the records whose
+    field is large enough. By default, all are used. See docs/selecting.md."""
     targets: Literal["teacher", "topk", "distillkit"] = "teacher"
     """Where the teacher's predictions come from. 'teacher' captures them. With the other values, the files (.parquet or
     .jsonl) already hold rows of tokens with a teacher's predictions: lists of the top k ('topk'), or DistillKit's
@@ -127,6 +132,39 @@ class DomainConfig(Section):
             raise ValueError(f"path_field and {twice[0]} are both '{self.path_field}'; each is a field of its own")
         return self
 
+    @model_validator(mode="after")
+    def _a_value_is_a_field_of_documents(self) -> DomainConfig:
+        if self.value_field is None:
+            return self
+        if self.imported:
+            raise ValueError(
+                f"select.by: field applies only to documents, and targets: {self.targets} takes rows of tokens; choose "
+                f"among the rows beforehand"
+            )
+        if self.value_field in (self.text_field, self.prompt_field, self.path_field):
+            raise ValueError(
+                f"select.field is '{self.value_field}', which holds text; name a field that holds a number"
+            )
+        return self
+
+    @property
+    def value_field(self) -> str | None:
+        """Name of the field that decides which records are packed."""
+        return self.select.field if isinstance(self.select, ByField) else None
+
+    @property
+    def block_select(self) -> BlockSelect | None:
+        """How blocks are chosen; None where all that are packed are used."""
+        return None if isinstance(self.select, ByField) else self.select
+
+    def keeps(self, value: float | None) -> bool:
+        """Whether a record for training is packed.
+
+        Args:
+            value: of its `value_field`.
+        """
+        return not isinstance(self.select, ByField) or value is None or value >= self.select.at_least
+
     @property
     def imported(self) -> bool:
         """Whether the files hold a teacher's predictions already."""
@@ -145,7 +183,11 @@ class CorpusFile:
 
 
 def resolve_files(
-    patterns: Sequence[str], domain: str, prompt_field: str | None = None, path_field: str | None = None
+    patterns: Sequence[str],
+    domain: str,
+    prompt_field: str | None = None,
+    path_field: str | None = None,
+    value_field: str | None = None,
 ) -> list[CorpusFile]:
     """The files that the patterns match: sorted by URL, each once, local ones as absolute paths.
 
@@ -155,7 +197,7 @@ def resolve_files(
     """
     found = {file.url: file for pattern in patterns for file in _expand(pattern, domain)}
     for file in found.values():
-        check_fields(file, prompt_field, f"domain '{domain}': ", path_field)
+        check_fields(file, prompt_field, f"domain '{domain}': ", path_field, value_field)
     return [found[url] for url in sorted(found)]
 
 
@@ -244,8 +286,14 @@ def file_format(file: CorpusFile, place: str = "") -> tuple[str, str]:
     return kind, compression
 
 
-def check_fields(file: CorpusFile, prompt_field: str | None, place: str = "", path_field: str | None = None) -> None:
-    """That the file's kind is known, and has fields where one is to hold the prompt or the path.
+def check_fields(
+    file: CorpusFile,
+    prompt_field: str | None,
+    place: str = "",
+    path_field: str | None = None,
+    value_field: str | None = None,
+) -> None:
+    """That the file's kind is known, and has fields where one is to hold the prompt, the path or a number.
 
     Raises:
         UserError: it is not so; the message begins with `place`.
@@ -257,6 +305,11 @@ def check_fields(file: CorpusFile, prompt_field: str | None, place: str = "", pa
                 f"{place}{file.url} holds plain text, which has no field '{field}'; {what}_field goes with .jsonl and "
                 f".parquet files: leave it out, or put {what} and text into fields"
             )
+    if plain and value_field is not None:
+        raise UserError(
+            f"{place}{file.url} holds plain text, which has no field '{value_field}'; select.by: field goes with "
+            f".jsonl and .parquet files"
+        )
 
 
 def domain_seed(domain: str) -> int:

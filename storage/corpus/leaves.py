@@ -83,7 +83,10 @@ def _leaf(path: str, fact: Any) -> Leaf | None:
 
 def _key(file: CorpusFile, sha256: str, config: DomainConfig) -> str:
     fields = config.model_dump(include={"text_field", "prompt_field", "path_field", "path_depth"})
-    return fingerprint({"version": LEAF_VERSION, "sha256": sha256, "format": list(file_format(file)), **fields})
+    value = {} if config.value_field is None else {"value_field": config.value_field}
+    return fingerprint(
+        {"version": LEAF_VERSION, "sha256": sha256, "format": list(file_format(file)), **fields, **value}
+    )
 
 
 def read_leaves(file: CorpusFile, config: DomainConfig, on_bytes: OnBytes | None = None) -> dict[str, Leaf]:
@@ -100,6 +103,8 @@ def read_leaves(file: CorpusFile, config: DomainConfig, on_bytes: OnBytes | None
             counts[path], hashes[path] = 0, hashlib.sha256()
         counts[path] += 1
         hashes[path].update(_content(document))
+        if document.value is not None:
+            hashes[path].update(repr(document.value).encode())
     return {path: Leaf(counts[path], hashes[path].hexdigest()) for path in sorted(counts)}
 
 
@@ -109,7 +114,9 @@ def iter_leaf_documents(
     """Each document of a file with the path of its leaf, below the domain."""
     if config.path_field is None:
         raise ValueError("only a domain with a path_field has leaves")
-    for path, document in iter_filed(file, config.text_field, config.path_field, on_bytes, config.prompt_field):
+    for path, document in iter_filed(
+        file, config.text_field, config.path_field, on_bytes, config.prompt_field, config.value_field
+    ):
         yield cut_path(path, config.path_depth), document
 
 

@@ -299,7 +299,8 @@ def _decode(part: _Wanted, chunks: Sequence[bytes], result: Array) -> str | None
         if len(chunk) < 4 or not _crc_holds(chunk):
             return "its checksum does not hold"
         try:
-            blosc.decompress(chunk[:-4], result[place])
+            # A slice: where a block's part is one number, `result[place]` would be a copy of it.
+            blosc.decompress(chunk[:-4], result[place : place + 1])
         except (ValueError, RuntimeError) as error:
             return str(error)
     return None

@@ -18,7 +18,7 @@ from storage.reading.shards import ShardDamagedError, ShardReader
 from storage.stores import compact
 from storage.stores.codec import PLAIN, UNKNOWN_TRUE_LOGPROB, TargetFormat, decode, no_tokens
 from storage.stores.layout import Kind, array_specs, is_marked
-from storage.stores.manifest import require_complete
+from storage.stores.manifest import STAGE, require_complete
 from storage.stores.schema import Manifest
 
 Indices = Sequence[int] | npt.NDArray[np.int64]
@@ -91,7 +91,7 @@ class _View:
             raise self._damaged(error.name, error.shards, str(error)) from error
 
     def _damaged(self, name: str, shards: list[int], why: str) -> StoreDamagedError:
-        stage = "ddk pack" if self.kind == "blocks" else "ddk cache"
+        stage = STAGE[self.kind]
         return StoreDamagedError(
             f"{self.url}: array '{self.split}/{name}' is damaged in shard {', '.join(map(str, shards))} ({why}); "
             f"`ddk verify {self.url} --repair` and then `{stage}` make it anew"
@@ -168,3 +168,35 @@ class TargetView(_View):
             found = self._read(["true_logprobs"], chosen)["true_logprobs"]
             return np.where(found == UNKNOWN_TRUE_LOGPROB, np.float32(np.nan), found)
         return compact.true_logprobs(self._read(["scalars"], chosen)["scalars"])
+
+
+class ScoreView(_View):
+    """Mean token losses of the train blocks of a domain under one or several models."""
+
+    kind = "scores"
+
+    def read(self) -> Float32Array:
+        """Losses [N, C] float32 of all blocks under each model, in nats.
+
+        Raises:
+            StoreDamagedError: a checksum does not hold, or a shard is missing.
+        """
+        return np.asarray(self._read(["losses"], np.arange(len(self)))["losses"])
+
+
+class SelectionView(_View):
+    """The train blocks of a domain that were kept, and what they were chosen by."""
+
+    kind = "selections"
+
+    def read(self) -> tuple[npt.NDArray[np.int64], Float32Array]:
+        """Indices [M], ascending, and scores [M] float32.
+
+        Raises:
+            StoreDamagedError: a checksum does not hold, a shard is missing, or the indices are no selection.
+        """
+        found = self._read(self._names, np.arange(len(self)))
+        indices = found["indices"].astype(np.int64)
+        if np.any(np.diff(indices) <= 0):
+            raise self._damaged("indices", [0], "its indices do not ascend")
+        return indices, np.asarray(found["scores"])

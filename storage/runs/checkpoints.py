@@ -137,6 +137,14 @@ class CheckpointFolder:
         """
         return self._commit(step).state
 
+    def digests(self, step: int) -> dict[str, str]:
+        """sha256 of each file of a valid checkpoint, by name.
+
+        Raises:
+            FormatVersionError, StoreDamagedError: as `state`.
+        """
+        return {name: record.sha256 for name, record in sorted(self._commit(step).files.items())}
+
     @contextmanager
     def _checked(self, step: int, name: str, record: FileRecord) -> Iterator[str]:
         place = uri.join(self.url(step), name)

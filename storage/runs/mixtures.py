@@ -27,6 +27,7 @@ FORMAT_VERSION = 2
 _REMEDY = "restore it, or remove it and the versions after it: the gap is then measured again"
 _RECORD = Sealed(what="mixture record", version=FORMAT_VERSION, remedy=_REMEDY)
 
+_Number = Annotated[float, Field(allow_inf_nan=False)]
 _Perplexity = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
@@ -58,13 +59,21 @@ class MixtureRecord(BaseModel):
     positions: dict[str, Whole] | None = None
     """Validation positions that the perplexities are means over, by domain: what rolls them up along the domains'
     paths. None where there is nothing to roll up."""
+    kl: dict[str, _Number] | None = None
+    """Mean divergence of the student from the teacher per validation token, in nats, by domain; one that was no finite
+    number is left out. None where no targets are read, and in records of older versions."""
+    train_blocks: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None
+    """Different blocks that there are to draw, by domain; None in records of older versions."""
+    capped: tuple[str, ...] | None = None
+    """Domains whose probability was limited because they had been seen too often; None where there are none."""
 
     @model_validator(mode="after")
     def _one_set_of_domains(self) -> MixtureRecord:
         domains = set(self.perplexities)
         if set(self.probabilities) != domains:
             raise ValueError("its perplexities and probabilities are of different domains")
-        if not {*self.blocks_drawn, *(self.positions or {})} <= domains:
+        further = (self.positions, self.kl, self.train_blocks)
+        if not {*self.blocks_drawn, *(self.capped or ())}.union(*(one or {} for one in further)) <= domains:
             raise ValueError("its blocks or positions are of other domains")
         Mixture(probabilities=self.probabilities)  # that they are probabilities
         return self
@@ -90,6 +99,8 @@ def make_record(
     mixture: Mixture,
     blocks_drawn: Mapping[str, int],
     positions: Mapping[str, int] | None = None,
+    kl: Mapping[str, float] | None = None,
+    train_blocks: Mapping[str, int] | None = None,
 ) -> MixtureRecord:
     """A record of domains in alphabetical order, in which it is stored and comes back."""
     return MixtureRecord(
@@ -103,6 +114,8 @@ def make_record(
         probabilities=dict(sorted(mixture.probabilities.items())),
         blocks_drawn=dict(sorted(blocks_drawn.items())),
         positions=None if positions is None else dict(sorted(positions.items())),
+        kl=None if kl is None else dict(sorted(kl.items())),
+        train_blocks=None if train_blocks is None else dict(sorted(train_blocks.items())),
     )
 
 

@@ -21,6 +21,11 @@ A store holds one domain: a Zarr v3 group with a group for each split, `train` a
         codes                uint8   [N, L·K]     (uint16 above 254 levels)
         drawn_id_deltas      uint32  [N, L·D]
         drawn_counts         uint16  [N, L·D]
+    <root>/scores/<fingerprint>/<domain>.zarr          of the train split alone
+        losses               float32 [N, C]       mean token loss of C models on each block, in nats
+    <root>/selections/<fingerprint>/<domain>.zarr      likewise; what is trained on, N kept blocks of the domain's
+        indices              int32   [N]          which they are, ascending
+        scores               float32 [N]          what they were chosen by
 
 Each array is sharded: an inner chunk holds one block, a shard holds `shard_blocks` of them. Inner chunks are
 compressed (Blosc, shuffled) and carry a crc32c. The fill value is one that no data has (-1, NaN, the largest
@@ -50,7 +55,9 @@ from storage.stores.codec import PLAIN, TargetFormat
 
 FORMAT_VERSION = 3
 """Of stores; a store of another version is not read."""
-Kind = Literal["blocks", "targets"]
+Kind = Literal["blocks", "targets", "scores", "selections"]
+KINDS: tuple[Kind, ...] = ("blocks", "targets", "scores", "selections")
+"""Each lies below `<root>/<kind>`."""
 INDEX_ENTRY = 16
 """Bytes of an inner chunk's place in the index of its shard: offset and length."""
 BLOCKS_PER_SHARD = 1024
@@ -94,6 +101,13 @@ def array_specs(kind: Kind, dims: Mapping[str, int], form: TargetFormat | None =
         tokens = ArraySpec(name="tokens", dtype="int32", block_shape=(seq_len + 1,), dimensions=("position",))
         loss = ArraySpec(name="loss", dtype="uint8", block_shape=(seq_len + 1,), dimensions=("position",))
         return (tokens, loss) if is_marked(dims) else (tokens,)
+    if kind == "scores":
+        return (ArraySpec(name="losses", dtype="float32", block_shape=(dims["models"],), dimensions=("model",)),)
+    if kind == "selections":
+        return (
+            ArraySpec(name="indices", dtype="int32", block_shape=(), dimensions=()),
+            ArraySpec(name="scores", dtype="float32", block_shape=(), dimensions=()),
+        )
     form = form or PLAIN
     return _exact(seq_len, dims["k"], form) if form.codec.name == "exact" else _compact(seq_len, dims["k"], form)
 

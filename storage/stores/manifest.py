@@ -46,7 +46,13 @@ from storage.stores.schema import (
 )
 
 MANIFEST, COPY = "manifest.json", "copy/manifest.json"
-_STAGE = {"blocks": "ddk pack", "targets": "ddk cache"}
+STAGE: dict[Kind, str] = {
+    "blocks": "ddk pack",
+    "targets": "ddk cache",
+    "scores": "ddk select",
+    "selections": "ddk select",
+}
+"""The command that makes a store."""
 _MANIFEST = Sealed(
     what="manifest",
     version=FORMAT_VERSION,
@@ -114,7 +120,7 @@ def require_complete(url: str, kind: Kind) -> Manifest:
     Raises:
         StoreMissingError: none there, not finished, or of the other kind.
     """
-    stage = _STAGE[kind]
+    stage = STAGE[kind]
     manifest = read_manifest(url)
     if manifest is None:
         raise StoreMissingError(f"there is no store at {url}; run `{stage}` first, or correct the URL")

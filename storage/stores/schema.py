@@ -20,15 +20,27 @@ from storage.files import uri
 from storage.files.fields import Digest, Whole
 from storage.fingerprint import fingerprint
 from storage.stores.codec import Distortion, TargetFormat
-from storage.stores.layout import INDEX_ENTRY, Kind, array_specs, is_marked
+from storage.stores.layout import INDEX_ENTRY, KINDS, Kind, array_specs, is_marked
 
 MOST_SHARD_BLOCKS = 1 << 20
 MOST_OBJECT_BYTES = 1 << 40
 MOST_BLOCK_BYTES = 1 << 30
 """Of one block's part of one array, decoded."""
-_BOUNDS = {"seq_len": 1 << 24, "vocab_size": 1 << 27, "k": 1 << 24, "shard_blocks": MOST_SHARD_BLOCKS, "marked": 1}
+_BOUNDS = {
+    "seq_len": 1 << 24,
+    "vocab_size": 1 << 27,
+    "k": 1 << 24,
+    "shard_blocks": MOST_SHARD_BLOCKS,
+    "marked": 1,
+    "models": 10**4,
+}
 _OF_BLOCKS = {"seq_len", "vocab_size", "shard_blocks"}
-_NEEDED = {"blocks": _OF_BLOCKS, "targets": _OF_BLOCKS | {"k"}}
+_NEEDED = {
+    "blocks": _OF_BLOCKS,
+    "targets": _OF_BLOCKS | {"k"},
+    "scores": _OF_BLOCKS | {"models"},
+    "selections": _OF_BLOCKS,
+}
 _LEAST_LOGPROB = -1e6
 """Of a mean over positions; float32 holds no smaller one that is finite and makes sense."""
 _FINGERPRINTED = re.compile(r"([0-9a-f]{16})(\.\d+)?")
@@ -86,9 +98,10 @@ class Manifest(_Frozen):
     inputs: dict[str, Any]
     """Everything that the fingerprint covers."""
     dims: dict[str, Whole]
-    """`seq_len`, `vocab_size`, `shard_blocks`; for targets also `k`, for blocks with marked prompts also `marked`."""
+    """`seq_len`, `vocab_size`, `shard_blocks`; for targets also `k`, for blocks with marked prompts also `marked`,
+    for scores also `models`."""
     targets: TargetFormat | None = None
-    """What is kept of a position, and how; None for token blocks."""
+    """What is kept of a position, and how; None but for targets."""
     complete: bool
     splits: dict[Split, SplitManifest] = {}
     facts: dict[str, Any] = {}
@@ -97,8 +110,8 @@ class Manifest(_Frozen):
     @model_validator(mode="after")
     def _dimensions_can_be_read(self) -> Manifest:
         check_dims(self.kind, self.dims, self.targets)
-        if (self.targets is None) != (self.kind == "blocks"):
-            raise ValueError("targets: a store of targets says what it keeps, and a store of blocks does not")
+        if (self.targets is None) == (self.kind == "targets"):
+            raise ValueError("targets: a store of targets says what it keeps, and no other store does")
         if self.fingerprint != fingerprint(self.inputs):
             raise ValueError("fingerprint: it is not that of the inputs")
         return self
@@ -224,6 +237,6 @@ def belonging(manifest: Manifest, url: str) -> str | None:
             f"it is that of {manifest.fingerprint}/{manifest.name}, and this is the place of {'/'.join(wanted)}: "
             f"folders were exchanged or moved"
         )
-    if len(parts) > 2 and parts[-3] in ("blocks", "targets") and parts[-3] != manifest.kind:
+    if len(parts) > 2 and parts[-3] in KINDS and parts[-3] != manifest.kind:
         return f"it is of {manifest.kind}, and lies among {parts[-3]}"
     return None

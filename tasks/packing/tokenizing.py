@@ -93,13 +93,15 @@ def _documents(
     start: DocumentKey,
     on_progress: Callable[[int], None],
 ) -> Iterator[tuple[DocumentKey, Text]]:
-    fraction = config.validation_fraction
+    fraction, value = config.validation_fraction, config.value_field if split == "train" else None
     for index, file in enumerate(files):
         progress = _FileProgress(file.size, on_progress)
         if index >= start[0]:
             first = start[1] if index == start[0] else 0
-            for document in iter_documents(file, config.text_field, first, progress.read, config.prompt_field):
+            for document in iter_documents(file, config.text_field, first, progress.read, config.prompt_field, value):
                 record = document.record
+                if split == "train" and not config.keeps(document.value):
+                    continue
                 if not fraction or in_validation(seed, file.name, record, fraction) == (split == "validation"):
                     yield (index, record), document
         progress.finish()
@@ -121,8 +123,11 @@ def _leaf_documents(
         for found, document in iter_leaf_documents(file, config, progress.read):
             if found != path:
                 continue
-            if number >= start[1] and (
-                not fraction or in_leaf_validation(seed, document, fraction) == (split == "validation")
+            kept = split != "train" or config.keeps(document.value)
+            if (
+                number >= start[1]
+                and kept
+                and (not fraction or in_leaf_validation(seed, document, fraction) == (split == "validation"))
             ):
                 yield (0, number), document
             number += 1

@@ -71,6 +71,8 @@ class RunSources:
         mixture = self.sections["mixture"]
         if self.teacher.source == "server" or (mixture["reference_run"] or mixture["accuracy_run"]) is not None:
             return None
+        if any(corpus.block_select is not None for corpus in self.domains.values()):  # a run's checkpoints, say
+            return None
         try:
             return self._digest()
         except (UserError, StoreError, OSError):  # who makes the plan says what is wrong

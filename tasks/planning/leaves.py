@@ -18,6 +18,7 @@ from ddk.values import SPLITS, Split
 from storage.corpus.domain import CorpusFile, DomainConfig, resolve_files
 from storage.corpus.leaves import LEAF_VERSION, Leaf, LeafIndex, check_number, read_leaves
 from storage.corpus.record_paths import LONGEST_NAME, store_name
+from storage.corpus.selecting import ByField
 from storage.exchange.foreign import IMPORT_VERSION
 from storage.files.digests import DigestCache
 from tasks.showing.progress import meter
@@ -52,7 +53,7 @@ def domain_leaves(domain: str, corpus: DomainConfig, digests: DigestCache, index
         UserError: its files cannot be listed or read; a leaf has documents of one split only, lies above another, or
             has too long a name; or there are too many.
     """
-    train = resolve_files(corpus.train, domain, corpus.prompt_field, corpus.path_field)
+    train = resolve_files(corpus.train, domain, corpus.prompt_field, corpus.path_field, corpus.value_field)
     held_out = not corpus.validation
     validation = train if held_out else resolve_files(corpus.validation, domain, corpus.prompt_field, corpus.path_field)
     both = {file.url for file in train} & {file.url for file in validation}
@@ -78,6 +79,7 @@ def _leaf(domain: str, corpus: DomainConfig, path: str, leaves: Mapping[Split, L
         "leaf": LEAF_VERSION,
         **corpus.model_dump(include={"validation_fraction", "max_train_blocks", "max_validation_blocks"}),
         **({} if corpus.special_tokens == "text" else {"special_tokens": corpus.special_tokens}),
+        **_chosen(corpus),
         "train": _row(path, leaves["train"]),
         "validation": _row(path, leaves["validation"]),
     }
@@ -157,15 +159,20 @@ def _missing(domain: str, paths: Sequence[str], split: Split) -> str:
 
 def _settings(corpus: DomainConfig) -> dict[str, Any]:
     """What of a domain's settings, besides its files, determines its blocks."""
-    other = {"train", "validation", "targets", "shift", "compression_config", "path_field", "path_depth"}
+    other = {"train", "validation", "targets", "shift", "compression_config", "path_field", "path_depth", "select"}
     # Left out where there is none, and where text is text: then they change nothing.
     if corpus.prompt_field is None:
         other.add("prompt_field")
     if corpus.special_tokens == "text":
         other.add("special_tokens")
     if not corpus.imported:
-        return corpus.model_dump(exclude=other)
+        return {**corpus.model_dump(exclude=other), **_chosen(corpus)}
     return {**corpus.model_dump(exclude={*other, "text_field"}), "rows": IMPORT_VERSION}
+
+
+def _chosen(corpus: DomainConfig) -> dict[str, Any]:
+    """Which records are packed, where a field decides that; blocks are chosen later, and change no store of them."""
+    return {"select": corpus.select.model_dump()} if isinstance(corpus.select, ByField) else {}
 
 
 def _files(files: Sequence[CorpusFile], digests: DigestCache) -> list[list[Any]]:

@@ -24,7 +24,7 @@ from tasks.reporting.run_summary import effective_settings
 MOST_POINTS = 16
 """Of one run; of more measurements those are taken that lie evenly on the logarithm of the tokens, which is how D-CPT
 Law's authors found checkpoints to fit best."""
-_MAY_DIFFER = {"steps", "warmup_steps", "keep_checkpoints", "log_every", "stop_on"}
+_MAY_DIFFER = {"steps", "warmup_steps", "keep_checkpoints", "log_every", "overtrained", "epoch_limit"}
 """Of the section `train`. All else that changes the loss must be the same in all runs of a law."""
 
 

@@ -10,11 +10,13 @@ import base64
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from ddk.values import worst_gap
+from tasks.reporting.overtraining import all_alarms, epoch_limit_of, too_often
 from tasks.reporting.plots import DARK, LIGHT, mixture_plot, ratio_plot
 from tasks.reporting.records import (
     IntervalRecord,
@@ -26,8 +28,9 @@ from tasks.reporting.records import (
     regressions,
     render_rows,
 )
+from tasks.reporting.selection_plots import selections_plot
 from tasks.reporting.tree import overview, rollup_rows, tree_table, weakest
-from tasks.showing.formats import count, duration, percent, ppl, ratio
+from tasks.showing.formats import count, duration, number_or_unknown, percent, ppl, ratio
 
 
 def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluation: Markup | None = None) -> str:
@@ -44,11 +47,17 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
     template = environment().get_template("report.html.j2")
     return template.render(
         run=summary,
+        selections=_images(selections_plot, summary.selections) if summary.selections else None,
         evaluation=evaluation,
         settings=list(flat_settings(summary.settings)),
         table=[{**row, "depth": row["domain"].count("/") if len(table) > len(leaves) else 0} for row in table],
         leaves=leaves,
         regressions=regressions(gap_table(records)),
+        too_often=too_often(records),
+        alarms=all_alarms(records),
+        limit=epoch_limit_of(summary.settings),
+        with_epochs=any(record.train_blocks for record in records),
+        with_kl=any(record.kl for record in records),
         worst_before=worst_gap(records[0].gaps),
         worst_after=worst_gap(records[-1].gaps),
         intervals=_by_domain([*rows, *rollup_rows(records)], table),
@@ -108,7 +117,7 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _images(plot: Callable[..., bytes], records: Sequence[IntervalRecord]) -> dict[str, str]:
+def _images(plot: Callable[..., bytes], records: Sequence[Any]) -> dict[str, str]:
     """The plot in both themes, for a wide screen and for a phone."""
     return {
         f"{shape}_{name}": data_uri(plot(records, theme=replace(theme, narrow=shape == "narrow")))
@@ -131,4 +140,5 @@ def environment(*packages: str) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"ppl": ppl, "ratio": ratio, "percent": percent, "count": count, "duration": duration}
+    environment.filters["number"] = number_or_unknown
     return environment

@@ -16,6 +16,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from ddk.overtraining import Alarm
 from ddk.values import DomainGap, Mixture, has_regressed, worst_first
 from tasks.showing.formats import csv_cell
 
@@ -39,6 +40,14 @@ class IntervalRecord:
     """Blocks of each domain that the student has read up to `step`; a domain left out has none."""
     positions: Mapping[str, int] = field(default_factory=dict)
     """Validation positions that a domain's perplexities are means over; empty where that is not known."""
+    kl: Mapping[str, float] = field(default_factory=dict)
+    """Mean divergence from the teacher per validation token, in nats; a domain without one is left out."""
+    train_blocks: Mapping[str, int] = field(default_factory=dict)
+    """Different blocks of each domain; empty where that is not known."""
+    alarms: tuple[Alarm, ...] = ()
+    """That this measurement has raised, of domains seen too often."""
+    capped: tuple[str, ...] = ()
+    """Domains whose probability is limited for that."""
 
     def __post_init__(self) -> None:
         measured = [gap.domain for gap in self.gaps]
@@ -47,11 +56,16 @@ class IntervalRecord:
                 f"record t = {self.t} measures the domains {measured}, but its mixture is over "
                 f"{list(self.mixture.domains)}; both must name each domain once"
             )
-        for counts in ("blocks_drawn", "positions"):
+        for counts in ("blocks_drawn", "positions", "kl", "train_blocks"):
             object.__setattr__(self, counts, MappingProxyType(dict(getattr(self, counts))))
 
     def gap(self, domain: str) -> DomainGap:
         return next(gap for gap in self.gaps if gap.domain == domain)
+
+    def epochs(self, domain: str) -> float | None:
+        """How often the domain's train blocks had been read, on average; None where their number is not known."""
+        blocks = self.train_blocks.get(domain)
+        return self.blocks_drawn.get(domain, 0) / blocks if blocks else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +90,8 @@ class RunSummary:
     """None where it is not known, as for a run still going."""
     stopped_early: str | None
     """Why the run ended before its budget was used up; None where it did not."""
+    selections: tuple[Mapping[str, object], ...] = ()
+    """Of the domains whose blocks were chosen: `tasks.reporting.selections.selections_of`."""
 
 
 def domains_of(records: Sequence[IntervalRecord]) -> tuple[str, ...]:
@@ -116,6 +132,8 @@ def render_rows(records: Sequence[IntervalRecord]) -> list[Row]:
             "ratio": record.gap(domain).ratio,
             "probability": record.mixture.probabilities[domain],
             "blocks_drawn": record.blocks_drawn.get(domain, 0),
+            "epochs": record.epochs(domain),
+            "kl": record.kl.get(domain),
         }
         for domains in (domains_of(records),)
         for record in records
@@ -127,7 +145,8 @@ def gap_table(records: Sequence[IntervalRecord]) -> list[Row]:
     """One row per domain, before (first record) and after (last record); the domain that lagged most comes first.
 
     `token_share` is the domain's share of all tokens drawn (blocks are equally long), None before any was drawn.
-    `regressed` says that the student is worse on the domain than before training.
+    `regressed` says that the student is worse on the domain than before training, `overtrained` that the domain was
+    seen too often.
     """
     domains = domains_of(records)
     first, last = records[0], records[-1]
@@ -144,6 +163,8 @@ def gap_table(records: Sequence[IntervalRecord]) -> list[Row]:
             "blocks_drawn": last.blocks_drawn.get(domain, 0),
             "token_share": last.blocks_drawn.get(domain, 0) / total if total else None,
             "final_probability": last.mixture.probabilities[domain],
+            "epochs": last.epochs(domain),
+            "overtrained": any(alarm.domain == domain for record in records for alarm in record.alarms),
         }
         for domain in domains
     ]

@@ -1,6 +1,7 @@
 """The artifacts of a run and its stores in Prefect's UI; `tasks.showing.artifacts` describes how they get there.
 
     ddk-<run>-gap        table: the gap and the mixture after each measurement, a version each
+    ddk-<run>-epochs     table: epochs, held-out cross-entropy and KL by domain, and which were seen too often
     ddk-<run>-report     page: before and after, both plots, where everything lies; replaced at each measurement
     ddk-<root>-targets   table: what was kept of the teacher, a row for each domain
 
@@ -18,6 +19,7 @@ from storage.corpus.record_paths import store_name
 from storage.files.uri import join
 from storage.runs.folder import RunFolder
 from storage.stores.schema import Manifest
+from tasks.reporting.overtraining import all_alarms, overtraining_rows, said, too_often
 from tasks.reporting.page import data_uri
 from tasks.reporting.plots import mixture_plot, ratio_plot
 from tasks.reporting.records import IntervalRecord, RunSummary, gap_table, regressions
@@ -36,6 +38,9 @@ def publish_measurement(folder: RunFolder) -> None:
         add_version(
             artifact_key(folder.name, "gap"), "table", table(measurement_rows(records)), measurement_line(records)
         )
+        if records[-1].train_blocks:
+            key, seen = artifact_key(folder.name, "epochs"), escape(too_often(records)) or "No domain seen too often."
+            add_version(key, "table", table(overtraining_rows(records)), f"step {count(records[-1].step)}: {seen}")
         publish_report(folder, summarise(folder, records), records, {})
 
 
@@ -124,6 +129,8 @@ def report_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls
             f"Method “{escape(summary.method)}”, {summary.steps:,} steps, {summary.tokens_seen:,} tokens. Ratio = "
             "student’s ÷ teacher’s perplexity; 1 means caught up.",
             *([f"**{escape(worse)}**"] if (worse := regressions(gaps)) else []),
+            *([f"**{escape(seen)}**"] if (seen := too_often(records)) else []),
+            *(f"- {escape(said(alarm))}" for alarm in all_alarms(records)),
             markdown_table(
                 ("domain", "teacher ppl", "student ppl", "→ now", "ratio", "→ now", "share of tokens", "next interval"),
                 [

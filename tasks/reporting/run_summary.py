@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddk.errors import UserError
 from ddk.methods.registry import METHODS
+from ddk.overtraining import Alarm
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
+from tasks.reporting.overtraining import alarms_of, epoch_limit_of
 from tasks.reporting.records import IntervalRecord, RunSummary
+from tasks.reporting.selections import selections_of
 
 
 def interval_records(folder: RunFolder) -> list[IntervalRecord]:
@@ -21,7 +24,8 @@ def interval_records(folder: RunFolder) -> list[IntervalRecord]:
     records = MixtureHistory(folder.url).whole(folder.summary())
     if not records:
         raise UserError(f"run '{folder.name}' has measured nothing yet ({folder.url}); run `ddk train` first")
-    return [_interval(record) for record in records]
+    raised = alarms_of(records, epoch_limit_of(folder.config()))
+    return [_interval(record, raised) for record in records]
 
 
 def summarise(
@@ -49,6 +53,7 @@ def summarise(
         settings=effective_settings(config),
         wall_seconds=done.get("training_seconds"),
         stopped_early=done.get("stopped_early"),
+        selections=selections_of(folder),
     )
 
 
@@ -59,7 +64,7 @@ def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "loss": {**config["loss"], **fixed}}
 
 
-def _interval(record: MixtureRecord) -> IntervalRecord:
+def _interval(record: MixtureRecord, raised: Sequence[Alarm]) -> IntervalRecord:
     return IntervalRecord(
         t=record.version,
         step=record.step,
@@ -68,4 +73,8 @@ def _interval(record: MixtureRecord) -> IntervalRecord:
         mixture=record.mixture,
         blocks_drawn=record.blocks_drawn,
         positions=record.positions or {},
+        kl=record.kl or {},
+        train_blocks=record.train_blocks or {},
+        alarms=tuple(alarm for alarm in raised if alarm.step == record.step),
+        capped=record.capped or (),
     )

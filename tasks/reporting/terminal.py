@@ -8,34 +8,40 @@ from rich.table import Table
 from rich.text import Text
 
 from ddk.values import worst_gap
+from tasks.reporting.overtraining import all_alarms, said, too_often
 from tasks.reporting.records import IntervalRecord, domains_of, gap_table, regressions
 from tasks.reporting.tree import overview, tree_table
-from tasks.showing.formats import count, gap_cells, percent
+from tasks.showing.formats import count, gap_cells, number_or_unknown, percent
 
 
 def terminal_table(records: Sequence[IntervalRecord]) -> Table:
     """The gap before and after, domain by domain, the one that lagged most first; the worst now is bold.
 
-    Where domains have paths, a row above the leaves' says what they roll up to. A line below the table names the
-    domains on which the student is worse than before training.
+    Where domains have paths, a row above the leaves' says what they roll up to. Lines below the table name the domains
+    on which the student is worse than before training, and those that it has seen too often, and say why.
     """
-    worse = regressions(gap_table(records))
+    notes = [note for note in (regressions(gap_table(records)), too_often(records)) if note]
+    notes += [said(alarm) for alarm in all_alarms(records)]
     table = Table(
         title="Gap to the teacher, before → after",
         title_justify="left",
-        caption=Text(worse) if worse else None,
+        caption=Text("\n".join(notes)) if notes else None,
         caption_justify="left",
         caption_style="",
     )
     table.add_column("domain", no_wrap=True)
     for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
+    with_epochs = bool(records[-1].train_blocks)
+    if with_epochs:
+        table.add_column("epochs", justify="right", no_wrap=True)
     worst, rows, leaves = worst_gap(records[-1].gaps).domain, tree_table(records), domains_of(records)
     for row in rows:
         table.add_row(
             Text(_branch(row["domain"]) if len(rows) > len(leaves) else row["domain"]),  # no str: '[red]' is no markup
             *gap_cells(row),
             percent(row["token_share"]),
+            *([number_or_unknown(row["epochs"], 1)] if with_epochs else []),
             style="bold" if row["domain"] == worst else None if row["domain"] in leaves else "dim",
         )
     return table

@@ -7,10 +7,11 @@ sums. If no domain has a path, all results equal those of the leaves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ddk.domain_tree import depth, inner_nodes, lineage, rolled_up_counts, rolled_up_gaps, rolled_up_mixture
+from ddk.domain_tree import cut, depth, inner_nodes, lineage, rolled_up_counts, rolled_up_gaps, rolled_up_mixture
 from ddk.values import worst_first
 from tasks.reporting.records import IntervalRecord, Row, domains_of, gap_table, render_rows
 
@@ -25,7 +26,7 @@ def has_paths(records: Sequence[IntervalRecord]) -> bool:
 
 
 def at_level(records: Sequence[IntervalRecord], level: int) -> list[IntervalRecord]:
-    """The records of the domains cut to `level` parts."""
+    """The records of the domains cut to `level` parts; alarms are of leaves, and left out."""
     return [
         replace(
             record,
@@ -33,9 +34,22 @@ def at_level(records: Sequence[IntervalRecord], level: int) -> list[IntervalReco
             mixture=rolled_up_mixture(record.mixture, level),
             blocks_drawn=rolled_up_counts(record.blocks_drawn, level),
             positions=rolled_up_counts(record.positions, level),
+            kl=_rolled_up_kl(record, level),
+            train_blocks=rolled_up_counts(record.train_blocks, level),
+            alarms=(),
+            capped=(),
         )
         for record in records
     ]
+
+
+def _rolled_up_kl(record: IntervalRecord, level: int) -> dict[str, float]:
+    """Means over the validation positions of the leaves, of domains of which every leaf has been measured."""
+    sums: dict[str, float] = {}
+    for leaf, positions in record.positions.items():
+        sums[cut(leaf, level)] = sums.get(cut(leaf, level), 0.0) + positions * record.kl.get(leaf, math.nan)
+    wholes = rolled_up_counts(record.positions, level)
+    return {domain: total / wholes[domain] for domain, total in sums.items() if not math.isnan(total)}
 
 
 def overview(records: Sequence[IntervalRecord]) -> list[IntervalRecord]:

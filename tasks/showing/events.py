@@ -1,7 +1,8 @@
-"""Events on Prefect's bus, for automations: `ddk.checkpoint.written` and `ddk.mixture.updated`.
+"""Events on Prefect's bus, for automations: `ddk.checkpoint.written`, `ddk.mixture.updated`, `ddk.domain.overtrained`.
 
 Their resource is the run: `ddk.run.<name>`, with its URL and who measures its gap as labels, which a trigger can match.
-The payload is small and plain: the run's name, its URL, and a step or version. An automation may start `rebalance` on
+The payload is small and plain: the run's name, its URL, and a step or version; of a domain that was seen too often its
+name, the alarm's kind, step and sentence (`ddk.overtraining`). An automation may start `rebalance` on
 the first (`flows.operating.automations`); nothing here waits for either.
 """
 
@@ -14,7 +15,7 @@ from prefect.events import emit_event
 from storage.runs.folder import RunFolder
 
 
-def say_event(name: str, run: RunFolder, evaluation: str, payload: Mapping[str, int]) -> None:
+def say_event(name: str, run: RunFolder, evaluation: str, payload: Mapping[str, int | str]) -> None:
     """Emit `ddk.<name>`; to be called within a flow or task run, to which Prefect then relates it.
 
     Args:

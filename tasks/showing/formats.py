@@ -29,6 +29,11 @@ def _number(value: float, *, decimals: int) -> str:
     return f"{value:,.{decimals}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
+def number_or_unknown(value: float | None, decimals: int) -> str:
+    """1.23456 → '1.23'; None → '–'."""
+    return UNKNOWN if value is None else _number(value, decimals=decimals)
+
+
 def change(value: float | None, decimals: int = 4) -> str:
     """0.01234 → '+0.0123'; −0.5 → '−0.5000'."""
     if value is None or not math.isfinite(value):

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from ddk.errors import LostPartError, UserError
+from ddk.gap import HeldOut
 from ddk.train_config import TrainConfig
 from ddk.trainer import StepReport, TrainerState, resolve_device, resolve_processes
 from ddk.values import Mixture
@@ -74,6 +75,10 @@ class TrainingProcesses:
     def perplexities(self, sample: Mapping[str, int] | None = None) -> dict[str, float]:
         self._send(do="measure", sample=None if sample is None else dict(sample))
         return dict(self._result()[0])
+
+    def held_out(self) -> dict[str, HeldOut]:
+        self._send(do="hold out")
+        return {domain: HeldOut(**one) for domain, one in self._result()[0].items()}
 
     def save(self) -> None:
         self._send(do="save")

@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk import saving
 from ddk.data import First, TrainData
+from ddk.gap import HeldOut
 from ddk.parallel import World
 from ddk.sampler import SamplerState
 from ddk.student import StudentLoss, load_student, save_student, student_weights
@@ -26,7 +29,6 @@ from ddk.ted.student import TedStudent
 from ddk.train_config import LossConfig
 from ddk.trainer import StepReport, Trainer, TrainerState, resolve_precision
 from ddk.values import BlockReader, Mixture
-from storage.blocks import open_blocks
 from storage.errors import StoreDamagedError, os_error_of
 from storage.files import uri
 from storage.files.fields import Whole, first_problem
@@ -52,6 +54,10 @@ class Training(Protocol):
         Args:
             sample: of some domains, on how many of the first blocks; None: of all, on all.
         """
+        ...
+
+    def held_out(self) -> dict[str, HeldOut]:
+        """By domain, on all validation blocks: ℓ_S and, where the loss reads targets, the divergence from these."""
         ...
 
     def save(self) -> None:
@@ -106,12 +112,24 @@ class RankTraining:
         self._trainer.train_interval(mixture, version, steps, on_step)
 
     def perplexities(self, sample: Mapping[str, int] | None = None) -> dict[str, float]:
-        chosen = self._validation if sample is None else {d: First(self._validation[d], n) for d, n in sample.items()}
-        return {domain: self._trainer.perplexity(blocks) for domain, blocks in chosen.items()}
+        blocks = self._validation.blocks
+        chosen = blocks if sample is None else {d: First(blocks[d], n) for d, n in sample.items()}
+        return {domain: self._trainer.perplexity(one) for domain, one in chosen.items()}
+
+    def held_out(self) -> dict[str, HeldOut]:
+        blocks, targets = self._validation.blocks, self._validation.targets
+        return {
+            domain: self._trainer.held_out(one, targets[domain] if targets is not None else None)
+            for domain, one in blocks.items()
+        }
+
+    def block_losses(self, blocks: BlockReader, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Mean cross-entropy of each of the given blocks under the student as it is now, [n] in nats."""
+        return self._trainer.block_losses(blocks, indices)
 
     @cached_property
-    def _validation(self) -> dict[str, BlockReader]:
-        return {domain: open_blocks(url, "validation") for domain, url in self._job.blocks.items()}
+    def _validation(self) -> TrainData:
+        return open_data(self._job, "validation")
 
     def save(self) -> None:
         world, state = self._world, self._trainer.state
@@ -142,14 +160,19 @@ class RankTraining:
     def _load(self, step: int) -> None:
         """Load a checkpoint, or the newest, where this one has made room for newer ones meanwhile."""
         try:
-            self._load_one(step)
+            self.load(step)
         except StoreDamagedError:
             newer = [other for other in self._checkpoints.steps() if other > step]
             if self._world.size > 1 or not newer:
                 raise
             self._load(newer[-1])
 
-    def _load_one(self, step: int) -> None:
+    def load(self, step: int) -> None:
+        """Take up where the checkpoint of a step was saved.
+
+        Raises:
+            StoreDamagedError: it cannot be read, or is of another run.
+        """
         state = state_from_json(self._checkpoints.state(step), self._checkpoints.url(step))
         # On every rank: a machine's ranks read the same local files, but a file from afar is fetched by each.
         with self._checkpoints.folder(step) as folder:

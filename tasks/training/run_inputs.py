@@ -24,6 +24,7 @@ from storage.runs.mixtures import MixtureHistory
 from storage.targets import teacher_perplexity
 from tasks.planning.models import weight_digests
 from tasks.planning.preflight import StudentFacts, check_live_teacher, check_student
+from tasks.planning.selection_plan import SelectionPlan, plan_selections
 from tasks.planning.store_plan import Plan
 from tasks.training.accuracies import as_identity, read_accuracies, say_what_does_not_match
 from tasks.training.job import TrainingJob, open_data
@@ -35,6 +36,8 @@ _OPERATIONAL = {
     *("processes", "nodes", "rendezvous", "parallel", "compile"),
 }
 _FOLLOWED = {"follow", "accuracy_run", "accuracy_model", "accuracy_temperature"}
+# The same, where no more than words follows from an alarm.
+_ALARMS = {"overtrained", "epoch_limit"}
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
@@ -93,6 +96,7 @@ class RunInputs:
             separator=(plan.eos_id, *plan.bos_ids[-1:]),
             blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
             targets={domain: store.targets_url for domain, store in plan.domains.items()},
+            selections={domain: one.selection_url for domain, one in self.selections.items()},
             **self._live_teacher(),
         )
 
@@ -115,7 +119,9 @@ class RunInputs:
             "vocabulary": self.student.vocab_size,
             "loss": effective_loss(settings.method, settings.loss).model_dump(),
             "train": settings.train.model_dump(
-                exclude=_OPERATIONAL | ({"shuffle_mib"} if self._shuffled_whole else set())
+                exclude=_OPERATIONAL
+                | ({"shuffle_mib"} if self._shuffled_whole else set())
+                | (_ALARMS if settings.train.overtrained == "warn" else set())
             ),
             # Where accuracies are not followed, a run is what it was before they could be.
             "mixture": settings.mixture.model_dump(exclude=_FOLLOWED if settings.mixture.follow == "gap" else None),
@@ -123,11 +129,24 @@ class RunInputs:
             **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
             **({"accuracies": as_identity(self.accuracies)} if self.accuracies is not None else {}),
             "stores": {
-                domain: {"blocks": store.blocks_url.split("/")[-2], "targets": store.targets_url.split("/")[-2]}
+                domain: {
+                    "blocks": store.blocks_url.split("/")[-2],
+                    "targets": store.targets_url.split("/")[-2],
+                    **(
+                        {"selections": self.selections[domain].selection_url.split("/")[-2]}
+                        if domain in self.selections
+                        else {}
+                    ),
+                }
                 for domain, store in self.plan.domains.items()
             },
         }
         return dict(as_json(identity))
+
+    @cached_property
+    def selections(self) -> dict[str, SelectionPlan]:
+        """Of the domains whose blocks are chosen."""
+        return plan_selections(self.settings.root, self.plan, self.settings.student)
 
     @cached_property
     def teacher_ppl(self) -> dict[str, float]:

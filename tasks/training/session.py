@@ -35,6 +35,7 @@ from tasks.showing.artifacts import artifact_key
 from tasks.showing.events import say_event
 from tasks.showing.progress import logger, meter
 from tasks.showing.waiting import said_if_slow
+from tasks.training.overtraining import say_alarms, with_caps
 from tasks.training.processes import TrainingProcesses
 from tasks.training.rank import RankTraining, Training
 from tasks.training.run_inputs import RunInputs
@@ -192,19 +193,21 @@ def _train_interval(session: StudentSession, record: MixtureRecord, first_step: 
 
 @task(task_run_name="gap at step {step}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def evaluate_gap(session: StudentSession, step: int) -> dict[str, dict[str, float]]:
-    """The student's and the teacher's perplexity on every domain's validation blocks.
+    """The student's and the teacher's perplexity on every domain's validation blocks, and the divergence of the two.
 
     Returns:
-        `{domain: {"student": ℓ_S, "teacher": ℓ_T}}`.
+        `{domain: {"student": ℓ_S, "teacher": ℓ_T, "kl": KL}}`, the last where the loss reads targets.
 
     Raises:
         ValueError: a perplexity is not finite.
     """
     same = step == 0 and same_weights(session.inputs.plan.teacher_folder, session.inputs.student.folder)
     gaps: dict[str, dict[str, float]] = {}
-    for domain, student_ppl in session.training.perplexities().items():
-        gap = domain_gap(domain, student_ppl, session.inputs.teacher_ppl[domain], step=step)
+    for domain, found in session.training.held_out().items():
+        gap = domain_gap(domain, found.ppl, session.inputs.teacher_ppl[domain], step=step)
         gaps[domain] = {"student": gap.student_ppl, "teacher": gap.teacher_ppl}
+        if found.kl is not None:
+            gaps[domain]["kl"] = found.kl
         if same and abs(math.log(gap.ratio)) > _SAME_MODEL:
             logger.warning(
                 "gap at step 0: student and teacher are the same weights, and their perplexities on '%s' are %.5g and "
@@ -247,13 +250,17 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
             ),
             blocks_drawn=state.sampler.drawn,
             positions=session.inputs.positions,
+            kl={domain: one["kl"] for domain, one in gaps.items() if "kl" in one} or None,
+            train_blocks=session.inputs.sizes,
         )
+        record = with_caps(settings, records, record)
         try:
             session.history.append(record)
             break
         except ValueError:
             logger.info("gap at step %d: another evaluator appended first; reading the history again", step)
     say_event("mixture.updated", session.run, settings.mixture.evaluation, {"version": record.version, "step": step})
+    say_alarms(settings, session.run, [*records, record])
     publish_measurement(session.run)
     worst = worst_gap(record.gaps)
     logger.info(

@@ -4,7 +4,8 @@ JOB is a file with a `TrainingJob` as JSON. Rank 0 takes commands from the flow'
 `DDK_TRAIN_SOCKET` names, a line of JSON each, and passes them on to the other ranks; all then do the same.
 
     {"do": "train", "probabilities": {...}, "version": 3, "steps": 1000}
-    {"do": "measure", "sample": null}    {"do": "save"}    {"do": "export", "folder": "..."}    {"do": "stop"}
+    {"do": "hold out"}    {"do": "measure", "sample": {...}}
+    {"do": "save"}    {"do": "export", "folder": "..."}    {"do": "stop"}
 
 What goes back, a line of JSON each: {"log": "..."}, {"step": {...}} while it trains, and after each command (and once
 at the beginning) {"done": result, "state": {...}}, or {"error": "...", "kind": "..."}, after which all is over.
@@ -103,6 +104,8 @@ def _obey(command: dict[str, Any], training: RankTraining, channel: Channel) -> 
             )
         case "measure":
             return training.perplexities(command.get("sample"))
+        case "hold out":
+            return {domain: asdict(one) for domain, one in training.held_out().items()}
         case "save":
             training.save()
         case "export":

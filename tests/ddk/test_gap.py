@@ -13,6 +13,7 @@ from ddk.domain_tree import rolled_up_ppl
 from ddk.gap import domain_gap
 from ddk.student import StudentLoss
 from ddk.train_config import LossConfig
+from ddk.values import SparseTargets
 
 V, PADDED, L, N = 50, 64, 12, 7
 
@@ -162,6 +163,91 @@ def test_a_perplexity_beyond_floats_is_infinite_and_named(blocks: Blocks) -> Non
     assert student == math.inf
     with pytest.raises(ValueError, match=r"the student's perplexity on 'web' is inf; .* lower train.learning_rate"):
         domain_gap("web", student, 4.0)
+
+
+# The divergence from the teacher, in the same pass
+
+K = 6
+LOSSES = {
+    "forward_kl": LossConfig(gamma=0.3),
+    "reverse_kl": LossConfig(gamma=0.3, divergence="reverse_kl"),
+    "jensen_shannon": LossConfig(gamma=0.3, divergence="jensen_shannon", beta=0.3),
+    "renormalised": LossConfig(gamma=0.3, tail="renormalise", temperature=2.0),
+}
+
+
+class MarkedBlocks(Blocks):
+    """Position j of a block carries loss where (block + j) is no multiple of 3."""
+
+    def loss_mask(self, indices) -> np.ndarray:
+        return (np.asarray(indices)[:, None] + np.arange(L)) % 3 != 0
+
+
+class Targets:
+    """A random teacher over all V tokens in float64, of which the K most probable are kept."""
+
+    k, vocab_size = K, V
+
+    def __init__(self, size: int) -> None:
+        logits_NLV = torch.from_numpy(2.0 * np.random.default_rng(1).standard_normal((size, L, V)))
+        self.log_p_NLV = logits_NLV.log_softmax(-1)
+        self.kept_NLK, self.ids_NLK = self.log_p_NLV.topk(K)
+
+    def __len__(self) -> int:
+        return len(self.log_p_NLV)
+
+    def read(self, indices) -> SparseTargets:
+        rows = np.asarray(indices)
+        kept = self.kept_NLK.numpy()[rows]
+        return SparseTargets(
+            ids_BLK=self.ids_NLK.numpy()[rows].astype(np.int32),
+            logprobs_BLK=kept.astype(np.float32),
+            tail_mass_BL=(1 - np.exp(kept).sum(-1)).astype(np.float32),
+            true_logprobs_BL=np.zeros(kept.shape[:2], np.float32),
+        )
+
+
+def dense_divergence(model, tokens: np.ndarray, targets: Targets, loss: LossConfig, counted_NL: np.ndarray) -> float:
+    """By its definition, in float64, from all logits of a plain forward pass."""
+    model.eval()
+    with torch.no_grad():
+        logits_NLV = model(input_ids=torch.from_numpy(tokens[:, :-1].astype(np.int64))).logits[..., :V].double()
+    q_NLK = logits_NLV.softmax(-1).gather(-1, targets.ids_NLK)
+    p_NLK = targets.kept_NLK.exp()
+    if loss.tail == "renormalise":
+        p_NLK, q_NLK = (one ** (1 / loss.temperature) for one in (p_NLK, q_NLK))
+        p, q = (one / one.sum(-1, keepdim=True) for one in (p_NLK, q_NLK))
+    else:
+        p, q = (torch.cat([one, 1 - one.sum(-1, keepdim=True)], -1) for one in (p_NLK, q_NLK))
+    if loss.divergence == "forward_kl":
+        found_NL = (p * (p / q).log()).sum(-1)
+    elif loss.divergence == "reverse_kl":
+        found_NL = (q * (q / p).log()).sum(-1)
+    else:
+        m = loss.beta * p + (1 - loss.beta) * q
+        found_NL = (loss.beta * p * (p / m).log() + (1 - loss.beta) * q * (q / m).log()).sum(-1)
+    return float(found_NL[torch.from_numpy(counted_NL)].mean())
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["all", "marked"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_divergence_is_that_of_its_definition(blocks: Blocks, loss: LossConfig, marked: bool) -> None:
+    """7 blocks in batches of 3, padded rows in the model; the perplexity is the same with targets and without."""
+    model, targets = tiny_model(PADDED), Targets(N)
+    used = MarkedBlocks(blocks.tokens) if marked else blocks
+    counted = used.loss_mask(np.arange(N)) if isinstance(used, MarkedBlocks) else np.ones((N, L), np.bool_)
+    student = StudentLoss(model, V, loss)
+    found = gap.held_out(student, used, targets, loss, batch_size=3)
+    assert found.kl == pytest.approx(dense_divergence(model, blocks.tokens, targets, loss, counted), rel=1e-5)
+    alone = gap.held_out(student, used, batch_size=3)
+    assert alone.kl is None
+    assert found.ppl == pytest.approx(alone.ppl, rel=1e-6)
+
+
+def test_targets_of_other_blocks_are_refused(blocks: Blocks) -> None:
+    loss = LOSSES["forward_kl"]
+    with pytest.raises(ValueError, match="7 blocks need as many targets, and the loss; there are 6"):
+        gap.held_out(StudentLoss(tiny_model(), V, loss), blocks, Targets(N - 1), loss, batch_size=3)
 
 
 def test_a_gap_is_checked() -> None:

@@ -66,12 +66,14 @@ def train(job: dict[str, Any], world: World) -> None:
     if "save" in job:
         saving.save(trainer, job["save"])
         world.wait_for_all()
-    perplexity = trainer.perplexity(train_data().blocks["web"])
+    fresh = train_data()
+    held_out = trainer.held_out(fresh.blocks["web"], (fresh.targets or {})["web"])
     weights = {name: whole(p.detach()).double().sum().item() for name, p in trainer.parameters.items()}
     if world.is_first:
         result = {
             "reports": [dataclasses.asdict(report) for report in reports],
-            "perplexity": perplexity,
+            "perplexity": held_out.ppl,
+            "kl": held_out.kl,
             "weights": weights,
             "reads": read_by_ranks,
             "state": {"sampler": dataclasses.asdict(trainer.state.sampler)},

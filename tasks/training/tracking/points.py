@@ -2,7 +2,8 @@
 
     train/ce  train/kl  train/loss  train/learning_rate  train/gradient_norm  train/tokens_per_second
     train/waiting_share                                  every step
-    gap/<domain>/ratio  gap/<domain>/student_ppl  gap/<domain>/teacher_ppl  mixture/<domain>
+    gap/<domain>/ratio  gap/<domain>/student_ppl  gap/<domain>/teacher_ppl  gap/<domain>/kl
+    gap/<domain>/epochs  mixture/<domain>
                                                          every measurement of the gap
 
 The x-axis is optimizer steps.
@@ -72,6 +73,10 @@ class RunPoints:
             values[f"gap/{gap.domain}/ratio"] = gap.ratio
             values[f"gap/{gap.domain}/student_ppl"] = gap.student_ppl
             values[f"gap/{gap.domain}/teacher_ppl"] = gap.teacher_ppl
+        for domain, kl in (record.kl or {}).items():
+            values[f"gap/{domain}/kl"] = kl
+        for domain, blocks in (record.train_blocks or {}).items():
+            values[f"gap/{domain}/epochs"] = record.blocks_drawn.get(domain, 0) / blocks
         return Point(step=record.step, time=self._time_of(record.step), values=values, version=record.version)
 
     def after(self, step: int, version: int) -> list[Point]:

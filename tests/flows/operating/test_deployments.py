@@ -34,6 +34,7 @@ from tasks.evaluation.names import EvaluationConfig
 POOLS = {
     "pack-corpus": "cpu",
     "cache-teacher": "gpu",
+    "select-blocks": "gpu",
     "train-student": "gpu",
     "rebalance": "cpu",
     "distill": "gpu",

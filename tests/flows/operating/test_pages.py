@@ -29,7 +29,7 @@ from playwright.sync_api import Browser
 from repository import REPOSITORY
 from small_run import ASSETS, DOMAINS, small_config, write_config
 
-DEPLOYMENTS = ["cache-teacher", "distill", "pack-corpus", "rebalance", "report", "train-student"]
+DEPLOYMENTS = ["cache-teacher", "distill", "pack-corpus", "rebalance", "report", "select-blocks", "train-student"]
 STEPS, INTERVAL = 24, 6
 pytestmark = pytest.mark.timeout(1500)  # one of them waits for the run
 YAML = REPOSITORY / "prefect.yaml"

@@ -24,7 +24,7 @@ from tasks.predicting.record import LawRecord, read_law
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
-STEPS, TOKENS = 8, 8 * 8 * 96
+STEPS, TOKENS = 6, 6 * 8 * 96
 RUN = "law-ddk_equal-equal-s0"
 
 

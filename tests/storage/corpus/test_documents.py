@@ -17,7 +17,7 @@ import zstandard
 
 from ddk.errors import UserError
 from storage.corpus import documents, file_bytes
-from storage.corpus.documents import iter_documents
+from storage.corpus.documents import Text, iter_documents
 from storage.corpus.domain import CorpusFile
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -147,7 +147,10 @@ def test_documents_on_s3(s3_server: str, tmp_path: Path) -> None:
 
 RECORDS = [("one", "a"), ("two", ""), ("three", None), (" ", "left out"), ("", "left out"), ("ü", " \n"), ("six", "é")]
 """Text and prompt."""
-PROMPTED = [(0, "one", "a"), (1, "two", ""), (2, "three", ""), (5, "ü", " \n"), (6, "six", "é")]
+PROMPTED = [
+    *(Text(0, "one", "a"), Text(1, "two", ""), Text(2, "three", "")),
+    *(Text(5, "ü", " \n"), Text(6, "six", "é")),
+]
 
 
 def test_prompts_of_json_lines(tmp_path: Path) -> None:
@@ -175,7 +178,7 @@ def test_prompts_of_parquet(tmp_path: Path, kind: pa.DataType, first: str) -> No
 
 def test_a_parquet_column_without_any_prompt(tmp_path: Path) -> None:
     file = put_table(tmp_path / "a.parquet", text=pa.array(["one"]), prompt=pa.array([None]))
-    assert list(iter_documents(file, "text", prompt_field="prompt")) == [(0, "one", "")]
+    assert list(iter_documents(file, "text", prompt_field="prompt")) == [Text(0, "one", "")]
 
 
 @pytest.mark.parametrize(
@@ -418,3 +421,34 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(file_bytes, "_open", refuse)
     assert error_of(file).startswith("FILE may not be read (Access Denied); check its permissions")
+
+
+def values_of(file: CorpusFile) -> list[tuple[str, float | None]]:
+    return [(document.text, document.value) for document in iter_documents(file, "text", value_field="quality")]
+
+
+def test_a_records_number_comes_with_its_text(tmp_path: Path) -> None:
+    lines = [{"text": "a", "quality": 0.5}, {"text": "b", "quality": 3}]
+    file = put(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    assert values_of(file) == [("a", 0.5), ("b", 3.0)]
+    table = put_table(tmp_path / "a.parquet", text=pa.array(["a", "b"]), quality=pa.array([0.5, 3.0]))
+    assert values_of(table) == [("a", 0.5), ("b", 3.0)]
+    assert texts_of(table) == [(0, "a"), (1, "b")], "nobody asked for it"
+
+
+@pytest.mark.parametrize("value", ['"high"', "null", "true", "[1]"])
+def test_a_number_that_is_none_is_refused_with_its_place(tmp_path: Path, value: str) -> None:
+    content = f'{{"text": "a", "quality": 1}}\n{{"text": "b", "quality": {value}}}\n'
+    file = put(tmp_path / "a.jsonl", content.encode())
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: field 'quality' is .* not a finite number"):
+        values_of(file)
+
+
+def test_a_column_that_holds_no_numbers_and_a_missing_field_are_refused(tmp_path: Path) -> None:
+    table = put_table(tmp_path / "a.parquet", text=pa.array(["a"]), quality=pa.array(["high"]))
+    with pytest.raises(UserError, match=r"column 'quality' holds string, not numbers; name another as select\.field"):
+        values_of(table)
+    with pytest.raises(UserError, match=r"no field 'quality'; set select\.field to one that is there"):
+        values_of(put(tmp_path / "b.jsonl", b'{"text": "a"}\n'))
+    with pytest.raises(UserError, match="plain text, which has no field 'quality'"):
+        values_of(put(tmp_path / "c.txt", b"a\n"))

@@ -74,7 +74,7 @@ def test_positions_are_kept_where_there_are_some_and_not_a_word_where_there_are_
     assert set(uri.read_json(f"{place}/runs/b/mixtures/00000.json")) == {
         *MixtureRecord.model_fields,
         "seal",
-    } - {"positions"}
+    } - {"positions", "kl", "train_blocks", "capped"}
     assert uri.read_json(f"{place}/runs/b/mixtures/00001.json")["positions"] == {"a.b/c": 3, "math": 9}
 
 
@@ -123,6 +123,17 @@ def test_a_damaged_record_is_named(history: MixtureHistory, place: str, damaged:
         history.records()
 
 
+def test_what_was_held_out_is_kept_and_an_older_record_read_without_it(history: MixtureHistory, place: str) -> None:
+    written = record(0).model_copy(
+        update={"kl": {"math": 0.1 + 0.2, "数学": -1e-4}, "train_blocks": {"math": 20}, "capped": ("math",)}
+    )
+    history.append(written)
+    history.append(record(1))
+    assert history.records() == [written, record(1)]
+    older = uri.read_bytes(f"{place}/runs/a/mixtures/00001.json") or b""
+    assert all(name not in older for name in (b"kl", b"train_blocks", b"capped"))
+
+
 def test_an_intact_record_in_another_place_is_refused(history: MixtureHistory, place: str) -> None:
     for version in range(3):
         history.append(record(version))
@@ -147,6 +158,10 @@ def test_an_intact_record_in_another_place_is_refused(history: MixtureHistory, p
         ({"step": -1}, "step: Input should be greater than or equal to 0"),
         ({"tokens_seen": 1.5}, "tokens_seen: Input should be a valid integer"),
         ({"blocks_drawn": {"other": 1}}, "of other domains"),
+        ({"kl": {"other": 1.0}}, "of other domains"),
+        ({"kl": {"math": "nan"}}, "kl.math: Input should be a finite number"),
+        ({"train_blocks": {"math": 0}}, "train_blocks.math: Input should be greater than or equal to 1"),
+        ({"capped": ["other"]}, "of other domains"),
         ({"version": 7}, "it says that it is version 7"),
     ],
 )

@@ -173,3 +173,30 @@ def test_a_tokenizer_without_rust_is_called_as_such(files) -> None:
     assert documents[0].ids.tolist() == [2]
     assert documents[0].ids.dtype == np.int32
     assert len(documents) == 199
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_records_below_the_threshold_are_not_packed_for_training(tmp_path: Path, tokenizer, by_path: bool) -> None:
+    lines = [{"text": f"w{n} w{n}", "quality": n / 10, "path": "x"} for n in range(1, 11)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    chosen = DomainConfig.model_validate(
+        {
+            "train": "*.jsonl",
+            "validation_fraction": 0.4,
+            "select": {"by": "field", "field": "quality", "at_least": 0.6},
+            **({"path_field": "path"} if by_path else {}),
+        }
+    )
+    files = resolve_files([f"{tmp_path}/*.jsonl"], "words")
+    found = {
+        split: [
+            document.ids[0] - 1
+            for document in tokenize_documents(
+                files, chosen, split, tokenizer, domain="words", path="x" if by_path else None
+            )
+        ]
+        for split in ("train", "validation")
+    }
+    assert min(found["train"]) >= 6
+    assert set(found["train"]) == set(range(6, 11)) - set(found["validation"])
+    assert min(found["validation"]) < 6, "the gap is measured on all"

@@ -115,3 +115,11 @@ def test_what_documents_begin_and_end_with_is_in_the_fingerprint_where_it_differ
     assert inputs(plain, special_tokens="control") != inputs(plain) == inputs(plain, special_tokens="text")
     rows = {"targets": "topk"}
     assert inputs(plain, bos="<bos>", **rows) == inputs(chat, **rows), "rows of tokens are read as they are"
+
+
+def test_choosing_blocks_changes_no_store_and_choosing_records_does(planner: Planner) -> None:
+    plain = planner()
+    chosen = planner(select={"by": "difference", "keep": 0.3})
+    assert (chosen.blocks_url, chosen.targets_url) == (plain.blocks_url, plain.targets_url)
+    by_field = [planner(select={"by": "field", "field": "q", "at_least": least}) for least in (0.5, 0.6)]
+    assert len({store.blocks_url for store in (plain, *by_field)}) == 3

@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
+from ddk.overtraining import Alarm
 from ddk.values import DomainGap, Mixture
 from tasks.reporting.model_card import render_model_card
 from tasks.reporting.page import render_page
@@ -167,13 +169,17 @@ def test_rows_are_flat_and_complete(records):
         "ratio": 2.0,
         "probability": 2.0 / 5.75,
         "blocks_drawn": 6,
+        "epochs": None,
+        "kl": None,
     }
 
 
 def test_csv_reads_back_exactly(make_records):
-    rows = render_rows(make_records({'a "quoted", name': [1 / 3, 0.1], "web": [1.5, 1.25]}))
+    records = make_records({'a "quoted", name': [1 / 3, 0.1], "web": [1.5, 1.25]})
+    rows = render_rows([replace(one, kl={"web": 1 / 7}, train_blocks={"web": 3}) for one in records])
     read = list(csv.DictReader(io.StringIO(render_csv(rows))))
-    assert [{key: type(rows[0][key])(value) for key, value in row.items()} for row in read] == rows
+    kinds = {key: type(value) for key, value in rows[1].items()}
+    assert [{key: kinds[key](value) if value else None for key, value in row.items()} for row in read] == rows
     assert render_csv([]).strip() == ""
 
 
@@ -225,6 +231,45 @@ def test_a_domain_that_got_worse_is_named_everywhere(summary, make_records):
     )
     assert said in report_markdown(summary, records, {})
     assert regressions(gap_table(records[:1])) == ""
+
+
+SENTENCE = "its 3 train blocks were read 5.3 times; the limit is 4"
+
+
+@pytest.fixture
+def seen_too_often(records):
+    """'math' has three train blocks, and the last measurement raises an alarm for it."""
+    known = [
+        replace(one, kl=dict.fromkeys(("math", "code", "web"), 0.25), train_blocks={"math": 3, "code": 60, "web": 80})
+        for one in records
+    ]
+    alarm = Alarm(domain="math", kind="epochs", step=20, sentence=SENTENCE)
+    return [*known[:-1], replace(known[-1], blocks_drawn={**known[-1].blocks_drawn, "math": 16}, alarms=(alarm,))]
+
+
+def test_a_domain_seen_too_often_is_named_everywhere(summary, seen_too_often):
+    said = "Seen too often: math (since step 20)."
+    terminal = shown(terminal_table(seen_too_often))
+    assert said in terminal
+    assert f"step 20, math: {SENTENCE}" in terminal
+    (row,) = (line for line in terminal.splitlines() if line.startswith("│ math"))
+    assert row.split("│")[-2].strip() == "5.3"
+    html = render_page(summary, seen_too_often)
+    page = Page(html)
+    assert said in page.text
+    assert f"Step 20, math: {SENTENCE}." in page.text
+    assert html.count("seen too often</span>") == 1
+    assert page.tables[0][0][-1] == "Epochs"
+    assert {row[0].split()[0]: row[-1] for row in page.tables[0][1:]} == {"code": "0.2", "math": "5.3", "web": "0.2"}
+    assert page.tables[2][-1][-2:] == ["5.33", "0.2500"]
+    markdown = report_markdown(summary, seen_too_often, {})
+    assert f"**{said}**" in markdown
+    assert f"- step 20, math: {SENTENCE}" in markdown
+
+
+def test_where_epochs_are_not_known_there_is_no_column(summary, records):
+    assert "Epochs" not in render_page(summary, records)
+    assert "epochs" not in shown(terminal_table(records))
 
 
 def test_mixture_path_has_a_row_per_version(records):
