@@ -16,6 +16,7 @@ class ByDifference(Section):
     """Keep the blocks on which a reference lags the teacher most (MiniPLM's difference sampling)."""
 
     by: Literal["difference"]
+    """Way of choosing: by the difference of a reference's loss and the teacher's."""
     keep: Keep = 0.5
     """Share of the domain's train blocks to keep."""
     reference: str | None = Field(default=None, min_length=1)
@@ -27,6 +28,7 @@ class ByTrajectory(Section):
     """Cluster the blocks by how their losses fall over a finished run, and draw from all clusters (S2L)."""
 
     by: Literal["trajectory"]
+    """Way of choosing: by how a block's loss falls over a run."""
     keep: Keep = 0.5
     """Share of the domain's train blocks to keep."""
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -41,6 +43,7 @@ class ByField(Section):
     """Keep the records in which a field is large enough; decided when the domain is packed."""
 
     by: Literal["field"]
+    """Way of choosing: by a number that each record carries."""
     field: str = Field(min_length=1)
     """Name of a JSON field or Parquet column that holds a number, such as a quality score."""
     at_least: float
