@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from ddk.errors import UserError
-from storage.corpus.documents import iter_documents
+from storage.corpus.documents import Text, iter_documents
 from storage.corpus.domain import CorpusFile, DomainConfig, domain_seed, in_validation, resolve_files
 
 
@@ -130,7 +130,7 @@ def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> Non
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.txt", "zipped")
     (file,) = resolve_files([f"zip://a.txt::{tmp_path}/a.zip"], "web")
-    assert list(iter_documents(file, "text")) == [(0, "zipped", "")]
+    assert list(iter_documents(file, "text")) == [Text(0, "zipped", "")]
     with pytest.raises(UserError, match="a chained URL"):
         resolve_files([f"zip://*.txt::{tmp_path}/a.zip"], "web")
 
