@@ -12,9 +12,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from ddk.errors import UserError
-from storage.checking.verify_runs import comparison_findings
+from storage.checking.verify_runs import report_findings
 from storage.errors import FormatVersionError, StoreDamagedError
 from storage.files import uri
+from storage.runs.reports import ComparisonFolder
 from tasks.comparing.data import ComparedVariant
 from tasks.comparing.page import flops, in_words, render_comparison, render_markdown, signed
 from tasks.comparing.paper import paper, tables_beside
@@ -261,9 +262,9 @@ def check_files(comparison, root):
     folder = comparison_url(root, comparison.name)
     assert sorted(urls) == FILES == [name for name in uri.list_names(folder) if name != "files.json"]
     assert read_comparison(root, comparison.name) == comparison
-    assert list(comparison_findings(root, comparison.name, full=True)) == []
+    assert list(report_findings(ComparisonFolder(root, comparison.name), full=True)) == []
     uri.write_bytes(f"{folder}/runs.csv", (uri.read_bytes(f"{folder}/runs.csv") or b"").replace(b"kd", b"KD"))
-    (finding,) = comparison_findings(root, comparison.name, full=True)
+    (finding,) = report_findings(ComparisonFolder(root, comparison.name), full=True)
     assert "runs.csv: its bytes are not those that were written" in str(finding)
     urls = write_comparison(root, comparison)
     assert uri.read_bytes(urls["ratio.png"]) == plots(comparison)["ratio.png"]
