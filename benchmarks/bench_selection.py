@@ -75,8 +75,7 @@ def main() -> int:
     if not asked.report:
         for corpora in CORPORA:
             prepare(corpora)
-        found = {f"{domain}": value for domain, value in noise_found().items()}
-        keep({"noise": found})
+        keep({"noise": noise_found()})
         run_missing([Job(c, k, s) for s in asked.seeds for c in CORPORA[::-1] for k in (True, False)], asked.workers)
     return 0 if publish("selection", "make bench-selection", list(judged())) else 1
 

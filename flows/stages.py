@@ -27,7 +27,7 @@ from ddk.packing import PackingConfig
 from ddk.train_config import StudentConfig
 from flows.capture_parts import capture_run_name, other_parts
 from flows.config import Config
-from storage.corpus.domain import DomainConfig
+from storage.corpus.domain import DomainConfig, selects_blocks
 from storage.files.claims import remove_claims
 from storage.runs.folder import name_to_make_again
 from storage.runs.mixtures import MixtureRecord
@@ -280,7 +280,7 @@ def distill(config: Config) -> dict[str, Any]:
             check_run(config.settings, plan)
             stores = (config.root, config.domains, config.teacher, config.packing, config.storage_block)
             stage(*stores, student=config.student)
-        if any(corpus.block_select is not None for corpus in config.domains.values()):
+        if selects_blocks(config.domains):
             select_blocks(**flow_parameters(config))
         result: dict[str, Any] = train_student(**flow_parameters(config))
     if digest == config.sources.digest():  # nothing has changed while it ran

@@ -257,7 +257,8 @@ def _minimum(
         # Where the worst domain has all that it may have, the others' shares would be arbitrary: their mean decides.
         if worst:
             return float(x[-1]) + _TIE * float(losses(x[:count]).mean())
-        return objective.value(losses(x), losses(x) - goal, domains)
+        here = losses(x)
+        return objective.value(here, here - goal, domains)
 
     constraints: list[LinearConstraint | NonlinearConstraint] = [
         LinearConstraint(np.array([[*np.ones(count), *([0.0] if worst else [])]]), 1.0, 1.0)

@@ -164,7 +164,7 @@ def smallest_mixture(method: MethodName, config: MixtureConfig, sizes: Mapping[s
     Args:
         sizes: train blocks by domain.
     """
-    alpha = config.retain_alpha if method == "ddk_retain" else config.alpha
+    alpha = float(getattr(config, METHODS[method].smoothing or "alpha"))
     equal = equal_mixture(sizes if config.level is None else rolled_up_counts(sizes, config.level))
     spread = equal if config.level is None else spread_mixture(equal, sizes, config.level)
     return {domain: (1.0 - alpha) * p for domain, p in spread.probabilities.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -106,6 +107,24 @@ def interruptible(call: Callable[[], Any]) -> Any:
         return going_on_without_its_server(call)
     except KeyboardInterrupt:
         raise FlowInterruptedError from None  # typer would end the process at once, without a word
+
+
+def run_comparison(config: Any, asked: Any) -> None:
+    """Run what a request of `ddk compare` asks for; runs that fail stand in its report."""
+    from flows.comparing import compare as comparing
+
+    reach_prefect()
+    with contextlib.suppress(comparing.SomeRunsFailedError):
+        interruptible(lambda: comparing.compare(config=config, request=asked))
+
+
+def show(*tables: Any) -> None:
+    """Print tables; elsewhere than in a terminal rich would take 80 columns, too few for ten domains."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for table in tables:
+        console.print(table)
 
 
 def command() -> str:

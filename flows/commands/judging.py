@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from typing import Annotated
 
 import typer
@@ -15,12 +13,12 @@ from flows.commands.app import (
     Root,
     Run,
     app,
-    interruptible,
     load,
     loading_libraries,
-    reach_prefect,
+    run_comparison,
     run_flow,
     say,
+    show,
     use_block,
 )
 
@@ -148,23 +146,19 @@ def compare(
         failures = comparing.earlier_failures(loaded, asked) | comparing.refusals(loaded, asked)
         write_comparison(loaded.root, comparing.found(loaded, asked, failures))
     else:
-        reach_prefect()
-        with contextlib.suppress(comparing.SomeRunsFailedError):
-            interruptible(lambda: comparing.compare(config=loaded, request=asked))
+        run_comparison(loaded, asked)
     if not _show_comparison(loaded.root, asked.name):
         raise typer.Exit(1)
 
 
 def _show_comparison(root: str, name: str) -> bool:
     """Print the table, the failures and the report's URL. Returns whether nothing failed."""
-    from rich.console import Console
-
     from tasks.comparing.page import in_words, terminal_comparison
     from tasks.comparing.report import comparison_url, read_comparison
 
     folder = comparison_url(root, name)
     comparison = read_comparison(root, name)
-    Console(width=None if sys.stdout.isatty() else 200).print(terminal_comparison(comparison))
+    show(terminal_comparison(comparison))
     for sentence in in_words(comparison):
         say(sentence)
     reasons: dict[str, list[str]] = {}

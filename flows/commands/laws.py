@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -17,11 +15,11 @@ from flows.commands.app import (
     Overrides,
     Root,
     app,
-    interruptible,
     load,
     loading_libraries,
-    reach_prefect,
+    run_comparison,
     say,
+    show,
     use_block,
 )
 
@@ -239,7 +237,7 @@ def design(
     )
     if dry_run:
         return
-    _run_comparison(loaded, asked)
+    run_comparison(loaded, asked)
     _fit(loaded, name, [f"{name}-*"], "dcpt", all_points=False, as_json=False)
 
 
@@ -319,7 +317,7 @@ def teachers(
     )
     for label, reason in choosing.refused(loaded, asked).items():
         say(f"refused   {label}: {reason}")
-    _run_comparison(loaded, asked)
+    run_comparison(loaded, asked)
     comparison = found(loaded, asked, earlier_failures(loaded, asked))
     for run in comparison.failed:
         say(f"failed    {run.run}: {run.reason}")
@@ -353,7 +351,7 @@ def _fit(config: Any, name: str, patterns: list[str], form: str, *, all_points: 
     if as_json:
         say(json.dumps(law_as_json(record), indent=1, ensure_ascii=False))
         return
-    _print(terminal_law(record))
+    show(terminal_law(record))
     for line in warnings(record):
         say(line)
     say(f"law       {urls['index.html']}")
@@ -380,14 +378,6 @@ def _answer(config: Any, name: str, ask: Any, *, write: str | None, as_json: boo
         say(f"written   {write}   ({', '.join(answer.fields)})")
 
 
-def _run_comparison(config: Any, asked: Any) -> None:
-    from flows.comparing import compare as comparing
-
-    reach_prefect()
-    with contextlib.suppress(comparing.SomeRunsFailedError):
-        interruptible(lambda: comparing.compare(config=config, request=asked))
-
-
 def _table(title: str, headings: Any, rows: Any) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -397,13 +387,7 @@ def _table(title: str, headings: Any, rows: Any) -> None:
         table.add_column(heading, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*map(Text, row))
-    _print(table)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    show(table)
 
 
 def _words(text: str | None) -> list[str]:

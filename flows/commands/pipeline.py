@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from importlib import resources
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from flows.commands.app import (
     loading_libraries,
     run_flow,
     say,
+    show,
     use_block,
 )
 
@@ -205,18 +205,13 @@ def _again(path: str, overrides: list[str] | None, root: str | None) -> str:
 
 def _show_result(config: Any, command: str) -> None:
     """The gap before and after, the mixture's path, and where everything lies."""
-    from rich.console import Console
-
     from storage.runs.folder import RunFolder
     from tasks.reporting.run_summary import interval_records
     from tasks.reporting.terminal import mixture_path, terminal_table
 
     folder = RunFolder(config.root, config.run)
     records = interval_records(folder)
-    # Elsewhere than in a terminal rich would take 80 columns, too few for the mixture of ten domains.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(terminal_table(records))
-    console.print(mixture_path(records))
+    show(terminal_table(records), mixture_path(records))
     say(f"report    {folder.report_url}/index.html")
     say(f"student   {folder.student_url}   (an ordinary Hugging Face folder)")
     say("next      " + _next_step(config, command))
@@ -231,8 +226,6 @@ def _next_step(config: Any, command: str) -> str:
 def _show_cost(config: Any, assumed: Any, *, as_json: bool) -> None:
     import json
 
-    from rich.console import Console
-
     from flows.costing import estimate as cost
     from flows.costing import table as cost_table
 
@@ -240,6 +233,6 @@ def _show_cost(config: Any, assumed: Any, *, as_json: bool) -> None:
     if as_json:
         say(json.dumps(cost_table.as_json(found), indent=2, ensure_ascii=False))
         return
-    Console(width=None if sys.stdout.isatty() else 200).print(cost_table.table(found, config.run))
+    show(cost_table.table(found, config.run))
     for line in cost_table.warning_lines(found):
         say(line)

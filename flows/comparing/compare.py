@@ -16,6 +16,7 @@ from ddk.errors import LostPartError, UserError
 from flows.comparing.variants import PlannedRun, Request, planned_runs
 from flows.config import Config
 from flows.stages import cache_teacher, flow_parameters, pack_corpus, plan_of, select_blocks, train_student
+from storage.corpus.domain import selects_blocks
 from storage.errors import explained
 from storage.files import uri
 from storage.fingerprint import differences
@@ -114,7 +115,7 @@ def _make_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> dict[s
             return  # nobody would read them
         for stage in (pack_corpus, cache_teacher):
             stage(config.root, config.domains, config.teacher, config.packing, student=config.student)
-        if any(corpus.block_select is not None for corpus in config.domains.values()):
+        if selects_blocks(config.domains):
             select_blocks(**flow_parameters(config))
         plans[_stores_of(config)] = plan_of(config)
 

@@ -185,7 +185,8 @@ def tokens_answer(
         count = found
     else:
         count = budget or tokens_of(config)
-    there = record.outcome(parameters, count, shares(count))
+    drawn = shares(count)
+    there = record.outcome(parameters, count, drawn)
     steps = math.ceil(count / record.tokens_per_step)
     known = max(point.tokens for point in record.points)
     places = np.geomspace(min(point.tokens for point in record.points), max(known, count) * 1.2, _DRAWN).tolist()
@@ -204,7 +205,7 @@ def tokens_answer(
         rows=[
             (
                 domain,
-                percent(shares(count)[domain]),
+                percent(drawn[domain]),
                 f"{there.outcome.losses[domain]:.4f}",
                 ratio(there.outcome.ratios[domain]),
                 _interval(there.ratios[domain]),

@@ -9,6 +9,7 @@ from flows.config import Config
 from flows.predicting.answers import size_of, tokens_of
 from flows.predicting.mixtures import mixture_after_tokens
 from flows.stages import plan_of
+from tasks.planning.selection_plan import plan_selections, store_fingerprints
 from tasks.predicting.record import LawRecord, read_law
 from tasks.showing.formats import ppl
 
@@ -39,11 +40,8 @@ def expected(config: Config, name: str) -> Iterator[str]:
 
 
 def _check_stores(config: Config, record: LawRecord) -> None:
-    stores = plan_of(config).domains
-    here = {
-        domain: {"blocks": store.blocks_url.split("/")[-2], "targets": store.targets_url.split("/")[-2]}
-        for domain, store in stores.items()
-    }
+    plan = plan_of(config)
+    here = store_fingerprints(plan, plan_selections(config.root, plan, config.student))
     if set(here) != set(record.stores):
         raise UserError(
             f"law '{record.name}' is of the domains {', '.join(sorted(record.stores))}, the configuration of "

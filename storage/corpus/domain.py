@@ -21,7 +21,7 @@ import glob
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -169,6 +169,11 @@ class DomainConfig(Section):
     def imported(self) -> bool:
         """Whether the files hold a teacher's predictions already."""
         return self.targets != "teacher"
+
+
+def selects_blocks(domains: Mapping[str, DomainConfig]) -> bool:
+    """Whether any domain's blocks are chosen, so that there is a stage for it."""
+    return any(corpus.block_select is not None for corpus in domains.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ddk.errors import UserError
 from ddk.train_config import StudentConfig
-from storage.corpus.domain import DomainConfig, resolve_files
+from storage.corpus.domain import DomainConfig, resolve_files, selects_blocks
 from storage.corpus.record_paths import store_name
 from storage.errors import StoreError
 from storage.exchange.foreign import compression_url
@@ -71,7 +71,7 @@ class RunSources:
         mixture = self.sections["mixture"]
         if self.teacher.source == "server" or (mixture["reference_run"] or mixture["accuracy_run"]) is not None:
             return None
-        if any(corpus.block_select is not None for corpus in self.domains.values()):  # a run's checkpoints, say
+        if selects_blocks(self.domains):  # a run's checkpoints, say
             return None
         try:
             return self._digest()

@@ -23,7 +23,6 @@ from storage.fingerprint import fingerprint
 from storage.runs.checkpoints import CheckpointFolder
 from storage.runs.folder import RunFolder
 from storage.stores.layout import FORMAT_VERSION
-from storage.stores.manifest import read_manifest
 from tasks.planning.models import check_same_tokenizer, local_folder, weight_digests
 from tasks.planning.store_plan import Plan, StorePlan
 
@@ -135,7 +134,14 @@ def _checkpoints(root: str, run: str, field: str) -> tuple[tuple[str, ...], dict
     return tuple(map(str, steps)), {"run": fingerprint(identity), "checkpoints": files}
 
 
-def selection_is_complete(selection: SelectionPlan) -> bool:
-    """Whether the blocks are chosen."""
-    manifest = read_manifest(selection.selection_url)
-    return manifest is not None and manifest.complete
+def store_fingerprints(plan: Plan, selections: Mapping[str, SelectionPlan]) -> dict[str, dict[str, str]]:
+    """Names of the folders of each domain's stores, by kind, as a run's identity has them."""
+    urls = {
+        domain: {
+            "blocks": store.blocks_url,
+            "targets": store.targets_url,
+            **({"selections": selections[domain].selection_url} if domain in selections else {}),
+        }
+        for domain, store in plan.domains.items()
+    }
+    return {domain: {kind: url.split("/")[-2] for kind, url in of.items()} for domain, of in urls.items()}

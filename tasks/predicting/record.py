@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated
 
 import numpy as np
@@ -102,11 +103,11 @@ class LawRecord(_Part):
             span=Span(parameters=stored.parameters, tokens=stored.tokens, share=stored.share),
         )
 
-    @property
+    @cached_property
     def fitted(self) -> dict[str, Law]:
         return {domain: self.law(domain) for domain in self.domains}
 
-    @property
+    @cached_property
     def teacher(self) -> dict[str, float]:
         return {domain: law.teacher for domain, law in self.laws.items()}
 
@@ -128,6 +129,7 @@ class LawRecord(_Part):
             )
         return {domain: float(loss) for domain, loss in found.items() if loss is not None}
 
+    @cached_property
     def resamplings(self) -> list[dict[str, Law]]:
         """The laws of each resampling of the runs, all domains of one together."""
         times = min(len(law.resampled) for law in self.laws.values())
@@ -139,7 +141,7 @@ class LawRecord(_Part):
     def outcome(self, parameters: float, tokens: float, mixture: Mapping[str, float]) -> Predicted:
         """What a run is predicted to end with, with 95% intervals where the runs can be resampled."""
         middle = outcome(self.fitted, self.teacher, parameters, tokens, mixture)
-        others = [outcome(laws, self.teacher, parameters, tokens, mixture) for laws in self.resamplings()]
+        others = [outcome(laws, self.teacher, parameters, tokens, mixture) for laws in self.resamplings]
         return Predicted(
             outcome=middle,
             worst=_interval([one.worst for one in others]),

@@ -24,7 +24,7 @@ from storage.runs.mixtures import MixtureHistory
 from storage.targets import teacher_perplexity
 from tasks.planning.models import weight_digests
 from tasks.planning.preflight import StudentFacts, check_live_teacher, check_student
-from tasks.planning.selection_plan import SelectionPlan, plan_selections
+from tasks.planning.selection_plan import SelectionPlan, plan_selections, store_fingerprints
 from tasks.planning.store_plan import Plan
 from tasks.training.accuracies import as_identity, read_accuracies, say_what_does_not_match
 from tasks.training.job import TrainingJob, open_data
@@ -128,18 +128,7 @@ class RunInputs:
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
             **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
             **({"accuracies": as_identity(self.accuracies)} if self.accuracies is not None else {}),
-            "stores": {
-                domain: {
-                    "blocks": store.blocks_url.split("/")[-2],
-                    "targets": store.targets_url.split("/")[-2],
-                    **(
-                        {"selections": self.selections[domain].selection_url.split("/")[-2]}
-                        if domain in self.selections
-                        else {}
-                    ),
-                }
-                for domain, store in self.plan.domains.items()
-            },
+            "stores": store_fingerprints(self.plan, self.selections),
         }
         return dict(as_json(identity))
 
