@@ -8,7 +8,7 @@ Blocks do not overlap: each has L + 1 tokens and yields L predictions. Every blo
 the documents where the next block begins, so that interrupted packing resumes without reading the earlier documents
 again.
 
-A document may begin with a prompt. Its tokens are packed like all others and marked: predicting them carries no loss.
+Of a document some tokens, such as those of a prompt, may carry no loss. They are packed like all others and marked.
 The mark belongs to the token that is predicted. As position j of a block predicts its token j + 1, the marks of the
 positions are the block's marks from the second on:
 
@@ -24,6 +24,13 @@ there. Predicting BOS carries no loss:
     documents    [5 6 7 8 9] [4 4], BOS = 1, L = 4
     blocks       1 5 6 7 8    1 9 0 1 4
     loss         0 1 1 1 1    0 1 1 0 1
+
+A document that is to stay whole, a conversation, begins a new block where it does not fit what is left of the one
+before. What is left is filled with EOS, which carries no loss there. It ends as it says itself, without EOS. Only one
+that is longer than a block is cut:
+
+    documents    [5 6 7] [8 8] [9 9 9 9 9 9], whole, EOS = 0, L = 4
+    blocks       5 6 7 8 8    9 9 9 9 9    9 0 0 0 0
 """
 
 from __future__ import annotations
@@ -63,9 +70,11 @@ class Document(Generic[Key]):
     key: Key
     """Where it lies; no two documents share one."""
     ids: Int32Array
-    """Token ids [n], without BOS and EOS."""
-    prompt: int = 0
-    """How many of them, from the first on, are the prompt."""
+    """Token ids [n], without BOS and EOS; with what ends it where it is whole."""
+    loss: BoolArray | None = None
+    """[n], whether predicting the token carries loss; None: all do."""
+    whole: bool = False
+    """Whether it is to lie in one block, if it is no longer than that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +117,7 @@ def pack(
 
     Raises:
         ValueError: the documents do not begin with the start's, that document is shorter than the start's offset, a
-            document is not a one-dimensional int32 array, or shorter than its prompt, or a block has room for
+            document is not a one-dimensional int32 array, or its marks are not as many, or a block has room for
             `bos_ids` alone.
     """
     bos = np.asarray(bos_ids, dtype=np.int32)
@@ -116,42 +125,59 @@ def pack(
         raise ValueError(f"a block of {seq_len + 1} tokens has no room behind the {len(bos)} that each begins with")
     block, loss = _empty(seq_len)
     filled = 0
-    for document, stream, skipped in _streams(documents, bos, eos_id, start):
+    ends: Cursor[Key] | None = None
+    """Behind the last document, if it is whole."""
+    for document, stream, marks, skipped in _streams(documents, bos, eos_id, start):
+        if ends is not None and filled and document.whole and len(stream) > len(block) - filled:
+            yield _filled_up(block, loss, filled, eos_id, ends)
+            (block, loss), filled = _empty(seq_len), 0
         position = skipped
-        without_loss = max(len(bos), len(stream) - 1 - len(document.ids) + document.prompt)
         while position < len(stream):
             if filled == 0:
                 block[: len(bos)], loss[: len(bos)], filled = bos, False, len(bos)
                 position = max(position, len(bos))
             taken = min(len(block) - filled, len(stream) - position)
             block[filled : filled + taken] = stream[position : position + taken]
-            loss[filled : filled + max(0, min(without_loss - position, taken))] = False
+            loss[filled : filled + taken] = marks[position : position + taken]
             filled, position = filled + taken, position + taken
             if filled == len(block):
                 yield PackedBlock(tokens=block, loss=loss, next=Cursor(document=document.key, offset=position))
                 (block, loss), filled = _empty(seq_len), 0
+        ends = Cursor(document=document.key, offset=len(stream)) if document.whole else None
+    if ends is not None and filled:
+        yield _filled_up(block, loss, filled, eos_id, ends)
 
 
 def _empty(seq_len: int) -> tuple[Int32Array, BoolArray]:
-    """Tokens yet to be filled in, and their marks: every token counts that is not said to be a prompt's."""
-    return np.empty(seq_len + 1, dtype=np.int32), np.ones(seq_len + 1, dtype=np.bool_)
+    """Tokens yet to be filled in, and their marks."""
+    return np.empty(seq_len + 1, dtype=np.int32), np.empty(seq_len + 1, dtype=np.bool_)
+
+
+def _filled_up(block: Int32Array, loss: BoolArray, filled: int, eos_id: int, ends: Cursor[Key]) -> PackedBlock[Key]:
+    """A block that ends before it is full."""
+    block[filled:], loss[filled:] = eos_id, False
+    return PackedBlock(tokens=block, loss=loss, next=ends)
 
 
 def _streams(
     documents: Iterable[Document[Key]], bos: Int32Array, eos_id: int, start: Cursor[Key] | None
-) -> Iterator[tuple[Document[Key], Int32Array, int]]:
-    """Each document, its tokens with BOS and EOS, and how many of them are packed already."""
+) -> Iterator[tuple[Document[Key], Int32Array, BoolArray, int]]:
+    """Each document, its tokens with BOS and EOS, whether they carry loss, and how many of them are packed already."""
     expected = start
     for document in documents:
         key, ids = document.key, document.ids
         if ids.ndim != 1 or ids.dtype != np.int32:
             raise ValueError(f"document {key} is {ids.dtype} of shape {ids.shape}; packing takes one-dimensional int32")
-        if not 0 <= document.prompt <= len(ids):
-            raise ValueError(f"document {key} has {len(ids)} tokens, and {document.prompt} of them are its prompt")
+        own = document.loss if document.loss is not None else np.ones(len(ids), dtype=np.bool_)
+        if own.shape != ids.shape:
+            raise ValueError(f"document {key} has {len(ids)} tokens, and says of {len(own)} whether they carry loss")
         begun = len(bos) <= len(ids) and np.array_equal(ids[: len(bos)], bos)
-        stream = np.concatenate([bos[:0] if begun else bos, ids, [np.int32(eos_id)]])
+        before, behind = len(bos) * (not begun), int(not document.whole)
+        stream = np.concatenate([bos[:before], ids, [np.int32(eos_id)] * behind])
+        marks = np.concatenate([np.zeros(before, dtype=np.bool_), own, np.ones(behind, dtype=np.bool_)])
+        marks[: len(bos)] = False
         if expected is None:
-            yield document, stream, 0
+            yield document, stream, marks, 0
             continue
         if key != expected.document:
             raise ValueError(
@@ -163,7 +189,7 @@ def _streams(
                 f"packing was to go on at token {expected.offset} of document {key}, which has {len(stream)}: "
                 "the corpus or the tokenizer is not the one that was being packed"
             )
-        yield document, stream, expected.offset
+        yield document, stream, marks, expected.offset
         expected = None
     if expected is not None:
         raise ValueError(f"packing was to go on in document {expected.document}, and there is no such document")

@@ -159,7 +159,8 @@ def _token_bytes(size: RunSize) -> int:
     """Of all domains' token blocks, at most."""
     found = 0
     for name, splits in size.splits.items():
-        marked = size.config.domains[name].prompt_field is not None
+        corpus = size.config.domains[name]
+        marked = corpus.prompt_field is not None or corpus.messages
         specs = array_specs("blocks", {"seq_len": size.seq_len, "marked": int(marked)})
         found += most_store_bytes(specs, splits, BLOCKS_PER_SHARD)
     return found

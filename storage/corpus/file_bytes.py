@@ -12,7 +12,7 @@ from typing import Any
 import zstandard
 
 from ddk.errors import UserError
-from storage.corpus.domain import CorpusFile
+from storage.corpus.files import CorpusFile
 from storage.corpus.magic import HEAD, check_text, compression_of
 from storage.files import uri
 

@@ -18,9 +18,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from ddk.errors import UserError
+from storage.corpus.conversations import CANONICAL_VERSION
 from storage.corpus.documents import Text, iter_filed
-from storage.corpus.domain import CorpusFile, DomainConfig, file_format
+from storage.corpus.domain import DomainConfig
 from storage.corpus.file_bytes import OnBytes
+from storage.corpus.files import CorpusFile, file_format
 from storage.corpus.record_paths import cut_path, record_path
 from storage.files.remembered import recall, remember
 from storage.fingerprint import fingerprint
@@ -83,7 +85,9 @@ def _leaf(path: str, fact: Any) -> Leaf | None:
 
 def _key(file: CorpusFile, sha256: str, config: DomainConfig) -> str:
     fields = config.model_dump(include={"text_field", "prompt_field", "path_field", "path_depth"})
-    value = {} if config.value_field is None else {"value_field": config.value_field}
+    value: dict[str, Any] = {} if config.value_field is None else {"value_field": config.value_field}
+    if config.messages:
+        value |= {"messages": True, "messages_field": config.messages_field, "canonical": CANONICAL_VERSION}
     return fingerprint(
         {"version": LEAF_VERSION, "sha256": sha256, "format": list(file_format(file)), **fields, **value}
     )
@@ -114,9 +118,7 @@ def iter_leaf_documents(
     """Each document of a file with the path of its leaf, below the domain."""
     if config.path_field is None:
         raise ValueError("only a domain with a path_field has leaves")
-    for path, document in iter_filed(
-        file, config.text_field, config.path_field, on_bytes, config.prompt_field, config.value_field
-    ):
+    for path, document in iter_filed(file, config.fields, on_bytes):
         yield cut_path(path, config.path_depth), document
 
 

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from ddk.errors import UserError
 from ddk.values import Int32Array
-from storage.corpus.domain import CorpusFile
+from storage.corpus.files import CorpusFile
 from storage.exchange.distillkit import CompressionConfig, decode
 from storage.exchange.predictions import BoolArray, Entries, Float64Array, Int64Array, Predictions, predictions
 from storage.exchange.rows import Cells, Ragged, iter_rows, place

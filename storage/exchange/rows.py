@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk.errors import UserError
-from storage.corpus.domain import CorpusFile, file_format
 from storage.corpus.file_bytes import opened, stored_lines
+from storage.corpus.files import CorpusFile, file_format
 from storage.corpus.json_lines import comes_twice, parsed
 
 _ROWS_AT_ONCE = 8

@@ -19,7 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from ddk.errors import UserError
 from ddk.values import SPLITS, Int32Array, SparseTargets, Split
 from storage.blocks import open_blocks
-from storage.corpus.domain import CorpusFile
+from storage.corpus.files import CorpusFile
 from storage.exchange.foreign import RowFormat, compression_url, iter_predictions, read_compression
 from storage.exchange.predictions import Predictions
 from storage.exchange.rows import place

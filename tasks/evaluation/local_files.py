@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ddk.errors import UserError
-from storage.corpus.domain import CorpusFile, file_format
 from storage.corpus.file_bytes import opened, stored_lines
+from storage.corpus.files import CorpusFile, file_format
 from storage.corpus.record_paths import record_path
 from storage.files import uri
 from storage.files.digests import digest

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
+from storage.corpus.conversations import Conversation
 from storage.corpus.documents import Text, iter_documents
-from storage.corpus.domain import CorpusFile, DomainConfig, domain_seed, in_validation, resolve_files
+from storage.corpus.domain import DomainConfig, domain_seed, in_validation
+from storage.corpus.files import CorpusFile, resolve_files
 from storage.corpus.leaves import LeafIndex, in_leaf_validation, iter_leaf_documents
 from storage.files import uri
 from storage.files.digests import DigestCache
@@ -44,14 +46,17 @@ class ValidationTexts:
         return list(self._sources)
 
     def read(self, domain: str, most: int) -> list[str]:
-        """The first so many documents; a prompt stands in front of its text.
+        """The first so many documents; a prompt stands in front of its text. Of a conversation, what was said.
 
         Raises:
             UserError: a file of the corpus is not there, or not as it should be.
         """
         source = self._sources[domain]
         documents = _documents(domain, source) if source.path is None else _leaf_documents(domain, source)
-        return [document.prompt + document.text for document in islice(documents, most)]
+        found = islice(documents, most)
+        if source.corpus.messages:
+            return [Conversation.of(document.text).plain for document in found]
+        return [document.prompt + document.text for document in found]
 
     @cached_property
     def _sources(self) -> dict[str, _Source]:
@@ -68,13 +73,13 @@ class ValidationTexts:
 
 
 def _files(domain: str, corpus: DomainConfig) -> list[CorpusFile]:
-    return resolve_files(corpus.validation or corpus.train, domain, corpus.prompt_field, corpus.path_field)
+    return resolve_files(corpus.validation or corpus.train, domain, corpus.validation_fields)
 
 
 def _documents(domain: str, source: _Source) -> Iterator[Text]:
     corpus, seed = source.corpus, domain_seed(domain)
     for file in _files(domain, corpus):
-        for document in iter_documents(file, corpus.text_field, prompt_field=corpus.prompt_field):
+        for document in iter_documents(file, corpus.validation_fields):
             fraction = corpus.validation_fraction
             if not fraction or in_validation(seed, file.name, document.record, fraction):
                 yield document

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ddk.errors import UserError
-from ddk.values import BoolArray, Int32Array
+from ddk.values import BoolArray, Int32Array, Int64Array
 
 _BRACKETED = re.compile(r"<\S+>|\[\S+\]")
 
@@ -31,12 +31,18 @@ class TextEncoder:
         tokenizer: a Hugging Face tokenizer, best a fast one, which is then this object's own: truncation and padding
             that it may have set are turned off.
         control: whether a text that spells a control token holds that token.
+        spelled_is_token: of conversations (`tasks.packing.chat`), whether that is so of what is said in a turn too.
     """
 
-    def __init__(self, tokenizer: Any, *, control: bool) -> None:
+    def __init__(self, tokenizer: Any, *, control: bool, spelled_is_token: bool = False) -> None:
         self._tokenizer, self._control = tokenizer, control
         self.spelled: str | None = None
         """The first control token that a text has spelled and that has stayed text."""
+        self.special: re.Pattern[str] | None = None
+        """Matches the spelling of a token that the tokenizer itself calls special; None where there is none, or where a
+        text that spells one holds it."""
+        self.control_tokens: tuple[str, ...] = ()
+        """Spellings, the longest first."""
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             return
@@ -45,6 +51,7 @@ class TextEncoder:
         if self._backend.padding is not None:
             self._backend.no_padding()
         tokens = _control_tokens(self._backend)
+        special = [token.content for token in tokens.values() if token.special]
         for token in tokens.values():
             if not token.special:  # the tokenizer passes over special ones alone
                 token.special = True
@@ -53,9 +60,10 @@ class TextEncoder:
         # One more than there are, for all ids beyond them.
         self._is_control = np.zeros(max(tokens, default=-1) + 2, dtype=np.bool_)
         self._is_control[list(tokens)] = True
-        # The longest first, so that a token is found before one that it begins with.
-        spellings = sorted((token.content for token in tokens.values()), key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
+        self.control_tokens = tuple(_longest_first(token.content for token in tokens.values()))
+        self._spelled = _any_of(self.control_tokens)
+        if special and not spelled_is_token:
+            self.special = _any_of(_longest_first(special))
 
     def __call__(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of each text.
@@ -82,13 +90,32 @@ class TextEncoder:
                 self.spelled = match[0]
         return encoded
 
+    def with_starts(self, text: str) -> tuple[Int32Array, Int64Array]:
+        """Token ids [n] of a text, and the character [n] at which each token begins."""
+        encoding = self._with_offsets(text)
+        starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding.ids))
+        return np.asarray(encoding.ids, dtype=np.int32), starts
+
+    def as_text(self, text: str) -> Int32Array:
+        """Token ids of a text that spells a control token, and is meant to stay text."""
+        self._backend.encode_special_tokens = True
+        try:
+            (ids,) = self._encode([text])
+            return self._encode_by_parts(text) if self._holds_control(ids).any() else ids
+        finally:
+            self._backend.encode_special_tokens = not self._control
+
+    def _with_offsets(self, text: str) -> Any:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # all that the library raises
+            raise _unencodable(error) from error
+
     def _encode(self, texts: Sequence[str]) -> list[Int32Array]:
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # all that the library raises
-            raise UserError(
-                f"the tokenizer cannot encode a text of the corpus ({error}); is the model's folder complete?"
-            ) from error
+            raise _unencodable(error) from error
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _holds_control(self, ids: Int32Array) -> BoolArray:
@@ -111,6 +138,19 @@ class TextEncoder:
                 f"special_tokens: control if the token itself is meant"
             )
         return ids
+
+
+def _unencodable(error: Exception) -> UserError:
+    return UserError(f"the tokenizer cannot encode a text of the corpus ({error}); is the model's folder complete?")
+
+
+def _longest_first(spellings: Iterable[str]) -> list[str]:
+    """So that a token is found before one that it begins with."""
+    return sorted(spellings, key=len, reverse=True)
+
+
+def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, spellings)) or "(?!)")
 
 
 def _control_tokens(backend: Any) -> dict[int, Any]:

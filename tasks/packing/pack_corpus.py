@@ -3,9 +3,9 @@
 A split is one stream, cut into blocks and written a shard at a time. Every shard's record holds the place in the corpus
 where the next shard begins, so that killed packing resumes there.
 
-If a domain has a `prompt_field`, or documents begin with BOS, the store also holds which tokens carry loss (array
-`loss`), and each shard's record counts the positions with loss. The teacher is still captured at all positions;
-training and measuring take the positions that count from the blocks only.
+If a domain has a `prompt_field` or holds conversations, or documents begin with BOS, the store also holds which tokens
+carry loss (array `loss`), and each shard's record counts the positions with loss. The teacher is still captured at all
+positions; training and measuring take the positions that count from the blocks only.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def _blocks(
         start=start.document if start is not None else (0, 0),
         on_progress=progress.advance,
         on_spelled=partial(_say_spelled, store.domain) if split == "train" else None,
+        on_unanswered=partial(_say_unanswered, store.domain, split),
     )
     return pack(documents, store.blocks_dims["seq_len"], plan.eos_id, start, plan.bos_ids)
 
@@ -129,6 +130,12 @@ def _say_spelled(domain: str, token: str) -> None:
         "pack %s: texts spell the control token %s, and it stays text; if the token itself is meant, as in chats, "
         "set the domain's special_tokens: control",
         *(domain, token),
+    )
+
+
+def _say_unanswered(domain: str, split: Split, count: int) -> None:
+    logger.warning(
+        "pack %s: %d %s conversations are left out, as the assistant says nothing in them", domain, count, split
     )
 
 
@@ -167,10 +174,15 @@ def _refuse_without_loss(store: StorePlan, writer: StoreWriter, split: Split) ->
     shards = writer.committed(split).values()
     if not any(shard.facts["with_loss"] for shard in shards):
         blocks = sum(shard.blocks for shard in shards)
+        where, field = (
+            ("hold nothing that the assistant says", "the conversations")
+            if store.corpus.messages
+            else (f"lie within prompts (field '{store.corpus.prompt_field}')", "prompt_field")
+        )
         raise UserError(
             f"domain '{store.domain}': no {split} position carries loss, for all {blocks} {split} blocks of "
-            f"{store.blocks_dims['seq_len']} positions lie within prompts (field '{store.corpus.prompt_field}'); give "
-            f"it more {split} records, raise domains.*.max_{split}_blocks or packing.seq_len, or check prompt_field"
+            f"{store.blocks_dims['seq_len']} positions {where}; give it more {split} records, raise "
+            f"domains.*.max_{split}_blocks or packing.seq_len, or check {field}"
         )
 
 

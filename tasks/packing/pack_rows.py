@@ -22,7 +22,8 @@ from prefect.cache_policies import NO_CACHE
 
 from ddk.errors import UserError
 from ddk.values import SPLITS, Int32Array, Split
-from storage.corpus.domain import CorpusFile, domain_seed, in_validation
+from storage.corpus.domain import domain_seed, in_validation
+from storage.corpus.files import CorpusFile
 from storage.exchange.foreign import iter_tokens
 from storage.stores.manifest import StoreWriter
 from storage.stores.schema import ShardRecord

@@ -20,7 +20,8 @@ from typing import Any
 
 from ddk.errors import UserError
 from ddk.train_config import StudentConfig
-from storage.corpus.domain import DomainConfig, resolve_files, selects_blocks
+from storage.corpus.domain import DomainConfig, selects_blocks
+from storage.corpus.files import resolve_files
 from storage.corpus.record_paths import store_name
 from storage.errors import StoreError
 from storage.exchange.foreign import compression_url
@@ -38,6 +39,7 @@ from tasks.teachers.config import TeacherConfig, engine_version
 
 MEMORY = "complete.json"
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+_TEMPLATES = "additional_chat_templates"
 _PACKAGES = ("ddk", "storage", "tasks", "flows")
 
 
@@ -171,8 +173,12 @@ def _pinned(model: str, revision: str | None) -> str | None:
 
 
 def _files_of_model(folder: str) -> list[str]:
-    """All that is read of a model: weights, JSON, code, tokenizer. Not the same weights in other formats."""
-    names = [name for name in os.listdir(folder) if name.endswith((".json", ".safetensors", ".py"))]
+    """All that is read of a model: weights, JSON, code, tokenizer, chat templates. Not the same weights in other
+    formats."""
+    names = [name for name in os.listdir(folder) if name.endswith((".json", ".safetensors", ".py", ".jinja"))]
+    further = os.path.join(folder, _TEMPLATES)
+    if os.path.isdir(further):
+        names += [os.path.join(_TEMPLATES, name) for name in os.listdir(further) if name.endswith(".jinja")]
     return sorted({*names, *tokenizer_files(folder)})
 
 
@@ -182,7 +188,7 @@ def _corpus(domain: str, corpus: DomainConfig, digests: DigestCache) -> list[lis
         file
         for patterns in (corpus.train, corpus.validation)
         if patterns
-        for file in resolve_files(patterns, domain, corpus.prompt_field, corpus.path_field)
+        for file in resolve_files(patterns, domain, corpus.fields)
     ]
     described = {compression_url(file, corpus.compression_config) for file in files if corpus.targets == "distillkit"}
     urls = [file.url for file in files] + [url for url in sorted(described) if uri.exists(url)]

@@ -15,7 +15,8 @@ from typing import Any
 from ddk.domain_tree import check_leaves, depth
 from ddk.errors import UserError
 from ddk.values import SPLITS, Split
-from storage.corpus.domain import CorpusFile, DomainConfig, resolve_files
+from storage.corpus.domain import DomainConfig
+from storage.corpus.files import CorpusFile, resolve_files
 from storage.corpus.leaves import LEAF_VERSION, Leaf, LeafIndex, check_number, read_leaves
 from storage.corpus.record_paths import LONGEST_NAME, store_name
 from storage.corpus.selecting import ByField
@@ -53,9 +54,9 @@ def domain_leaves(domain: str, corpus: DomainConfig, digests: DigestCache, index
         UserError: its files cannot be listed or read; a leaf has documents of one split only, lies above another, or
             has too long a name; or there are too many.
     """
-    train = resolve_files(corpus.train, domain, corpus.prompt_field, corpus.path_field, corpus.value_field)
+    train = resolve_files(corpus.train, domain, corpus.fields)
     held_out = not corpus.validation
-    validation = train if held_out else resolve_files(corpus.validation, domain, corpus.prompt_field, corpus.path_field)
+    validation = train if held_out else resolve_files(corpus.validation, domain, corpus.validation_fields)
     both = {file.url for file in train} & {file.url for file in validation}
     if both and not held_out:
         raise UserError(
@@ -160,11 +161,14 @@ def _missing(domain: str, paths: Sequence[str], split: Split) -> str:
 def _settings(corpus: DomainConfig) -> dict[str, Any]:
     """What of a domain's settings, besides its files, determines its blocks."""
     other = {"train", "validation", "targets", "shift", "compression_config", "path_field", "path_depth", "select"}
+    other.add("template_args")  # of the chat, which tasks.planning.store_plan describes
     # Left out where there is none, and where text is text: then they change nothing.
     if corpus.prompt_field is None:
         other.add("prompt_field")
     if corpus.special_tokens == "text":
         other.add("special_tokens")
+    if not corpus.messages:
+        other |= {"format", "messages_field"}
     if not corpus.imported:
         return {**corpus.model_dump(exclude=other), **_chosen(corpus)}
     return {**corpus.model_dump(exclude={*other, "text_field"}), "rows": IMPORT_VERSION}

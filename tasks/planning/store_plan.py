@@ -19,7 +19,9 @@ from ddk.packing import PackingConfig
 from ddk.student import load_tokenizer
 from ddk.train_config import StudentConfig
 from ddk.values import Split
-from storage.corpus.domain import CorpusFile, DomainConfig
+from storage.corpus.conversations import CANONICAL_VERSION
+from storage.corpus.domain import DomainConfig
+from storage.corpus.files import CorpusFile
 from storage.corpus.leaves import LeafIndex
 from storage.corpus.record_paths import store_name
 from storage.exchange.foreign import IMPORT_VERSION, compression_url
@@ -36,6 +38,9 @@ from tasks.planning.text_ends import TextEnds, ends_of_rows, text_ends
 from tasks.planning.weights import check_weights
 from tasks.teachers.config import TeacherConfig, check_fits, engine_version, model_rows, resolved_dtype, target_format
 from tasks.teachers.server_teacher import server_identity
+
+CHAT_VERSION = 1
+"""Of how `tasks.packing.chat` renders and marks conversations; raised where it would give other tokens or marks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +160,7 @@ def plan_stores(
     plans: dict[str, StorePlan] = {}
     for leaf in leaves:
         domain, corpus, files = leaf.domain, leaf.corpus, [*leaf.train, *leaf.validation]
-        marked = not corpus.imported and (corpus.prompt_field is not None or bool(ends.bos_ids))
+        marked = not corpus.imported and (corpus.prompt_field is not None or corpus.messages or bool(ends.bos_ids))
         blocks_inputs = {
             "kind": "blocks",
             "format": FORMAT_VERSION,
@@ -164,6 +169,7 @@ def plan_stores(
             "corpus": leaf.inputs,
             "tokenizer": imported_inputs if corpus.imported else tokenizer_inputs,
             "seq_len": packing.seq_len,
+            **({"chat": _chat_inputs(domain, corpus, tokenizer)} if corpus.messages else {}),
         }
         form = target_format(teacher, imported=corpus.imported)
         targets_inputs = {
@@ -256,6 +262,21 @@ def _teacher_inputs(teacher: TeacherConfig, folder: str, digests: DigestCache, r
         "dtype": resolved_dtype(teacher),
         "quantization": teacher.quantization,
         "engine": f"vllm {engine_version()}",
+    }
+
+
+def _chat_inputs(domain: str, corpus: DomainConfig, tokenizer: Any) -> dict[str, Any]:
+    """What determines how conversations are written, besides the tokenizer's other files."""
+    if not (template := getattr(tokenizer, "chat_template", None)):
+        raise UserError(
+            f"domain '{domain}' has format: messages, and the tokenizer of teacher.model has no chat template; add its "
+            f"chat_template.jinja to that folder, or render the conversations beforehand (text_field, prompt_field)"
+        )
+    return {
+        "version": CHAT_VERSION,
+        "canonical": CANONICAL_VERSION,
+        "template": fingerprint({"template": template}),
+        "args": dict(corpus.template_args),
     }
 
 

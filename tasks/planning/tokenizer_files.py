@@ -14,7 +14,8 @@ _FURTHER = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     "tokenization_*.py",  # code of the model's own, where `trust_remote_code` lets it run
 )
-"""What such a vocabulary is applied with. A chat template (`chat_template.jinja`) is none of it: none is applied."""
+"""What such a vocabulary is applied with. A chat template (`chat_template.jinja`) is none of it: only the blocks of
+conversations depend on it, and theirs cover its text (`tasks.planning.store_plan`)."""
 
 FETCHED = ("*.txt", "*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.jinja")
 """Of a model on the hub, besides its JSON files."""

@@ -20,7 +20,7 @@ def ids(*tokens: int) -> np.ndarray:
 def keyed(documents: list[list[int]], prompts: list[int] | None = None) -> list[Document[tuple[int, int]]]:
     lengths = prompts or [0] * len(documents)
     return [
-        Document((0, 10 * number), ids(*document), prompt)
+        Document((0, 10 * number), ids(*document), np.arange(len(document)) >= prompt)
         for number, (document, prompt) in enumerate(zip(documents, lengths, strict=True))
     ]
 
@@ -99,8 +99,11 @@ def test_documents_are_read_no_further_than_needed() -> None:
             r"document 1 is float64 of shape \(2,\); packing takes one-dimensional int32",
         ),
         ([Document(1, np.zeros((2, 1), np.int32))], None, r"document 1 is int32 of shape \(2, 1\)"),
-        ([Document(1, ids(5, 6), 3)], None, "document 1 has 2 tokens, and 3 of them are its prompt"),
-        ([Document(1, ids(5, 6), -1)], None, "document 1 has 2 tokens, and -1 of them"),
+        (
+            [Document(1, ids(5, 6), np.ones(3, np.bool_))],
+            None,
+            "document 1 has 2 tokens, and says of 3 whether they carry loss",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_refused(documents, start, message) -> None:
@@ -141,6 +144,47 @@ def test_marks_are_those_of_the_documents_laid_end_to_end(
         resumed = list(pack(rest, seq_len, EOS, start=block.next))
         assert as_lists(resumed) == as_lists(blocks[number + 1 :])
         assert marks(resumed) == marks(blocks[number + 1 :])
+
+
+def test_the_example_of_whole_documents() -> None:
+    documents = [
+        Document(number, ids(*tokens), whole=True) for number, tokens in enumerate([[5, 6, 7], [8, 8], [9] * 6])
+    ]
+    blocks = list(pack(documents, 4, EOS))
+    assert as_lists(blocks) == [[5, 6, 7, 8, 8], [9, 9, 9, 9, 9], [9, 0, 0, 0, 0]]
+    assert marks(blocks) == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=15), max_size=12),
+    seq_len=st.integers(3, 12),
+    bos=st.sampled_from([(), (200_001,)]),
+)
+def test_whole_documents_are_cut_only_where_they_are_longer_than_a_block(documents, seq_len: int, bos) -> None:
+    """Nothing is lost, and what is filled up carries no loss; and resumed behind each block."""
+    size = seq_len + 1
+    whole = [
+        Document(number, ids(*bos, *tokens), np.arange(len(bos) + len(tokens)) % 3 > 0, whole=True)
+        for number, tokens in enumerate(documents)
+    ]
+    blocks = list(pack(whole, seq_len, EOS, bos_ids=bos))
+    stream = [token for block in as_lists(blocks) for token in block if token not in (EOS, *bos)]
+    assert stream == [token for tokens in documents for token in tokens]
+    for document in whole:
+        tokens = document.ids.tolist()
+        if len(tokens) <= size:
+            assert any(
+                block[at : at + len(tokens)] == tokens
+                and found[at : at + len(tokens)][len(bos) :] == document.loss.astype(int).tolist()[len(bos) :]
+                for block, found in zip(as_lists(blocks), marks(blocks), strict=True)
+                for at in range(size - len(tokens) + 1)
+            )
+    for block, found in zip(as_lists(blocks), marks(blocks), strict=True):
+        assert not any(mark for token, mark in zip(block, found, strict=True) if token in (EOS, *bos))
+    for number, block in enumerate(blocks):
+        rest = [one for one in whole if one.key >= block.next.document]
+        resumed = list(pack(rest, seq_len, EOS, start=block.next, bos_ids=bos))
+        assert (as_lists(resumed), marks(resumed)) == (as_lists(blocks[number + 1 :]), marks(blocks[number + 1 :]))
 
 
 def test_config() -> None:

@@ -22,7 +22,7 @@ from flows.stores.stage_states import plan_stages
 from storage.blocks import open_blocks
 from storage.checking.verify_runs import run_findings
 from storage.corpus.documents import iter_documents
-from storage.corpus.domain import CorpusFile
+from storage.corpus.files import CorpusFile, Fields
 from storage.files import uri
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
@@ -250,7 +250,7 @@ def _filed_together(folder: Path, split: str) -> str:
 def _texts(name: str) -> list[str]:
     place = ASSETS / "corpora" / name
     file = CorpusFile(url=str(place), name=place.name, size=place.stat().st_size)
-    return [document.text for document in iter_documents(file, "text")]
+    return [document.text for document in iter_documents(file, Fields())]
 
 
 def test_everything_on_s3(ddk: Ddk, s3_server: str, small_run: SmallRun, tmp_path: Path) -> None:

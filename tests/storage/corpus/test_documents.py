@@ -18,7 +18,7 @@ import zstandard
 from ddk.errors import UserError
 from storage.corpus import documents, file_bytes
 from storage.corpus.documents import Text, iter_documents
-from storage.corpus.domain import CorpusFile
+from storage.corpus.files import CorpusFile, Fields
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -43,14 +43,14 @@ def json_lines(texts: list[str], field: str = "text") -> bytes:
 
 def texts_of(file: CorpusFile, start: int = 0) -> list[tuple[int, str]]:
     """Record and text of every document; none has a prompt."""
-    documents = list(iter_documents(file, "text", start))
+    documents = list(iter_documents(file, Fields(), start))
     assert not any(document.prompt for document in documents)
     return [(document.record, document.text) for document in documents]
 
 
 def error_of(file: CorpusFile, text_field: str = "text", prompt_field: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        list(iter_documents(file, text_field, prompt_field=prompt_field))
+        list(iter_documents(file, Fields(text_field, prompt_field)))
     message = str(caught.value)
     assert file.url in message
     assert "\n" not in message
@@ -90,7 +90,7 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.zst"])
 def test_an_empty_file_holds_no_documents(tmp_path: Path, name: str) -> None:
-    assert list(iter_documents(put(tmp_path / name, b""), "text")) == []
+    assert list(iter_documents(put(tmp_path / name, b""), Fields())) == []
 
 
 def test_zstd_frames_one_after_another(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_zstd_frames_one_after_another(tmp_path: Path) -> None:
     first, second = json_lines(["one", "two", "three"])[:30], json_lines(["one", "two", "three"])[30:]
     skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
     content = b"".join([skipped, zstandard.compress(first), skipped, zstandard.compress(second), skipped])
-    documents = iter_documents(put(tmp_path / "a.jsonl.zst", content), "text")
+    documents = iter_documents(put(tmp_path / "a.jsonl.zst", content), Fields())
     assert [document.text for document in documents] == ["one", "two", "three"]
 
 
@@ -110,7 +110,7 @@ def test_memory_is_bounded_by_a_document_not_by_the_file(tmp_path: Path, compres
     del content
     tracemalloc.start()
     try:
-        assert sum(1 for _ in iter_documents(file, "text", 19_000)) == 1000
+        assert sum(1 for _ in iter_documents(file, Fields(), 19_000)) == 1000
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
@@ -120,7 +120,7 @@ def test_bytes_read_are_those_stored(tmp_path: Path) -> None:
     for compression, compress in COMPRESSIONS.items():
         heard: list[int] = []
         file = put(tmp_path / f"a.jsonl{compression}", compress(json_lines(["some text"] * 1000)))
-        list(iter_documents(file, "text", on_bytes=heard.append))
+        list(iter_documents(file, Fields(), on_bytes=heard.append))
         assert sum(heard) == file.size
 
 
@@ -139,7 +139,7 @@ def test_documents_on_s3(s3_server: str, tmp_path: Path) -> None:
     assert texts == [["zero"], ["one", "two"], ["four", "five"], ["six"]]
     fs.rm(files[3].url)
     with pytest.raises(UserError, match=r"d\.txt is no longer there"):
-        list(iter_documents(files[3], "text"))
+        list(iter_documents(files[3], Fields()))
 
 
 # Prompts
@@ -158,8 +158,8 @@ def test_prompts_of_json_lines(tmp_path: Path) -> None:
     file = put(tmp_path / "a.jsonl.gz", gzip.compress(content.encode(), mtime=0))
     for start in range(8):
         expected = [document for document in PROMPTED if document[0] >= start]
-        assert list(iter_documents(file, "text", start, prompt_field="prompt")) == expected
-    assert [document.prompt for document in iter_documents(file, "text")] == [""] * 5
+        assert list(iter_documents(file, Fields(prompt="prompt"), start)) == expected
+    assert [document.prompt for document in iter_documents(file, Fields())] == [""] * 5
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -173,12 +173,12 @@ def test_prompts_of_parquet(tmp_path: Path, kind: pa.DataType, first: str) -> No
     file = put_table(tmp_path / "a.parquet", **{first: columns[first], **columns})
     for start in range(8):
         expected = [document for document in PROMPTED if document[0] >= start]
-        assert list(iter_documents(file, "text", start, prompt_field="prompt")) == expected
+        assert list(iter_documents(file, Fields(prompt="prompt"), start)) == expected
 
 
 def test_a_parquet_column_without_any_prompt(tmp_path: Path) -> None:
     file = put_table(tmp_path / "a.parquet", text=pa.array(["one"]), prompt=pa.array([None]))
-    assert list(iter_documents(file, "text", prompt_field="prompt")) == [Text(0, "one", "")]
+    assert list(iter_documents(file, Fields(prompt="prompt"))) == [Text(0, "one", "")]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_file_that_is_not_compressed_at_all_is_named(tmp_path: Path, compressi
     message = error_of(file)
     assert message.startswith("FILE is not compressed with gzip or zstd, as its name promises: it begins with b'{")
     assert f"; take '{compression}' off its name if this is its real content" in message
-    assert list(iter_documents(put(tmp_path / f"e.jsonl{compression}", b""), "text")) == []
+    assert list(iter_documents(put(tmp_path / f"e.jsonl{compression}", b""), Fields())) == []
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json"])
@@ -276,7 +276,7 @@ def test_a_file_is_read_as_what_it_is(tmp_path: Path, name: str, compression: st
     if compression == "skippable":
         content = b"\x5a\x2a\x4d\x18\x04\0\0\0abcd" + content
     file = put(tmp_path / name, content)
-    assert [document.text for document in iter_documents(file, "text")] == texts
+    assert [document.text for document in iter_documents(file, Fields())] == texts
 
 
 LINES = b'{"text": "a"}\n' * 60
@@ -317,7 +317,7 @@ def test_a_file_that_is_compressed_twice_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["BZh9 is no magic", "PAR1 is a word", "PK and more", "\x1f\x7f", "ÿþ", "Objects"])
 def test_text_that_begins_oddly_is_text(tmp_path: Path, text: str) -> None:
     file = put(tmp_path / "a.txt", text.encode())
-    assert [document.text for document in iter_documents(file, "text")] == [text]
+    assert [document.text for document in iter_documents(file, Fields())] == [text]
 
 
 @pytest.mark.parametrize(
@@ -357,12 +357,12 @@ def test_nul_bytes_are_named(tmp_path: Path, name: str) -> None:
     file = put(tmp_path / name, b'{"text": "fine"}\n\n' + bytes(5000) + b"\n")
     assert "FILE, line 3: it holds NUL bytes, so it is no text, or the file is damaged" in error_of(file)
     file = put(tmp_path / "b.jsonl", b'{"text": "an escaped \\u0000 is text"}')
-    assert [document.text for document in iter_documents(file, "text")] == ["an escaped \0 is text"]
+    assert [document.text for document in iter_documents(file, Fields())] == ["an escaped \0 is text"]
 
 
 def test_a_number_of_thousands_of_digits_beside_the_text(tmp_path: Path) -> None:
     file = put(tmp_path / "a.jsonl", b'{"id": -%s, "text": "a", "x": %s.5}' % (b"9" * 5000, b"9" * 5000))
-    assert [document.text for document in iter_documents(file, "text")] == ["a"]
+    assert [document.text for document in iter_documents(file, Fields())] == ["a"]
     file = put(tmp_path / "b.jsonl", b'{"text": %s}' % (b"9" * 5000))
     assert "FILE, line 1: field 'text' is not a string but a number" in error_of(file)
 
@@ -372,7 +372,7 @@ def test_a_field_that_comes_twice_is_named(tmp_path: Path) -> None:
     assert "FILE, line 2: field 'text' comes twice, and one of them would be lost; correct the record" in error_of(file)
     once = {"id": {"text": "x"}, "text": 'a "text" of "text"', "more": ["text", {"text": "y"}]}
     file = put(tmp_path / "b.jsonl", json.dumps(once).encode())
-    assert [document.text for document in iter_documents(file, "text")] == [once["text"]]
+    assert [document.text for document in iter_documents(file, Fields())] == [once["text"]]
 
 
 def test_a_column_that_comes_twice_is_named(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_a_column_that_comes_twice_is_named(tmp_path: Path) -> None:
     file = CorpusFile(url=str(path), name=path.name, size=1)
     assert error_of(file) == "FILE: 2 columns are called 'text'; rename or remove all but the one meant"
     pq.write_table(pa.Table.from_arrays([ids, texts, ids], names=["id", "text", "id"]), path)
-    assert [document.text for document in iter_documents(file, "text")] == ["a", "b"]
+    assert [document.text for document in iter_documents(file, Fields())] == ["a", "b"]
 
 
 def test_broken_parquet_is_named(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
     middle = len(content) // 2
     damaged = content[: middle - 20_000] + bytes(40_000) + content[middle + 20_000 :]
     assert "FILE is not a readable Parquet file (" in error_of(put(tmp_path / "d.parquet", damaged))
-    assert len(list(iter_documents(file, "text"))) == 500
+    assert len(list(iter_documents(file, Fields()))) == 500
 
 
 def test_a_parquet_column_that_does_not_serve_is_named(tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 def values_of(file: CorpusFile) -> list[tuple[str, float | None]]:
-    return [(document.text, document.value) for document in iter_documents(file, "text", value_field="quality")]
+    return [(document.text, document.value) for document in iter_documents(file, Fields(value="quality"))]
 
 
 def test_a_records_number_comes_with_its_text(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from ddk.errors import UserError
 from storage.corpus.documents import Text, iter_documents
-from storage.corpus.domain import CorpusFile, DomainConfig, domain_seed, in_validation, resolve_files
+from storage.corpus.domain import DomainConfig, domain_seed, in_validation
+from storage.corpus.files import CorpusFile, Fields, resolve_files
 
 
 def put(path: Path, content: bytes) -> CorpusFile:
@@ -113,13 +114,13 @@ def test_a_prompt_needs_files_that_have_fields(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.parquet", "c.txt.gz"):
         put(tmp_path / name, b"x")
     fields = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.parquet"]
-    assert len(resolve_files(fields, "chat", "prompt")) == 2
+    assert len(resolve_files(fields, "chat", Fields(prompt="prompt"))) == 2
     assert len(resolve_files([f"{tmp_path}/*"], "chat")) == 3
     message = r"domain 'chat': .*c\.txt\.gz holds plain text, which has no field 'prompt'; .* leave it out, or put"
     with pytest.raises(UserError, match=message):
-        resolve_files([f"{tmp_path}/*"], "chat", "prompt")
+        resolve_files([f"{tmp_path}/*"], "chat", Fields(prompt="prompt"))
     with pytest.raises(UserError, match=r"c\.txt\.gz holds plain text, which has no field 'topic'; path_field goes"):
-        resolve_files([f"{tmp_path}/*"], "chat", path_field="topic")
+        resolve_files([f"{tmp_path}/*"], "chat", Fields(path="topic"))
 
 
 def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_an_unknown_protocol_and_a_chained_glob_are_named(tmp_path: Path) -> Non
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.txt", "zipped")
     (file,) = resolve_files([f"zip://a.txt::{tmp_path}/a.zip"], "web")
-    assert list(iter_documents(file, "text")) == [Text(0, "zipped", "")]
+    assert list(iter_documents(file, Fields())) == [Text(0, "zipped", "")]
     with pytest.raises(UserError, match="a chained URL"):
         resolve_files([f"zip://*.txt::{tmp_path}/a.zip"], "web")
 

@@ -14,7 +14,8 @@ import pytest
 from ddk.errors import UserError
 from storage.corpus import leaves as module
 from storage.corpus.documents import Text
-from storage.corpus.domain import CorpusFile, DomainConfig, domain_seed
+from storage.corpus.domain import DomainConfig, domain_seed
+from storage.corpus.files import CorpusFile
 from storage.corpus.leaves import Leaf, LeafIndex, in_leaf_validation, iter_leaf_documents, read_leaves
 from storage.files.remembered import remember
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk.errors import UserError
-from storage.corpus.domain import CorpusFile, resolve_files
+from storage.corpus.files import CorpusFile, resolve_files
 from storage.exchange.distillkit import CompressionConfig, documented, encode
 from storage.exchange.foreign import RowFormat, compression_url, iter_predictions, iter_tokens, read_compression
 from storage.exchange.predictions import Predictions

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from storage.corpus.domain import DomainConfig, resolve_files
+from storage.corpus.domain import DomainConfig
+from storage.corpus.files import resolve_files
 from tasks.evaluation.validation_texts import ValidationTexts
 from tasks.packing.tokenizing import tokenize_documents
 

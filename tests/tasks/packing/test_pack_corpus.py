@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from byte_tokenizers import byte_tokenizer
+from chat_templates import PLAIN, SHAPES, without_marks
 from deaths import killed_at_each_rename
 from tiny_model import make_tiny_model
 
@@ -238,3 +239,58 @@ def _files(folder: Path) -> dict[str, bytes]:
     del manifest["seal"]
     assert set(manifest.pop("facts")) == {"seconds"}
     return {**found, "": json.dumps(manifest, sort_keys=True).encode()}
+
+
+def test_conversations_lie_whole_in_their_blocks(packer: Packer, tmp_path: Path) -> None:
+    """By hand; gone on with behind a shard, the same; and another template gives another store."""
+    packer.teacher = byte_tokenizer(tmp_path / "t", added=["<|im_start|>", "<|im_end|>"])
+    make_tiny_model(tmp_path / "t", rows=259, context=300)
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "x" * (7 * n % 31)},
+                {"role": "assistant", "content": "y" * (1 + 11 * n % 23)},
+            ]
+        }
+        for n in range(40)
+    ]
+    files = {"train": packer.write("a.jsonl", records), "validation": packer.write("v.jsonl", records[:9])}
+    chat = {"text_field": "text", "prompt_field": None, "format": "messages"}
+
+    def plan() -> Plan:
+        teacher = TeacherConfig(model=packer.teacher, k=4, dtype="float32")
+        domains = {"chat": DomainConfig.model_validate({**files, **chat})}
+        return plan_stores(str(tmp_path / "root"), domains, PackingConfig(seq_len=99), teacher)
+
+    with pytest.raises(
+        UserError, match=r"'chat' has format: messages, and the tokenizer of teacher\.model has no chat"
+    ):
+        plan()
+    template = tmp_path / "t" / "chat_template.jinja"
+    template.write_text(without_marks(PLAIN))
+    first = plan()
+    template.write_text(without_marks(SHAPES["thoughts"]))
+    second = plan()
+    assert first["chat"].blocks_url != second["chat"].blocks_url
+    done = pack_corpus.fn(second, "chat")
+    tokens, mask = whole(done["url"])
+    assert mask is not None
+    tokenizer = load_tokenizer(packer.teacher)
+    blocks: list[list[int]] = [[]]
+    for record in records:
+        ids = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=True)["input_ids"]
+        if len(blocks[-1]) + len(ids) > 100:
+            blocks.append([])
+        blocks[-1] += ids
+    np.testing.assert_array_equal(tokens, [block + [0] * (100 - len(block)) for block in blocks])
+    said = tokens[:, 1:] == tokenizer.convert_tokens_to_ids("y")
+    empty_thoughts = 40 * len(tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False))
+    assert mask.sum() == said.sum() + empty_thoughts + 40  # and each turn's end
+    assert mask[said].all()
+    manifest = read_manifest(done["url"])
+    assert manifest is not None
+    assert manifest.total("with_loss", "train") == mask.sum()
+    uri.write_bytes(f"{done['url']}/train/tokens/c/1/0", b"rubbish")
+    uncommit(done["url"], manifest, verify(done["url"], manifest, full=True))
+    pack_corpus.fn(second, "chat")
+    np.testing.assert_array_equal(whole(done["url"])[0], tokens)

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ddk.errors import UserError
 from ddk.packing import pack
-from storage.corpus.domain import CorpusFile, DomainConfig, resolve_files
+from storage.corpus.domain import DomainConfig
+from storage.corpus.files import CorpusFile, resolve_files
 from tasks.packing import tokenizing as module
 from tasks.packing.tokenizing import tokenize_documents
 
@@ -59,7 +60,7 @@ def test_documents_come_whole_and_in_order(files, tokenizer, batch_documents: in
     for number, document in enumerate(documents, start=1):
         assert document.ids.dtype == np.int32
         assert document.ids.tolist() == [number + 1] * number
-        assert document.prompt == 0
+        assert document.loss is None
 
 
 def test_truncation_and_padding_left_on_are_turned_off(files, tokenizer) -> None:
@@ -106,12 +107,14 @@ def test_a_prompts_tokens_come_before_the_texts(tmp_path: Path, tokenizer, suffi
     else:
         pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
     config = DomainConfig(train=["a"], validation=["elsewhere.jsonl"], text_field="answer", prompt_field="question")
-    files = resolve_files([f"{tmp_path}/a.{suffix}"], "chat", config.prompt_field)
+    files = resolve_files([f"{tmp_path}/a.{suffix}"], "chat", config.fields)
     documents = list(
         tokenize_documents(files, config, "train", tokenizer, domain="chat", batch_documents=batch_documents)
     )
     expected = [((0, n), ids, prompt) for n, (_, _, ids, prompt) in enumerate(PROMPTED) if ids is not None]
-    assert [(one.key, one.ids.tolist(), one.prompt) for one in documents] == expected
+    assert [
+        (one.key, one.ids.tolist(), 0 if one.loss is None else int((~one.loss).sum())) for one in documents
+    ] == expected
     assert all(one.ids.dtype == np.int32 for one in documents)
 
 
@@ -137,8 +140,10 @@ def test_progress_sums_to_the_files_sizes(files, tokenizer, start) -> None:
 
 def test_a_batch_of_long_documents_is_closed_early(files, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    original = module._tokenize
-    monkeypatch.setattr(module, "_tokenize", lambda encode, batch: sizes.append(len(batch)) or original(encode, batch))
+    original = module._Texts.__call__
+    monkeypatch.setattr(
+        module._Texts, "__call__", lambda self, batch: sizes.append(len(batch)) or original(self, batch)
+    )
     monkeypatch.setattr(module, "MAX_BATCH_CHARACTERS", 1000)
     assert len(run(files, tokenizer)) == 199
     assert len(sizes) > 50
