@@ -76,6 +76,10 @@ class MixtureConfig(Section):
     stop_ratio: float | None = Field(default=None, ge=0.0)
     """Stop early once the largest ℓ_S/ℓ_T of all domains (or leaves, at any `level`) is at most this ratio, e.g. 1.05.
     By default, training never stops early."""
+    domain_stop_ratio: float | None = Field(default=None, ge=0.0)
+    """A domain (or leaf, at any `level`) whose ℓ_S/ℓ_T is at most this ratio keeps no more than the floor (1 − α)/N,
+    until its ratio rises above it again. The others share what it leaves. For methods that follow the gap. By default,
+    a domain that has caught up is drawn as the method says."""
     doremi_step: float = Field(default=1.0, ge=0.0, le=1e6)
     """With cpt_doremi: step size η of the domain weights, per nat of excess loss."""
     doremi_smoothing: float = Field(default=1e-3, ge=0.0, le=1.0)
@@ -190,6 +194,28 @@ def weighted_mixture(weights: Mapping[str, float]) -> Mixture:
     """Probabilities in proportion to weights, which are not negative and not all 0."""
     total = math.fsum(weights.values())
     return Mixture(probabilities={domain: weight / total for domain, weight in weights.items()})
+
+
+def capped_mixture(mixture: Mixture, most: Mapping[str, float]) -> Mixture:
+    """The mixture in which some domains have at most the given probability; the others share the rest in proportion.
+
+    Where no other domain is drawn, nobody could take the rest, and the mixture stays as it is.
+
+    Example: of a 0.6, b 0.3, c 0.1, with a at most 0.2: a 0.2, b 0.6, c 0.2.
+
+    Args:
+        most: the largest probability, by domain that is capped.
+    """
+    kept = {domain: min(p, most[domain]) for domain, p in mixture.probabilities.items() if domain in most}
+    others = math.fsum(p for domain, p in mixture.probabilities.items() if domain not in most)
+    if others <= 0.0:
+        return mixture
+    free = 1.0 - math.fsum(kept.values())
+    return Mixture(
+        probabilities={
+            domain: kept[domain] if domain in kept else p / others * free for domain, p in mixture.probabilities.items()
+        }
+    )
 
 
 def caught_up(gaps: Sequence[DomainGap], stop_ratio: float | None) -> bool:

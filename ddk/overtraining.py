@@ -39,7 +39,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ddk.values import REGRESSION, Mixture
+from ddk.values import REGRESSION
 
 AlarmKind = Literal["ce_rises", "epochs", "kl_off_line"]
 
@@ -105,28 +105,6 @@ def alarms(history: Mapping[str, Sequence[Measurement]], epoch_limit: float | No
                     found.append(Alarm(domain=domain, kind=kind, step=step, sentence=sentence))
                     break
     return tuple(sorted(found, key=lambda alarm: (alarm.step, alarm.domain, alarm.kind)))
-
-
-def capped_mixture(mixture: Mixture, most: Mapping[str, float]) -> Mixture:
-    """The mixture in which some domains have at most the given probability; the others share the rest in proportion.
-
-    Where no other domain is drawn, nobody could take the rest, and the mixture stays as it is.
-
-    Example: of a 0.6, b 0.3, c 0.1, with a at most 0.2: a 0.2, b 0.6, c 0.2.
-
-    Args:
-        most: the largest probability, by domain that is capped.
-    """
-    kept = {domain: min(p, most[domain]) for domain, p in mixture.probabilities.items() if domain in most}
-    others = math.fsum(p for domain, p in mixture.probabilities.items() if domain not in most)
-    if others <= 0.0:
-        return mixture
-    free = 1.0 - math.fsum(kept.values())
-    return Mixture(
-        probabilities={
-            domain: kept[domain] if domain in kept else p / others * free for domain, p in mixture.probabilities.items()
-        }
-    )
 
 
 def overtrained(raised: Collection[Alarm]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ pickle). A reader on another number of ranks puts its own shares together from t
     exp_avg.<parameter>      AdamW's first moment
     exp_avg_sq.<parameter>   and second
 
-AdamW's step count is that of the training, which is in `TrainerState`.
+AdamW's step count follows from `TrainerState`: the steps since the optimizer began with empty moments.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shares
 from ddk.trainer import Trainer, TrainerState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_Value = TypeVar("_Value")
 
 
 def save(trainer: Trainer, folder: str) -> None:
@@ -43,7 +45,7 @@ def save(trainer: Trainer, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     with _quiet(), _root_cause(folder):
         save_shares(
-            dict(_live(trainer, trainer.state.step)),
+            dict(_live(trainer, trainer.state)),
             storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True),
             no_dist=trainer.world.size == 1,
         )
@@ -62,16 +64,22 @@ def load(trainer: Trainer, state: TrainerState, folder: str) -> None:
             does not cover it, or the state is of other domains.
     """
     _check_domains(trainer, state)
-    live = _live(trainer, state.step)
+    live = _live(trainer, state)
     with _quiet(), _root_cause(folder):
         reader = HuggingFaceStorageReader(folder)
         found = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+        if state.step == state.optimizer_start:  # the moments there are those of the run that the weights are from
+            live, found = _weights(live), _weights(found)
         _check_names({name: tuple(tensor.shape) for name, tensor in live.items()}, found)
         load_shares(dict(live), storage_reader=reader, no_dist=trainer.world.size == 1)
     trainer.state = state
 
 
-def _live(trainer: Trainer, step: int) -> dict[str, Tensor]:
+def _weights(named: Mapping[str, _Value]) -> dict[str, _Value]:
+    return {name: value for name, value in named.items() if not name.startswith(tuple(f"{one}." for one in _MOMENTS))}
+
+
+def _live(trainer: Trainer, state: TrainerState) -> dict[str, Tensor]:
     """The trainer's own tensors by their names in a file, the optimizer's made where it has none yet."""
     live = {f"model.{name}": parameter.detach() for name, parameter in trainer.parameters.items()}
     for name, parameter in trainer.parameters.items():
@@ -80,7 +88,7 @@ def _live(trainer: Trainer, step: int) -> dict[str, Tensor]:
         held = trainer.optimizer.state[parameter]
         # AdamW keeps its step count on the CPU unless it is fused.
         where = parameter.device if trainer.device.type == "cuda" else torch.device("cpu")
-        held["step"] = torch.tensor(float(step), device=where)
+        held["step"] = torch.tensor(float(state.step - state.optimizer_start), device=where)
         for moment in _MOMENTS:
             if moment not in held:
                 held[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -14,6 +14,7 @@ from ddk.section import MOST_STEPS, Section
 Parallel = Literal["ddp", "fsdp"]
 Tail = Literal["bucket", "renormalise", "residual", "sampled"]
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Schedule = Literal["cosine", "wsd"]
 Overtrained = Literal["warn", "cap", "stop"]
 EPOCH_LIMIT = 4.0
 """Muennighoff et al., NeurIPS 2023, 'Scaling Data-Constrained Language Models' (arXiv 2305.16264): up to four epochs,
@@ -109,7 +110,13 @@ class TrainConfig(Section):
     learning_rate: float = Field(default=3e-5, gt=0.0, le=10.0)
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = Field(default=3e-6, ge=0.0)
-    """Learning rate at the last step, where the cosine schedule ends."""
+    """Learning rate at the last step."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up. 'cosine': over all steps. 'wsd' (warm-up, stable, decay): it stays
+    at its peak until the last part of the run, so that a longer run can branch off from any checkpoint before that
+    part."""
+    decay_share: float = Field(default=0.1, gt=0.0, le=1.0)
+    """With schedule wsd: share of the steps, at the end, over which the learning rate falls."""
     warmup_steps: int = Field(default=1000, ge=0, le=MOST_STEPS)
     """Number of steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.1, ge=0.0, le=1e6)
@@ -154,6 +161,12 @@ class TrainConfig(Section):
     """Number of epochs (times that a domain's train blocks were read) beyond which a domain is seen too often; null
     leaves the number out. Source of the default: Muennighoff et al. 2023, 'Scaling Data-Constrained Language
     Models'."""
+    from_run: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@[0-9]{1,9})?$")
+    """RUN or RUN@STEP: another run in the same root, from whose checkpoint (by default the newest) this one goes on, as
+    `ddk train --from` sets it. Steps count on from there, and `steps` is the total. See docs/training.md."""
+    from_optimizer: bool = True
+    """With from_run: whether the optimizer's moments are taken along; otherwise only the weights are, and the learning
+    rate warms up anew."""
     log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
     """Number of steps between log lines. There is also a line at the end of each interval."""
 

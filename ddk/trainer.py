@@ -30,6 +30,7 @@ from ddk.gap import HeldOut, held_out
 from ddk.loss import Teacher, position_gamma, teacher_of
 from ddk.parallel import Precision, World, spread, synchronise, whole
 from ddk.sampler import SamplerState, draw, initial_state
+from ddk.schedule import learning_rate
 from ddk.selection import block_losses
 from ddk.student import StudentLoss, layers_of
 from ddk.train_config import LossConfig, TrainConfig
@@ -43,6 +44,8 @@ class TrainerState:
     sampler: SamplerState
     mixture_versions: tuple[int, ...] = ()
     """Version of the mixture that each interval so far was trained under."""
+    optimizer_start: int = 0
+    """Step at which the optimizer began with empty moments: above 0 in a run that took another one's weights alone."""
 
     @property
     def step(self) -> int:
@@ -69,19 +72,6 @@ class StepReport:
     seconds: float
     waited_seconds: float
     """The part of `seconds` that the first rank spent waiting for data."""
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of step `step` (from 0): linear from 0 to the peak over the warm-up, then a cosine down to the minimum.
-
-    Example: warmup_steps 10, steps 110: step 4 has half the peak, step 9 all of it, step 109 the minimum.
-    """
-    warmup = min(config.warmup_steps, config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step + 1 - warmup) / max(1, config.steps - warmup)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
 def resolve_device(config: TrainConfig) -> torch.device:
@@ -133,6 +123,7 @@ class Trainer:
         separator: the token behind which a document begins, or several such, for `loss.mask_document_starts`.
         wrap: makes a module that computes the loss out of model, vocab_size and loss; a method that adds terms has one
             of its own.
+        schedule_start: step at which the learning rate's warm-up begins.
         world: the processes; alone by default, on the device of `config`.
 
     Raises:
@@ -150,6 +141,7 @@ class Trainer:
         seed: int,
         separator: int | tuple[int, ...] | None = None,
         wrap: Wrap = StudentLoss,
+        schedule_start: int = 0,
         world: World | None = None,
     ) -> None:
         if loss.gamma > 0.0 and data.targets is None:
@@ -161,6 +153,7 @@ class Trainer:
         self.data = data if loss.gamma > 0.0 else replace(data, targets=None)
         self.vocab_size = vocab_size
         self.seed = seed
+        self._schedule_start = schedule_start
         self._separator = separator if loss.mask_document_starts else None
         self.world = world or World(device=resolve_device(config))
         self._share = config.share(self.world.size)
@@ -287,7 +280,7 @@ class Trainer:
         # high ones would change nothing.
         key = [self.seed, step] + ([self.world.rank] if self.world.rank else [])
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-        rate = learning_rate(self.config, step)
+        rate = learning_rate(self.config, step, self._schedule_start)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)

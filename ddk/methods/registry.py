@@ -28,7 +28,7 @@ from ddk.methods.follow_gap import DDK, DDK_NO_SMOOTHING
 from ddk.methods.minillm import MINILLM
 from ddk.methods.retain import DDK_RETAIN
 from ddk.methods.ted import TED
-from ddk.mixture import MixtureConfig, equal_mixture, fixed_mixture, proportional_mixture
+from ddk.mixture import MixtureConfig, capped_mixture, equal_mixture, fixed_mixture, proportional_mixture
 from ddk.train_config import LossConfig
 from ddk.values import DomainGap, Mixture
 
@@ -84,6 +84,25 @@ def mixture_after(
     Raises:
         ValueError: gaps, mixture, sizes or reference are of different domains, or no question belongs to any of them.
     """
+    found = _over_leaves(method, past, gaps, config, sizes, reference, positions, progress, accuracies)
+    if config.domain_stop_ratio is None:
+        return found
+    floor = smallest_mixture(method, config, sizes)
+    done = [gap.domain for gap in gaps if gap.ratio <= config.domain_stop_ratio]
+    return capped_mixture(found, {domain: floor[domain] for domain in done})
+
+
+def _over_leaves(
+    method: MethodName,
+    past: Sequence[Interval],
+    gaps: Sequence[DomainGap],
+    config: MixtureConfig,
+    sizes: Mapping[str, int],
+    reference: Mapping[str, float] | None,
+    positions: Mapping[str, int] | None,
+    progress: float,
+    accuracies: Accuracies | None,
+) -> Mixture:
     level = config.level
     if level is None:
         return _mixture_after(method, past, gaps, config, sizes, reference, progress, accuracies)
@@ -205,6 +224,12 @@ def check_method(method: MethodName, mixture: MixtureConfig, loss: LossConfig, d
         raise ValueError(
             f"mixture.reference_run is set, and method {method} uses no reference; leave it out, or set "
             f"method: {others}"
+        )
+    if mixture.domain_stop_ratio is not None and not chosen.follows_gap:
+        others = ", ".join(name for name, known in METHODS.items() if known.follows_gap)
+        raise ValueError(
+            f"mixture.domain_stop_ratio is set, and method {method} does not follow the gap; leave it out, or set "
+            f"method to one that does ({others})"
         )
     _check_followed(method, mixture)
     try:

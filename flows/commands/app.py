@@ -39,6 +39,19 @@ Force = Annotated[
 Run = Annotated[str | None, typer.Option("--run", help="Run name; overrides `run` in the file.")]
 
 
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RUN[@STEP]",
+        help="Go on from this run's newest checkpoint, or from that of a step, as a new run (name it with --run).",
+    ),
+]
+FreshOptimizer = Annotated[
+    bool, typer.Option("--fresh-optimizer", help="With --from: take the weights along, and not the optimizer's state.")
+]
+
+
 class FlowInterruptedError(Exception):
     """The user pressed Ctrl-C while a flow ran."""
 
@@ -54,6 +67,24 @@ def load(path: str, overrides: list[str] | None, root: str | None, run: str | No
     from flows.config import load_config
 
     return load_config(path, overrides or (), root, run)
+
+
+def going_on(overrides: list[str] | None, source: str | None, fresh_optimizer: bool) -> list[str]:
+    """The overrides that --from and --fresh-optimizer stand for, and the others.
+
+    Raises:
+        UserError: --fresh-optimizer is given without --from.
+    """
+    import json
+
+    from ddk.errors import UserError
+
+    if source is None:
+        if fresh_optimizer:
+            raise UserError("--fresh-optimizer needs --from, which names the run to go on from")
+        return overrides or []
+    optimizer = ["train.from_optimizer=false"] if fresh_optimizer else []
+    return [*(overrides or ()), f"train.from_run={json.dumps(source)}", *optimizer]
 
 
 def run_flow(name: str, config: Any, module: str = "flows.stages", **options: Any) -> Any:

@@ -12,11 +12,14 @@ import typer
 from flows.commands.app import (
     ConfigPath,
     Force,
+    FreshOptimizer,
+    From,
     Overrides,
     Root,
     Run,
     app,
     command,
+    going_on,
     load,
     loading_libraries,
     run_flow,
@@ -46,8 +49,16 @@ def quickstart(
 
 
 @app.command(short_help="Run every stage in order: pack, cache, select, train, report.")
-def distill(config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None) -> None:
+def distill(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: Run = None,
+    source: From = None,
+    fresh_optimizer: FreshOptimizer = False,
+) -> None:
     """Run every stage in order: pack, cache, select, train, report. Complete stages are skipped."""
+    overrides = going_on(overrides, source, fresh_optimizer)
     loaded = load(config, overrides, root, run)
     _distill(loaded)
     _show_result(loaded, _again(config, overrides, root))
@@ -88,12 +99,20 @@ def select(config: ConfigPath, overrides: Overrides = None, root: Root = None) -
 
 @app.command(short_help="Train the student on the cached targets.")
 def train(
-    config: ConfigPath, overrides: Overrides = None, root: Root = None, run: Run = None, force: Force = False
+    config: ConfigPath,
+    overrides: Overrides = None,
+    root: Root = None,
+    run: Run = None,
+    source: From = None,
+    fresh_optimizer: FreshOptimizer = False,
+    force: Force = False,
 ) -> None:
     """Train the student on the cached targets; training resumes at the newest checkpoint.
 
-    With --force, the new run is called RUN.2 (then RUN.3, and so on).
+    With --from, a new run goes on from another one's checkpoint: with more steps, another learning rate, batch size,
+    method or loss, or with further domains. With --force, the new run is called RUN.2 (then RUN.3, and so on).
     """
+    overrides = going_on(overrides, source, fresh_optimizer)
     loaded = load(config, overrides, root, run)
     done = run_flow("train_student", loaded, force=force)
     _show_result(loaded.model_copy(update={"run": done["run"]}), _again(config, overrides, root))
@@ -140,13 +159,15 @@ def plan(
     overrides: Overrides = None,
     root: Root = None,
     run: Run = None,
+    source: From = None,
+    fresh_optimizer: FreshOptimizer = False,
 ) -> None:
     """Show which stages are complete, unfinished, stale or missing, and why; runs nothing.
 
     With --cost, estimate the disk space, memory and GPU time of the run from the configuration and the models' configs.
     The corpora and the weights are not needed. With --predict, `ddk law` must have fitted a law to runs of the root.
     """
-    loaded = load(config, overrides, root, run)
+    loaded = load(config, going_on(overrides, source, fresh_optimizer), root, run)
     if cost:
         from flows.costing.run_size import Assumptions
 

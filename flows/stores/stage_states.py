@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from ddk.schedule import learning_rate
 from flows.config import Config
 from flows.stores.stages_shown import StagePlan, complete_run, complete_store
 from storage.corpus.record_paths import store_name
@@ -124,7 +125,8 @@ def _run(config: Config, plan: Plan, stores: list[StagePlan]) -> StagePlan:
     found = folder.identity()
     common: dict[str, Any] = {"stage": "train", "of": config.run, "url": folder.url}
     if found is None:
-        return StagePlan(state="missing", why=_followed(config, plan), **common)
+        said = [going_on(config, plan), _followed(config, plan)]
+        return StagePlan(state="missing", why="; ".join(one for one in said if one), **common)
     waiting = [one for one in stores if one.state != "complete"]
     if waiting:
         why = "its stores must be made first; a run cannot switch stores"
@@ -137,6 +139,33 @@ def _run(config: Config, plan: Plan, stores: list[StagePlan]) -> StagePlan:
         return complete_run(folder, config.train.steps)
     steps = CheckpointFolder(folder.url).steps()
     return StagePlan(state="unfinished", why=f"step {steps[-1] if steps else 0:,} of {config.train.steps:,}", **common)
+
+
+def going_on(config: Config, plan: Plan) -> str:
+    """What a run that goes on from another one would begin with; '' where it begins with the student itself."""
+    ancestry = RunInputs(config.settings, plan).ancestry
+    if ancestry is None:
+        return ""
+    train, step = config.train, ancestry.step
+    source = RunFolder(config.root, ancestry.run)
+    start = 0 if train.schedule == "wsd" and ancestry.optimizer else step
+    before = source.interval_metrics(max(first for first in source.measured_intervals() if first < step))
+    warmup = start + min(train.warmup_steps, train.steps - start) - step
+    how = f"warms up over {warmup:,} steps to" if warmup > 0 else "goes on at"
+    rate = learning_rate(train, step + max(warmup, 0), start)
+    new = [domain for domain in plan.domains if domain not in ancestry.counted]
+    return (
+        f"goes on from step {step:,} of run '{ancestry.run}' to step {train.steps:,}"
+        f"{'' if ancestry.optimizer else ', with its weights alone'}; the learning rate was "
+        f"{before[-1]['learning_rate']:.3g} there and {how} {rate:.3g}"
+        f"{f'; drawn from their beginning: {_few(new)}' if new else ''}"
+        f"{'' if ancestry.history else '; the mixture history begins anew, from the mixture that was last drawn'}"
+    )
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _followed(config: Config, plan: Plan) -> str:

@@ -75,7 +75,7 @@ class CheckpointFolder:
         uri.remove_file(uri.join(self.url(step), _COMMIT))
         uri.remove_temporaries(self.url(step))  # of one who was killed in the middle of it
 
-    def put(self, step: int, name: str, write: Callable[[str], None]) -> dict[str, Any]:
+    def put(self, step: int, name: str, write: Callable[[str], Any]) -> dict[str, Any]:
         """Write one file, and return what `commit` is to know of it (plain JSON data)."""
         with uri.writing(uri.join(self.url(step), name)) as path:
             write(path)

@@ -127,6 +127,7 @@ class RunFolder:
             raise RunMismatchError(
                 f"run '{self.name}' in {self.url} was started with other settings "
                 f"({'; '.join(differences(found, identity))}); choose another name (run: …) or remove that folder"
+                f"; `ddk train CONFIG --from {self.name} --run NAME` goes on from it with the new settings"
             )
         if found is None:
             IDENTITY.write(self._identity_url, identity, identity_of(self.url))

@@ -82,7 +82,7 @@ def read_points(root: str, patterns: Sequence[str], *, all_points: bool = False)
         )
     for run in runs[1:]:
         _check_alike(run, runs[0])
-    notes = []
+    notes = _left_out(root, patterns)
     middles = all_points or not any(run.decays for run in runs)
     if not middles:
         notes.append(
@@ -126,7 +126,7 @@ def _runs(root: str, patterns: Sequence[str]) -> Iterator[_Run]:
             continue
         folder = RunFolder(root, name)
         config, identity, summary = folder.config(), folder.identity(), folder.summary()
-        if config is None or identity is None:
+        if config is None or identity is None or "from" in identity:
             continue
         records = MixtureHistory(folder.url).whole(summary)
         if records:
@@ -137,6 +137,17 @@ def _runs(root: str, patterns: Sequence[str]) -> Iterator[_Run]:
                 records=records,
                 complete=summary is not None,
             )
+
+
+def _left_out(root: str, patterns: Sequence[str]) -> list[str]:
+    """A note where runs are no points: what they were trained by has two recipes."""
+    names = [
+        name
+        for name in uri.list_names(uri.join(root, "runs"))
+        if any(fnmatch.fnmatchcase(name, one) for one in patterns)
+        and "from" in (RunFolder(root, name).identity() or {})
+    ]
+    return [f"Left out, as they went on from other runs' checkpoints: {', '.join(names)}."] if names else []
 
 
 def _check_alike(run: _Run, first: _Run) -> None:

@@ -78,6 +78,8 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
         "## Recipe",
         markdown_table(("setting", "value"), [("method", escape(summary.method)), *_recipe(summary)], left=2),
     ]
+    if summary.gone_on_from:
+        parts.append(f"This run {escape(summary.gone_on_from)}.")
     if summary.stopped_early is not None:
         parts.append(f"Training ended before its budget was used up: {escape(summary.stopped_early)}")
     parts += [

@@ -90,6 +90,8 @@ class RunSummary:
     """None where it is not known, as for a run still going."""
     stopped_early: str | None
     """Why the run ended before its budget was used up; None where it did not."""
+    gone_on_from: str = ""
+    """Which other run's checkpoint it goes on from, as part of a sentence; empty where it began with the student."""
     selections: tuple[Mapping[str, object], ...] = ()
     """Of the domains whose blocks were chosen: `tasks.reporting.selections.selections_of`."""
 

@@ -10,6 +10,7 @@ from ddk.methods.registry import METHODS
 from ddk.overtraining import Alarm
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
+from tasks.reporting.ancestry import gone_on_from
 from tasks.reporting.overtraining import alarms_of, epoch_limit_of
 from tasks.reporting.records import IntervalRecord, RunSummary
 from tasks.reporting.selections import selections_of
@@ -53,6 +54,7 @@ def summarise(
         settings=effective_settings(config),
         wall_seconds=done.get("training_seconds"),
         stopped_early=done.get("stopped_early"),
+        gone_on_from=gone_on_from(folder),
         selections=selections_of(folder),
     )
 

@@ -40,6 +40,8 @@ class TrainingJob(BaseModel):
     targets: dict[str, str]
     selections: dict[str, str] = {}
     """URLs of the selections, of the domains whose blocks are chosen."""
+    schedule_start: int = 0
+    """Step at which the learning rate's warm-up begins."""
     ted: TedConfig | None = None
     """Of method ted; then `teacher` is set too."""
     teacher: StudentConfig | None = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddk.methods.registry import smallest_mixture
-from ddk.overtraining import Alarm, capped_mixture, overtrained
+from ddk.mixture import capped_mixture
+from ddk.overtraining import Alarm, overtrained
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureRecord
 from tasks.reporting.overtraining import alarms_of, said

@@ -31,7 +31,8 @@ from storage.files.settings import as_environment
 from tasks.running.descendants import Descendants
 from tasks.showing.progress import logger
 from tasks.training.job import TrainingJob
-from tasks.training.rank import OnStep, state_from_json
+from tasks.training.rank import OnStep
+from tasks.training.rank_state import state_from_json
 from tasks.training.worker import SOCKET
 
 _ERRORS: dict[str, type[Exception]] = {"diverged": FloatingPointError, "passing": PassingError, "user": UserError}

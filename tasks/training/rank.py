@@ -16,13 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddk import saving
 from ddk.data import First, TrainData
 from ddk.gap import HeldOut
 from ddk.parallel import World
-from ddk.sampler import SamplerState
 from ddk.student import StudentLoss, load_student, save_student, student_weights
 from ddk.ted.filters import train_filters
 from ddk.ted.student import TedStudent
@@ -31,9 +29,9 @@ from ddk.trainer import StepReport, Trainer, TrainerState, resolve_precision
 from ddk.values import BlockReader, Mixture
 from storage.errors import StoreDamagedError, os_error_of
 from storage.files import uri
-from storage.files.fields import Whole, first_problem
 from storage.runs.checkpoints import CheckpointFolder
 from tasks.training.job import TrainingJob, open_data
+from tasks.training.rank_state import state_as_json, state_from_json
 
 OnStep = Callable[[StepReport], None]
 
@@ -97,6 +95,7 @@ class RankTraining:
             seed=job.seed,
             separator=job.separator,
             wrap=StudentLoss if job.ted is None else partial(_with_layers, job, data, world, say, fresh=not steps),
+            schedule_start=job.schedule_start,
             world=world,
         )
         if steps:
@@ -227,37 +226,3 @@ def _with_layers(
             separator=job.separator if loss.mask_document_starts else None,
         )
     return student
-
-
-def state_as_json(state: TrainerState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "drawn": dict(state.sampler.drawn),
-        "mixture_versions": list(state.mixture_versions),
-    }
-
-
-class _StoredState(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    step: Whole
-    drawn: dict[str, Whole]
-    mixture_versions: tuple[Whole, ...]
-
-
-def state_from_json(stored: Mapping[str, Any], place: str) -> TrainerState:
-    """The state of a training again.
-
-    Args:
-        place: where it was stored, for the error.
-
-    Raises:
-        StoreDamagedError: it is none.
-    """
-    try:
-        state = _StoredState.model_validate(stored)
-    except ValidationError as error:
-        raise StoreDamagedError(f"{place} is no state of a training ({first_problem(error)})") from None
-    return TrainerState(
-        sampler=SamplerState(step=state.step, drawn=state.drawn), mixture_versions=state.mixture_versions
-    )

@@ -27,6 +27,7 @@ from tasks.planning.preflight import StudentFacts, check_live_teacher, check_stu
 from tasks.planning.selection_plan import SelectionPlan, plan_selections, store_fingerprints
 from tasks.planning.store_plan import Plan
 from tasks.training.accuracies import as_identity, read_accuracies, say_what_does_not_match
+from tasks.training.ancestry import Ancestry, find_ancestry
 from tasks.training.job import TrainingJob, open_data
 from tasks.training.run_settings import RunSettings
 
@@ -38,6 +39,9 @@ _OPERATIONAL = {
 _FOLLOWED = {"follow", "accuracy_run", "accuracy_model", "accuracy_temperature"}
 # The same, where no more than words follows from an alarm.
 _ALARMS = {"overtrained", "epoch_limit"}
+_WSD = {"schedule", "decay_share"}
+# In the identity by what they were resolved to.
+_ANCESTRY = {"from_run", "from_optimizer"}
 
 
 def check_leaves_of_mixture(settings: RunSettings, plan: Plan) -> None:
@@ -97,6 +101,7 @@ class RunInputs:
             blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
             targets={domain: store.targets_url for domain, store in plan.domains.items()},
             selections={domain: one.selection_url for domain, one in self.selections.items()},
+            schedule_start=self._schedule_start,
             **self._live_teacher(),
         )
 
@@ -110,27 +115,60 @@ class RunInputs:
     def identity(self) -> dict[str, Any]:
         """What determines the trained student, as it is kept in the run's folder."""
         settings = self.settings
-        digests = DigestCache(join(settings.root, "digests.json"))
+        ancestry = self.ancestry
         identity = {
             "method": settings.method,
             "seed": settings.seed,
-            "student": weight_digests(self.student.folder, digests, "student.model"),
-            "attention": self.student.attention,
-            "vocabulary": self.student.vocab_size,
+            **self._trained,
+            **({"from": ancestry.model_dump(mode="json")} if ancestry is not None else {}),
             "loss": effective_loss(settings.method, settings.loss).model_dump(),
             "train": settings.train.model_dump(
                 exclude=_OPERATIONAL
                 | ({"shuffle_mib"} if self._shuffled_whole else set())
                 | (_ALARMS if settings.train.overtrained == "warn" else set())
+                | (_WSD if settings.train.schedule == "cosine" else set())
+                | _ANCESTRY
             ),
-            # Where accuracies are not followed, a run is what it was before they could be.
-            "mixture": settings.mixture.model_dump(exclude=_FOLLOWED if settings.mixture.follow == "gap" else None),
+            # Where accuracies are not followed, a run is what it was before they could be; and so with what follows.
+            "mixture": settings.mixture.model_dump(
+                exclude=(_FOLLOWED if settings.mixture.follow == "gap" else set())
+                | ({"domain_stop_ratio"} if settings.mixture.domain_stop_ratio is None else set())
+            ),
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
             **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
             **({"accuracies": as_identity(self.accuracies)} if self.accuracies is not None else {}),
             "stores": store_fingerprints(self.plan, self.selections),
         }
         return dict(as_json(identity))
+
+    @cached_property
+    def ancestry(self) -> Ancestry | None:
+        """What the run goes on from; None where it begins with the student itself.
+
+        Raises:
+            UserError: see `tasks.training.ancestry`.
+        """
+        stores = store_fingerprints(self.plan, self.selections)
+        return find_ancestry(self.settings, self._trained, stores, self.seq_len)
+
+    @cached_property
+    def _trained(self) -> dict[str, Any]:
+        """Which model is trained."""
+        digests = DigestCache(join(self.settings.root, "digests.json"))
+        described = {
+            "student": weight_digests(self.student.folder, digests, "student.model"),
+            "attention": self.student.attention,
+            "vocabulary": self.student.vocab_size,
+        }
+        return dict(as_json(described))
+
+    @property
+    def _schedule_start(self) -> int:
+        """Where the warm-up begins: a cosine begins anew, and so does whoever has no moments yet."""
+        ancestry = self.ancestry
+        if ancestry is None or (self.settings.train.schedule == "wsd" and ancestry.optimizer):
+            return 0
+        return ancestry.step
 
     @cached_property
     def selections(self) -> dict[str, SelectionPlan]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from types import TracebackType
@@ -26,15 +26,18 @@ from ddk.methods.registry import METHODS, mixture_after
 from ddk.parallel import World
 from ddk.trainer import StepReport, TrainerState, resolve_device, resolve_processes
 from ddk.values import DomainGap, Mixture, worst_gap
+from storage.runs.checkpoints import CheckpointFolder
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord, make_record
 from tasks.planning.models import same_weights
 from tasks.reporting.run_artifacts import publish_measurement
 from tasks.running.retries import RETRIES
+from tasks.running.sharing import alone
 from tasks.showing.artifacts import artifact_key
 from tasks.showing.events import say_event
 from tasks.showing.progress import logger, meter
 from tasks.showing.waiting import said_if_slow
+from tasks.training.ancestry import Ancestry, branch
 from tasks.training.overtraining import say_alarms, with_caps
 from tasks.training.processes import TrainingProcesses
 from tasks.training.rank import RankTraining, Training
@@ -67,6 +70,18 @@ class StudentSession:
         self._config = dict(config)
         self._training: Training | None = None
         self.run.claim(inputs.identity, config)
+
+        self._branch_off()
+
+    def _branch_off(self) -> None:
+        """Begin with another run's checkpoint, where the run goes on from one and has not begun."""
+        ancestry, checkpoints = self.inputs.ancestry, CheckpointFolder(self.run.url)
+        if ancestry is None or checkpoints.steps():
+            return
+        with alone(self.run.url, f"train {self.run.name}"):
+            if not checkpoints.steps():
+                branch(self.settings, ancestry, self.inputs.plan.domains)
+        logger.info("train %s: goes on from step %d of run '%s'", self.run.name, ancestry.step, ancestry.run)
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +139,8 @@ class StudentSession:
     @property
     def tokens_seen(self) -> int:
         """Positions trained on."""
-        return sum(self.state.sampler.drawn.values()) * self.inputs.seq_len
+        before = 0 if self.inputs.ancestry is None else self.inputs.ancestry.tokens
+        return before + sum(self.state.sampler.drawn.values()) * self.inputs.seq_len
 
 
 class _Pace:
@@ -239,7 +255,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
             gaps=measured,
             mixture=mixture_after(
                 settings.method,
-                [Interval(step=one.step, gaps=one.gaps, mixture=one.mixture) for one in records],
+                _past(session.inputs.ancestry, records, measured),
                 measured,
                 settings.mixture,
                 session.inputs.sizes,
@@ -272,6 +288,14 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
         "" if METHODS[settings.method].follows_gap and settings.mixture.follow != "accuracy" else " (fixed)",
     )
     return record
+
+
+def _past(ancestry: Ancestry | None, records: Sequence[MixtureRecord], measured: Sequence[DomainGap]) -> list[Interval]:
+    """The intervals so far. Of a run that goes on with other domains none is known, but what was drawn before."""
+    if not records and ancestry is not None:
+        mixture = ancestry.mixture_over([gap.domain for gap in measured])
+        return [Interval(step=ancestry.step, gaps=measured, mixture=mixture)]
+    return [Interval(step=one.step, gaps=one.gaps, mixture=one.mixture) for one in records]
 
 
 def _shown(mixture: Mixture) -> Mixture:

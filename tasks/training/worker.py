@@ -31,7 +31,8 @@ from ddk.values import Mixture
 from storage.errors import is_transient
 from tasks.running.plain_errors import user_error
 from tasks.training.job import TrainingJob
-from tasks.training.rank import RankTraining, state_as_json
+from tasks.training.rank import RankTraining
+from tasks.training.rank_state import state_as_json
 
 SOCKET = "DDK_TRAIN_SOCKET"
 

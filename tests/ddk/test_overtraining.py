@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ddk.data import TrainData
 from ddk.methods.registry import smallest_mixture
-from ddk.mixture import MixtureConfig
-from ddk.overtraining import Alarm, Measurement, alarms, capped_mixture, overtrained
+from ddk.mixture import MixtureConfig, capped_mixture
+from ddk.overtraining import Alarm, Measurement, alarms, overtrained
 from ddk.train_config import LossConfig, TrainConfig
 from ddk.trainer import Trainer
 from ddk.values import Mixture, SparseTargets

@@ -112,6 +112,25 @@ def test_without_a_warmup() -> None:
     assert learning_rate(train_config(steps=1, warmup_steps=0), 0) == pytest.approx(1e-3)
 
 
+def test_a_run_that_goes_on_warms_up_from_there() -> None:
+    config = train_config(steps=60, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    shorter = train_config(steps=40, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    assert [learning_rate(config, step, 20) for step in range(20, 60)] == pytest.approx(
+        [learning_rate(shorter, step) for step in range(40)]
+    )
+
+
+def test_warm_up_stable_decay() -> None:
+    config = train_config(
+        steps=20, warmup_steps=4, learning_rate=1.0, min_learning_rate=0.2, schedule="wsd", decay_share=0.2
+    )
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0] + [1.0] * 12 + [0.8, 0.6, 0.4, 0.2])
+    longer = config.model_copy(update={"steps": 30})
+    assert [learning_rate(longer, step) for step in range(16)] == rates[:16]
+    assert learning_rate(train_config(steps=1, schedule="wsd", warmup_steps=0), 0) == pytest.approx(1e-3)
+
+
 def test_each_step_uses_its_rate() -> None:
     one = trainer()
     assert [report.learning_rate for report in run(one, 6)] == [learning_rate(one.config, step) for step in range(6)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import pytest
@@ -145,3 +146,27 @@ def test_minillm_needs_a_tail_that_the_reverse_kl_can_take(loss: LossConfig) -> 
 
 def test_the_order_of_the_domains_is_kept_by_equal_weights() -> None:
     assert mixture_after("ddk_equal", [], GAPS, MixtureConfig(), SIZES) == equal_mixture(["math", "web"])
+
+
+def test_a_domain_that_has_caught_up_keeps_the_floor_until_it_lags_again() -> None:
+    config = MixtureConfig(alpha=0.4, domain_stop_ratio=1.1)
+    sizes = {"a": 10, "b": 10, "c": 10}
+
+    def gaps(**ratios: float) -> list[DomainGap]:
+        return [DomainGap(domain=domain, student_ppl=ratio * 5, teacher_ppl=5.0) for domain, ratio in ratios.items()]
+
+    free = mixture_after(
+        "ddk", [], gaps(a=1.0, b=1.5, c=2.5), config.model_copy(update={"domain_stop_ratio": None}), sizes
+    )
+    found = mixture_after("ddk", [], gaps(a=1.0, b=1.5, c=2.5), config, sizes)
+    assert found.probabilities["a"] == pytest.approx(min(free.probabilities["a"], 0.6 / 3))
+    low = mixture_after("ddk", [], gaps(a=0.26, b=1.5, c=2.5), config, sizes).probabilities
+    assert low["a"] <= 0.2
+    assert low["b"] / low["c"] == pytest.approx(math.exp(1.5 - 2.5))
+    past = [Interval(step=0, gaps=gaps(a=1.0, b=1.5, c=2.5), mixture=found)]
+    again = mixture_after("ddk", past, gaps(a=3.0, b=1.2, c=1.2), config, sizes).probabilities
+    assert again["a"] > 0.2
+    everyone = gaps(a=1.0, b=1.0, c=1.0)
+    assert mixture_after("ddk", [], everyone, config, sizes) == equal_mixture(sizes)
+    with pytest.raises(ValueError, match="domain_stop_ratio is set, and method kd does not follow the gap"):
+        check_method("kd", config, LossConfig(), sizes)

@@ -43,7 +43,8 @@ def test_another_run_is_refused_with_the_fields_that_differ(run: RunFolder, plac
         run.claim(other, {"a": 2})
     assert str(error.value) == (
         f"run 'first' in {place}/runs/first was started with other settings (loss.gamma: 0.2 → 0.5); choose another "
-        f"name (run: …) or remove that folder"
+        f"name (run: …) or remove that folder; `ddk train CONFIG --from first --run NAME` goes on from it with the new "
+        f"settings"
     )
     assert run.config() == {"a": 1}
     missing = {name: value for name, value in IDENTITY.items() if name != "stop"}
