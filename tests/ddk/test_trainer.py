@@ -62,7 +62,7 @@ def weights(one: Trainer) -> dict[str, torch.Tensor]:
 
 def everything(one: Trainer) -> dict[str, torch.Tensor]:
     """Weights and the optimizer's moments."""
-    return {name: tensor.clone() for name, tensor in saving._live(one, one.state.step).items()}
+    return {name: tensor.clone() for name, tensor in saving._live(one, one.state).items()}
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
