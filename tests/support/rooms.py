@@ -32,6 +32,7 @@ HOLDS = {
     "storage.stores": "a store's layout, codec and manifest; what counts as written",
     "tasks.capture": "writes targets into stores: captured or imported; captures samples again to compare",
     "tasks.comparing": "comparisons of several runs: data, page, plots",
+    "tasks.diagnosis": "`ddk doctor`: checks of the machine, of numerics on it, of storage and the hub",
     "tasks.evaluation": "benchmarks: questions, models that answer, the sandbox for programs",
     "tasks.packing": "turns documents into token blocks",
     "tasks.planning": "derives the stores of a configuration, and checks that its models fit together",
