@@ -167,6 +167,9 @@ class TrainConfig(Section):
     from_optimizer: bool = True
     """With from_run: whether the optimizer's moments are taken along; otherwise only the weights are, and the learning
     rate warms up anew."""
+    max_hours: float | None = Field(default=None, gt=0.0, le=1e6)
+    """Hours after which this process stops training at a checkpoint, before an interval that would end later. The run
+    stays unfinished; the same command goes on. By default, there is no limit."""
     log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
     """Number of steps between log lines. There is also a line at the end of each interval."""
 
@@ -181,6 +184,10 @@ class TrainConfig(Section):
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         return self
+
+    def stops_after(self, seconds: float) -> bool:
+        """Whether a process that has trained for so long is to stop."""
+        return self.max_hours is not None and seconds > 3600.0 * self.max_hours
 
     def share(self, ranks: int) -> int:
         """Number of blocks of a step that each rank takes.

@@ -13,6 +13,7 @@ Every stage skips complete work, so any stage may be run again, alone. A stage t
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 from prefect import Flow, flow, runtime
 from pydantic import Field
 
-from ddk.errors import UserError
+from ddk.errors import LimitReachedError, UserError
 from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
 from ddk.train_config import StudentConfig
@@ -358,7 +359,12 @@ def _reason_to_stop(session: StudentSession, record: MixtureRecord) -> str | Non
 
 
 def _train_to_the_end(session: StudentSession) -> str | None:
-    """Interval by interval. Returns why it stopped before its last step, or None."""
+    """Interval by interval. Returns why it stopped before its last step, or None.
+
+    Raises:
+        LimitReachedError: `train.max_hours` would be over before the next interval's end.
+    """
+    began, longest = time.monotonic(), 0.0
     while True:
         record = _mixture_now(session)
         if session.done:
@@ -368,7 +374,15 @@ def _train_to_the_end(session: StudentSession) -> str | None:
             if record.step != session.step:  # measured elsewhere: the final student has to be measured too
                 _measure(session)
             return reason
+        started = time.monotonic()
+        if longest and session.settings.train.stops_after(started - began + longest):
+            raise LimitReachedError(
+                f"train {session.run.name}: stopped at step {session.step} of {session.settings.train.steps}, as "
+                f"train.max_hours is {session.settings.train.max_hours:g}; the checkpoint is kept: run the same "
+                f"command to go on"
+            )
         try:
             train_interval(session, record, session.step)
         except FloatingPointError as error:
             raise UserError(str(error)) from error
+        longest = max(longest, time.monotonic() - started)

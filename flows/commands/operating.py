@@ -36,6 +36,14 @@ def automations(
     deployment: Annotated[
         str, typer.Option("--deployment", help="With --rebalance-on-checkpoint: deployment that measures the gap.")
     ] = "rebalance/rebalance",
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            "--notify",
+            metavar="TYPE/NAME",
+            help="Also tell this notification block of failed, crashed and finished runs, and of alarms.",
+        ),
+    ] = None,
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove the automations that this command has created.")
     ] = False,
@@ -47,7 +55,7 @@ def automations(
     """
     from flows.operating import automations as made
 
-    done = made.remove() if remove else made.set_up(silence, deployment if rebalance else None)
+    done = made.remove() if remove else made.set_up(silence, deployment if rebalance else None, notify)
     for one in done:
         say(f"{one.what:<10} {one.name}{'' if one.enabled else '   (switched off on the server)'}")
     if not done:

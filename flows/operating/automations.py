@@ -3,6 +3,9 @@
     ddk: runs that died
         A run whose heartbeats stop becomes Crashed. Without it, one that was killed together with its worker stays
         Running for ever.
+    ddk: notify of failed runs, ddk: notify of news
+        A notification block of Prefect's (Slack, e-mail, any webhook) is told of runs that fail or crash, and of
+        `ddk.run.finished` and `ddk.domain.overtrained`, with the largest gap and the report's address.
     ddk: rebalance after each checkpoint (<deployment>)
         `ddk.checkpoint.written` starts a run of a deployment of `rebalance`.
 
@@ -22,7 +25,7 @@ from typing import Any, Literal
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState, RunDeployment
+from prefect.events.actions import ChangeFlowRunState, RunDeployment, SendNotification
 from prefect.events.filters import AutomationFilter, AutomationFilterTags
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -136,12 +139,66 @@ def rebalance_after_checkpoint(client: SyncPrefectClient, deployment: str) -> Au
     )
 
 
-def set_up(silence: float = SILENCE, rebalance: str | None = None) -> list[Done]:
+def notifications(client: SyncPrefectClient, block: str) -> list[AutomationCore]:
+    """Sends to a notification block what an operator wants to hear of.
+
+    Args:
+        block: as Prefect names it: 'slack-webhook/team'.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    kind, _, name = block.partition("/")
+    try:
+        found = client.read_block_document_by_name(name, kind, include_secrets=False)
+    except (ObjectNotFound, ValueError):
+        raise UserError(
+            f"there is no notification block '{block}' on the server; create one under Blocks in its UI, and name it "
+            f"by type and name, such as slack-webhook/team"
+        ) from None
+    ours = ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)})
+    failed = EventTrigger(
+        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        match_related=ours,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+    news = EventTrigger(
+        expect={"ddk.run.finished", "ddk.domain.overtrained"},
+        match=ResourceSpecification({"prefect.resource.id": "ddk.run.*"}),
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+    texts = (
+        (
+            "failed runs",
+            failed,
+            "ddk: {{ flow_run.name }} {{ flow_run.state.name }}",
+            "{{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+        ),
+        ("news", news, "ddk: {{ event.payload.run }}", "{{ event.payload.message }}"),
+    )
+    return [
+        AutomationCore(
+            name=f"{_PREFIX}notify of {what}",
+            description=f"Made by `ddk automations`. Tells the block {block}.",
+            tags=[_TAG],
+            trigger=trigger,
+            actions=[SendNotification(block_document_id=found.id, subject=subject, body=body)],
+        )
+        for what, trigger, subject, body in texts
+    ]
+
+
+def set_up(silence: float = SILENCE, rebalance: str | None = None, notify: str | None = None) -> list[Done]:
     """Create or bring up to date what is asked for; others are left as they are.
 
     Args:
         silence: seconds without a heartbeat after which a run counts as dead.
         rebalance: name of the deployment to run for each checkpoint; None: no such automation is made.
+        notify: notification block that is told of failures and news; None: no such automation is made.
 
     Raises:
         UserError: no server is named, it does not answer, or it has no such deployment.
@@ -150,6 +207,8 @@ def set_up(silence: float = SILENCE, rebalance: str | None = None) -> list[Done]
         wanted = [dead_runs(timedelta(seconds=silence))]
         if rebalance is not None:
             wanted.append(rebalance_after_checkpoint(client, rebalance))
+        if notify is not None:
+            wanted += notifications(client, notify)
         return [_ensure(client, one) for one in wanted]
 
 

@@ -15,6 +15,7 @@ import transformers
 from ddk.cost.shape import shape_of
 from ddk.errors import UserError, first_line
 from ddk.laws.points import Point
+from ddk.train_config import TrainConfig
 from storage.files import uri
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
@@ -24,7 +25,7 @@ from tasks.reporting.run_summary import effective_settings
 MOST_POINTS = 16
 """Of one run; of more measurements those are taken that lie evenly on the logarithm of the tokens, which is how D-CPT
 Law's authors found checkpoints to fit best."""
-_MAY_DIFFER = {"steps", "warmup_steps", "keep_checkpoints", "log_every", "overtrained", "epoch_limit"}
+_MAY_DIFFER = {"steps", "warmup_steps", "keep_checkpoints", "log_every", "overtrained", "epoch_limit", "max_hours"}
 """Of the section `train`. All else that changes the loss must be the same in all runs of a law."""
 
 
@@ -165,7 +166,7 @@ def _check_alike(run: _Run, first: _Run) -> None:
                 )
     for place, mine, theirs in (
         ("loss", run.config["loss"], first.config["loss"]),
-        *((f"train.{key}", value, first.config["train"].get(key)) for key, value in _of_training(run).items()),
+        *((f"train.{key}", value, _of_training(first)[key]) for key, value in _of_training(run).items()),
     ):
         if mine != theirs:
             raise UserError(
@@ -175,7 +176,9 @@ def _check_alike(run: _Run, first: _Run) -> None:
 
 
 def _of_training(run: _Run) -> dict[str, Any]:
-    return {key: value for key, value in run.config["train"].items() if key not in _MAY_DIFFER}
+    """With the defaults of settings that did not exist yet when the run was begun."""
+    settings = TrainConfig.model_validate(run.config["train"]).model_dump(mode="json")
+    return {key: value for key, value in settings.items() if key not in _MAY_DIFFER}
 
 
 def _points(run: _Run, *, middles: bool) -> Iterator[Point]:

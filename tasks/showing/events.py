@@ -1,9 +1,10 @@
-"""Events on Prefect's bus, for automations: `ddk.checkpoint.written`, `ddk.mixture.updated`, `ddk.domain.overtrained`.
+"""Events on Prefect's bus, for automations: `ddk.checkpoint.written`, `ddk.mixture.updated`, `ddk.domain.overtrained`,
+`ddk.run.finished`.
 
 Their resource is the run: `ddk.run.<name>`, with its URL and who measures its gap as labels, which a trigger can match.
 The payload is small and plain: the run's name, its URL, and a step or version; of a domain that was seen too often its
-name, the alarm's kind, step and sentence (`ddk.overtraining`). An automation may start `rebalance` on
-the first (`flows.operating.automations`); nothing here waits for either.
+name, the alarm's kind, step and sentence (`ddk.overtraining`). What people are to be told has a `message`. An
+automation may start `rebalance` on the first (`flows.operating.automations`); nothing here waits for any.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ddk.student import load_tokenizer
+from ddk.values import worst_gap
 from storage.files.uri import put_folder
 from storage.runs.folder import RunFolder
 from storage.runs.listing import records_of
@@ -19,6 +20,7 @@ from tasks.reporting.run_summary import interval_records, summarise
 from tasks.reporting.scores import evaluation_section
 from tasks.reporting.write_report import write_report
 from tasks.running.retries import RETRIES
+from tasks.showing.events import say_event
 from tasks.showing.progress import logger
 from tasks.training.saved_student import check_saved_student, sample_of
 from tasks.training.session import StudentSession
@@ -85,5 +87,11 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         folder.student_listing.write(records_of(local))
     session.tracking.finish(step, summary)
     folder.finish(summary)
+    worst = worst_gap(records[-1].gaps)
+    message = f"Run {folder.name} is complete at step {step}: largest ratio {worst.ratio:.3f} ({worst.domain})"
+    if stopped_early is not None:
+        message += f"; it ended early: {stopped_early}"
+    message += f". {folder.report_url}/index.html"
+    say_event("run.finished", folder, settings.mixture.evaluation, {"step": step, "message": message})
     logger.info("student: %s", folder.student_url)
     return folder.student_url

@@ -53,7 +53,13 @@ def say_alarms(settings: RunSettings, run: RunFolder, records: Sequence[MixtureR
                 "domain.overtrained",
                 run,
                 settings.mixture.evaluation,
-                {"domain": alarm.domain, "kind": alarm.kind, "step": alarm.step, "sentence": alarm.sentence},
+                {
+                    "domain": alarm.domain,
+                    "kind": alarm.kind,
+                    "step": alarm.step,
+                    "sentence": alarm.sentence,
+                    "message": f"Run {run.name}: {said(alarm)}. {run.report_url}/index.html",
+                },
             )
 
 

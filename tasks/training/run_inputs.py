@@ -33,7 +33,7 @@ from tasks.training.run_settings import RunSettings
 
 # What changes how a run goes but not which student comes out (on one machine).
 _OPERATIONAL = {
-    *("device", "keep_checkpoints", "log_every"),
+    *("device", "keep_checkpoints", "log_every", "max_hours"),
     *("processes", "nodes", "rendezvous", "parallel", "compile"),
 }
 _FOLLOWED = {"follow", "accuracy_run", "accuracy_model", "accuracy_temperature"}

@@ -161,3 +161,13 @@ def test_a_checkpoint_that_has_changed_is_refused_and_one_half_copied_is_copied_
     train(ddk, small_run, "half", *options)
     assert [record.step for record in MixtureHistory(half.url).records()] == [0, 2, 4, 6, 8]
     assert json.dumps(half.identity())
+
+
+def test_training_stops_at_a_checkpoint_when_its_hours_are_over(small_run: SmallRun, ddk: Ddk) -> None:
+    options = settings(max_hours=1e-6)
+    said = ddk.refusal("train", small_run.config, "--run", "limited", *options)
+    assert "train limited: stopped at step 2 of 6, as train.max_hours is 1e-06; the checkpoint is kept" in said
+    limited = RunFolder(str(small_run.root), "limited")
+    assert limited.summary() is None
+    assert CheckpointFolder(limited.url).steps() == [2]
+    assert weights(train(ddk, small_run, "limited")) == Path(small_run.run, "student", "model.safetensors").read_bytes()

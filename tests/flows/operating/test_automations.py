@@ -6,9 +6,11 @@ import os
 import pkgutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from uuid import UUID
 
 import pytest
 from prefect import Flow, flow
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterName
 from prefect.client.schemas.objects import FlowRun
@@ -137,6 +140,52 @@ def test_a_server_that_does_not_answer_and_one_that_is_none(prefect_server: str)
         pytest.raises(UserError, match="it ends with /api"),
     ):
         set_up()
+
+
+def test_a_block_is_told_of_failures_and_news(client: SyncPrefectClient) -> None:
+    """Over the wire: a webhook on loopback hears of a run that fails, and of one that is complete."""
+    heard: list[str] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Webhook) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            CustomWebhookNotificationBlock(
+                name="operators",
+                url=f"http://127.0.0.1:{server.server_port}/",
+                json_data={"subject": "{{subject}}", "body": "{{body}}"},
+            ).save("operators", overwrite=True)
+            with pytest.raises(UserError, match="there is no notification block 'slack-webhook/none' on the server"):
+                set_up(notify="slack-webhook/none")
+            done = set_up(notify="custom-webhook/operators")
+            assert [one.name for one in done] == [DEAD_RUNS, "ddk: notify of failed runs", "ddk: notify of news"]
+            assert {one.what for one in set_up(notify="custom-webhook/operators")} == {"unchanged"}
+            run = RunFolder("/data", "weekly")
+
+            @flow(name="report", flow_run_name="report weekly")
+            def stage() -> None:
+                say_event("run.finished", run, "inline", {"step": 9, "message": "largest ratio 1.07 (math)"})
+                raise RuntimeError("disk full")
+
+            with pytest.raises(RuntimeError):
+                stage()
+            until(lambda: len(heard) >= 2)
+        finally:
+            server.shutdown()
+            thread.join()
+    news, failure = sorted(heard, key=lambda text: "Failed" in text)
+    assert "ddk: weekly" in news
+    assert "largest ratio 1.07 (math)" in news
+    assert "report weekly" in failure
+    assert "disk full" in failure
 
 
 def test_every_flow_of_ours_is_watched() -> None:
