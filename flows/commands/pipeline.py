@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from importlib import resources
 from typing import Annotated, Any
 
@@ -207,11 +208,11 @@ def _show_result(config: Any, command: str) -> None:
     """The gap before and after, the mixture's path, and where everything lies."""
     from storage.runs.folder import RunFolder
     from tasks.reporting.run_summary import interval_records
-    from tasks.reporting.terminal import mixture_path, terminal_table
+    from tasks.reporting.terminal import mixture_paths, terminal_table
 
     folder = RunFolder(config.root, config.run)
     records = interval_records(folder)
-    show(terminal_table(records), mixture_path(records))
+    show(terminal_table(records), *mixture_paths(records, shutil.get_terminal_size().columns))
     say(f"report    {folder.report_url}/index.html")
     say(f"student   {folder.student_url}   (an ordinary Hugging Face folder)")
     say("next      " + _next_step(config, command))

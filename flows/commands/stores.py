@@ -1,12 +1,13 @@
-"""Commands for stores: import, export, inspect, verify."""
+"""Commands for stores and runs: import, export, runs, inspect, verify."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from flows.commands.app import ConfigPath, Overrides, Root, app, load, run_flow, say
+from flows.commands.app import ConfigPath, Overrides, Root, app, load, run_flow, say, show
 
 
 @app.command("import", short_help="Make stores from files that hold a teacher's predictions.")
@@ -49,6 +50,26 @@ def export(
     from flows.stores.exchange import export_targets
 
     export_targets(url, folder, row_format=row_format, config=config, split=split, say=say)
+
+
+@app.command(short_help="List every run of a root.")
+def runs(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URL that holds the stores and runs.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List every run of a root: state, date of the last step, steps, largest gap, speed, time, bytes, ancestry.
+
+    A run whose files were changed or lost is listed as damaged, with the reason.
+    """
+    from flows.stores import runs as listed
+
+    found = listed.runs_of(root)
+    if as_json:
+        say(json.dumps(listed.as_json(found), indent=2, ensure_ascii=False))
+        return
+    show(listed.table(found))
+    for line in listed.notes(found):
+        say(line)
 
 
 @app.command(short_help="Show what a store or a run holds.")

@@ -63,9 +63,14 @@ def shown(figure: Figure) -> str:
         case "FLOP":
             return f"{value:.3g} FLOP"
         case "GPU hours" | "hours":
-            return f"{_rounded(value)} {'GPU h' if figure.unit == 'GPU hours' else 'h'}"
+            return _hours(value, "GPU " if figure.unit == "GPU hours" else "")
         case _:
             return f"{_rounded(value)} {figure.unit}"
+
+
+def _hours(hours: float, of: str) -> str:
+    """0.77 → '0.77 h'; what takes less than a minute, in seconds: 2.96e-06 → '0.0107 s'."""
+    return f"{_rounded(hours)} {of}h" if 60.0 * hours >= 1.0 else f"{_rounded(3600.0 * hours)} {of}s"
 
 
 def _scaled(value: float, step: int, units: tuple[str, ...], digits: int = 1) -> str:
