@@ -9,6 +9,7 @@
     ddk plan CONFIG             show which stages are complete, stale or missing, and why; runs nothing
     ddk plan CONFIG --cost      estimate disk, GPU memory and GPU hours; needs no data and no weights
     ddk serve CONFIG            serve every stage as a deployment from this process, for development
+    ddk clean ROOT              list and remove what no run or configuration needs any more
     ddk automations             let the Prefect server mark runs that died as Crashed
     ddk join CONFIG             join a training from a further machine
     ddk import CONFIG           make stores from caches that others made, without an engine

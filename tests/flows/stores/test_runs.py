@@ -20,7 +20,7 @@ def test_runs_in_a_table_of_eighty_columns_and_as_json(tmp_path: Path) -> None:
     uri.write_bytes(f"{root}/runs/broken/config.json", b"{")
     done = ddk("runs", root)
     assert done.code == 0, done.err
-    table = done.out.split("small: began")[0].splitlines()
+    table = done.out.split("broken: damaged")[0].splitlines()
     assert max(map(len, table)) <= 80
     assert "2020-09-13     4 2.000     50.0      8.0 s" in done.out
     assert "small: began from elder@3" in done.out
