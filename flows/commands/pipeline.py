@@ -230,10 +230,23 @@ def _show_cost(config: Any, assumed: Any, *, as_json: bool) -> None:
     from flows.costing import estimate as cost
     from flows.costing import table as cost_table
 
-    found = cost.estimate(config, assumed)
+    found, taken = cost.estimate(config, assumed), _taken(config)
     if as_json:
-        say(json.dumps(cost_table.as_json(found), indent=2, ensure_ascii=False))
+        say(json.dumps(cost_table.as_json(found, taken), indent=2, ensure_ascii=False))
         return
-    show(cost_table.table(found, config.run))
+    show(cost_table.table(found, config.run), *([cost_table.measured_table(found, taken)] if taken else []))
     for line in cost_table.warning_lines(found):
         say(line)
+
+
+def _taken(config: Any) -> Any:
+    """What the run has cost so far; None where it has not begun, or its root cannot be reached."""
+    from storage.errors import StoreError
+    from storage.runs.folder import RunFolder
+    from tasks.reporting.costs import costs_of
+
+    try:
+        folder = RunFolder(config.root, config.run)
+        return costs_of(folder) if folder.identity() is not None else None
+    except (StoreError, OSError):
+        return None

@@ -14,6 +14,7 @@ from storage.stores.codec import PLAIN
 from storage.stores.manifest import StoreWriter, read_manifest
 from storage.stores.schema import Manifest
 from storage.targets import distortion, teacher_perplexity
+from tasks.reporting.costs import cost_lines, costs_of
 from tasks.reporting.overtraining import alarms_of, epoch_limit_of, said
 
 
@@ -83,6 +84,7 @@ def _targets(url: str, manifest: Manifest) -> Iterator[str]:
 def _run(folder: RunFolder, config: dict[str, Any]) -> Iterator[str]:
     summary = folder.summary()
     yield f"run {folder.name}, method {config['method']}, " + ("complete" if summary else "not finished")
+    yield from (f"{what.lower()}: {much}" for what, much in cost_lines(costs_of(folder)))
     records = MixtureHistory(folder.url).records()
     raised = alarms_of(records, epoch_limit_of(config))
     for record in records:

@@ -7,9 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from made_runs import make_run
-from small_run import Ddk
+from small_run import Ddk, SmallRun
 
 from storage.files import uri
+from storage.runs.folder import RunFolder
 
 
 def test_runs_in_a_table_of_eighty_columns_and_as_json(tmp_path: Path) -> None:
@@ -38,3 +39,22 @@ def test_a_place_without_runs_is_refused(tmp_path: Path) -> None:
 
 def test_the_version(tmp_path: Path) -> None:
     assert Ddk(tmp_path)("--version").out.strip() == f"ddk {version('ddk-distill')}"
+
+
+def test_what_a_real_run_took(small_run: SmallRun, tmp_path: Path) -> None:
+    ddk = Ddk(tmp_path)
+    (found,) = json.loads(ddk("runs", str(small_run.root), "--json").out)
+    assert (found["state"], found["steps"], found["training_tokens"]) == ("complete", 6, 6 * 8 * 96)
+    rows = RunFolder(str(small_run.root), "small").metrics()
+    # Loading, measurements, checkpoints and saving are in the one, and not in the other.
+    assert found["training_seconds"] < sum(row["wall_seconds"] for row in rows) < found["wall_seconds"]
+    assert all(row["seconds"] <= row["wall_seconds"] for row in rows)
+    assert found["device"].startswith("CPU, ")
+    inspected = ddk("inspect", str(small_run.run)).out
+    assert "capture took: " in inspected
+    assert "tokens/s on CPU, " in inspected
+    planned = ddk("plan", small_run.config, "--cost").out
+    assert "What it has taken so far" in planned
+    measured = json.loads(ddk("plan", small_run.config, "--cost", "--json").out)["measured"]
+    assert measured["capture"]["positions"] == 3 * 46 * 96
+    assert 0.0 < measured["capture"]["seconds"] < 600.0
