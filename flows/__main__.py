@@ -15,6 +15,7 @@
     ddk import CONFIG           make stores from caches that others made, without an engine
     ddk export URL DEST         write a store as Parquet files
     ddk runs ROOT               list every run: state, date, steps, gap, speed, bytes, ancestry
+    ddk push RUN REPO           put a finished run's student on the Hugging Face hub
     ddk inspect URL             show what a store or a run holds
     ddk verify URL              check every byte of a store, a run or a whole root
 

@@ -56,7 +56,7 @@ def compare_runs(root: str, runs: list[str], name: str, storage_block: str | Non
 
 def name_of(patterns: Sequence[str]) -> str:
     """['weekly-*'] → 'weekly'."""
-    words = (re.sub(r"[^A-Za-z0-9._-]+", "-", pattern).strip("-._") for pattern in patterns)
+    words = (re.sub(r"[^A-Za-z0-9._]+", "-", pattern).strip("-._") for pattern in patterns)
     return "-".join(word for word in words if word)[:100] or "runs"
 
 
