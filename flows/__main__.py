@@ -1,6 +1,7 @@
 """The `ddk` command.
 
     ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
+    ddk new FILE                write a commented configuration of one's own, also from a preset
     ddk distill CONFIG          run all stages: pack, cache, select, train, report
     ddk pack|cache|select|train|gap|report CONFIG      run one stage
     ddk eval CONFIG             benchmark the student before and after distillation, and the teacher
