@@ -13,7 +13,7 @@ from rich.text import Text
 from ddk.errors import UserError
 from storage.files import uri
 from storage.files.root import check_root
-from storage.runs.overview import RunOverview, overviews
+from storage.runs.overview import RunOverview, RunTimes, overviews
 from tasks.showing.formats import UNKNOWN, count, duration, number_or_unknown, size, speed
 
 
@@ -60,7 +60,7 @@ def table(runs: Sequence[RunOverview]) -> Table:
     found.add_column("run", overflow="fold")
     found.add_column("state", no_wrap=True)
     found.add_column("last step", no_wrap=True)
-    for heading in ("steps", "gap", "tokens/s", "steps took", "bytes"):
+    for heading in ("steps", "gap", "tokens/s", "training", "bytes"):
         found.add_column(heading, justify="right", no_wrap=True)
     for one in runs:
         found.add_row(
@@ -70,7 +70,7 @@ def table(runs: Sequence[RunOverview]) -> Table:
             _steps(one),
             number_or_unknown(one.worst_ratio, 3),
             speed(one.times.tokens_per_second),
-            UNKNOWN if one.times.training_seconds is None else duration(one.times.training_seconds),
+            _training(one.times),
             size(one.bytes),
             style="red" if one.state == "damaged" else None,
         )
@@ -91,6 +91,13 @@ def notes(runs: Sequence[RunOverview]) -> Iterator[str]:
 def _steps(one: RunOverview) -> str:
     whole = one.planned_steps is None or one.state == "complete"
     return count(one.steps) if whole else f"{count(one.steps)}/{count(one.planned_steps or 0)}"
+
+
+def _training(times: RunTimes) -> str:
+    """What training took as a whole; of runs of older versions only that of the steps is known."""
+    if times.wall_seconds is not None:
+        return duration(times.wall_seconds)
+    return UNKNOWN if times.training_seconds is None else f"≥ {duration(times.training_seconds)}"
 
 
 def _date(unix: float) -> datetime:
