@@ -23,7 +23,7 @@ def test_runs_in_a_table_of_eighty_columns_and_as_json(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     table = done.out.split("broken: damaged")[0].splitlines()
     assert max(map(len, table)) <= 80
-    assert "2020-09-13     4 2.000     50.0   12.0 s" in done.out
+    assert "2020-09-13 4 2.000 50.0 12.0 s" in " ".join(done.out.split())
     assert "small: began from elder@3" in done.out
     assert f"broken: damaged: {root}/runs/broken/config.json" in done.out
     assert "4/30,000" in done.out
