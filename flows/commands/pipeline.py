@@ -207,12 +207,15 @@ def _again(path: str, overrides: list[str] | None, root: str | None) -> str:
 def _show_result(config: Any, command: str) -> None:
     """The gap before and after, the mixture's path, and where everything lies."""
     from storage.runs.folder import RunFolder
+    from tasks.reporting.costs import cost_lines, costs_of
     from tasks.reporting.run_summary import interval_records
     from tasks.reporting.terminal import mixture_paths, terminal_table
 
     folder = RunFolder(config.root, config.run)
     records = interval_records(folder)
     show(terminal_table(records), *mixture_paths(records, shutil.get_terminal_size().columns))
+    for what, much in cost_lines(costs_of(folder)):
+        say(f"{what.lower()}: {much}")
     say(f"report    {folder.report_url}/index.html")
     say(f"student   {folder.student_url}   (an ordinary Hugging Face folder)")
     say("next      " + _next_step(config, command))

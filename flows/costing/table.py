@@ -43,7 +43,12 @@ def measured_table(cost: Cost, costs: Mapping[str, Any]) -> Table:
     Args:
         costs: as `tasks.reporting.costs.costs_of` has them.
     """
-    found = Table(title="What it has taken so far", title_justify="left")
+    found = Table(
+        title="What it has taken so far",
+        caption="Planned is the time of all GPUs together, measured is the time on the clock.",
+        title_justify="left",
+        caption_justify="left",
+    )
     for heading, left in (("what", True), ("planned", False), ("measured", False), ("on", True)):
         found.add_column(heading, justify="left" if left else "right", no_wrap=left is False, overflow="fold")
     capture = costs.get("capture") or {}
@@ -110,7 +115,10 @@ def shown(figure: Figure) -> str:
 
 def _hours(hours: float, of: str) -> str:
     """0.77 → '0.77 h'; what takes less than a minute, in seconds: 2.96e-06 → '0.0107 s'."""
-    return f"{_rounded(hours)} {of}h" if 60.0 * hours >= 1.0 else f"{_rounded(3600.0 * hours)} {of}s"
+    if 60.0 * hours >= 1.0:
+        return f"{_rounded(hours)} {of}h"
+    seconds = 3600.0 * hours
+    return f"{'< 0.001' if 0.0 < seconds < 0.001 else _rounded(seconds)} {of}s"
 
 
 def _scaled(value: float, step: int, units: tuple[str, ...], digits: int = 1) -> str:

@@ -233,7 +233,8 @@ def test_hours_below_a_minute_are_seconds() -> None:
     def said(hours: float) -> str:
         return shown(Figure(section="GPU time", what="gap", value=hours, unit="GPU hours", how=""))
 
-    assert [said(hours) for hours in (2.96e-6, 0.0125, 0.77, 2345.6)] == [
+    assert [said(hours) for hours in (1e-9, 2.96e-6, 0.0125, 0.77, 2345.6)] == [
+        "< 0.001 GPU s",
         "0.0107 GPU s",
         "45 GPU s",
         "0.77 GPU h",
