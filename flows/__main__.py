@@ -1,6 +1,7 @@
 """The `ddk` command.
 
     ddk quickstart              a small run on this machine, without a GPU, a network or a configuration
+    ddk new FILE                write a commented configuration of one's own, also from a preset
     ddk distill CONFIG          run all stages: pack, cache, select, train, report
     ddk pack|cache|select|train|gap|report CONFIG      run one stage
     ddk eval CONFIG             benchmark the student before and after distillation, and the teacher
@@ -9,10 +10,13 @@
     ddk plan CONFIG             show which stages are complete, stale or missing, and why; runs nothing
     ddk plan CONFIG --cost      estimate disk, GPU memory and GPU hours; needs no data and no weights
     ddk serve CONFIG            serve every stage as a deployment from this process, for development
+    ddk clean ROOT              list and remove what no run or configuration needs any more
     ddk automations             let the Prefect server mark runs that died as Crashed
     ddk join CONFIG             join a training from a further machine
     ddk import CONFIG           make stores from caches that others made, without an engine
     ddk export URL DEST         write a store as Parquet files
+    ddk runs ROOT               list every run: state, date, steps, gap, speed, bytes, ancestry
+    ddk push RUN REPO           put a finished run's student on the Hugging Face hub
     ddk inspect URL             show what a store or a run holds
     ddk verify URL              check every byte of a store, a run or a whole root
 

@@ -313,9 +313,20 @@ def _place(url: str, folder: str) -> str:
     return absolute(url, folder) if url.strip() else ""
 
 
+def _beside(url: str, folder: str) -> str:
+    """The same, of a file or model; what a copied quickstart.yaml names is found where the quickstart is installed."""
+    place = _place(url, folder)
+    if url.startswith("quickstart/") and not os.path.exists(place):
+        import flows.presets
+
+        installed = absolute(url, os.path.dirname(os.path.abspath(flows.presets.__file__)))
+        return installed if os.path.exists(installed) else place
+    return place
+
+
 def _model_path(model: str, folder: str) -> str:
     """A folder beside the configuration where there is one; else a name on the hub is left as it is."""
-    place = absolute(model, folder)
+    place = _beside(model, folder)
     return place if os.path.isdir(place) or model.startswith((".", "~")) else model
 
 
@@ -328,7 +339,7 @@ def _domain_paths(domain: Any, folder: str) -> Any:
         if isinstance(urls, str):
             urls = [urls]
         if isinstance(urls, list):
-            resolved[split] = [_place(url, folder) if isinstance(url, str) else url for url in urls]
+            resolved[split] = [_beside(url, folder) if isinstance(url, str) else url for url in urls]
     if isinstance(url := domain.get("compression_config"), str):
         resolved["compression_config"] = _place(url, folder)
     return resolved

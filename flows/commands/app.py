@@ -56,9 +56,20 @@ class FlowInterruptedError(Exception):
     """The user pressed Ctrl-C while a flow ran."""
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"ddk {version('ddk-distill')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and the logs of Prefect and vLLM.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version, and end.")
+    ] = False,
 ) -> None:
     set_up(debug)
 
@@ -149,13 +160,27 @@ def run_comparison(config: Any, asked: Any) -> None:
         interruptible(lambda: comparing.compare(config=config, request=asked))
 
 
+_PIPED = (80, 120, 200)
+"""Columns of a table that is printed elsewhere than in a terminal: the first width at which no cell is cut."""
+
+
 def show(*tables: Any) -> None:
-    """Print tables; elsewhere than in a terminal rich would take 80 columns, too few for ten domains."""
+    """Print tables: in a terminal as wide as that is, elsewhere in 80 columns where that is enough."""
+    import io
+
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
     for table in tables:
-        console.print(table)
+        if sys.stdout.isatty():
+            Console().print(table)
+            continue
+        for width in _PIPED:
+            console = Console(file=io.StringIO(), width=width)
+            console.print(table)
+            text = console.file.getvalue()  # type: ignore[attr-defined]
+            if "…" not in text:
+                break
+        typer.echo("\n".join(line.rstrip() for line in text.splitlines()))
 
 
 def command() -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ddk.errors import UserError
 from flows.commands.app import (
     ConfigPath,
     Overrides,
@@ -92,7 +93,9 @@ def evaluate(
 
 @app.command(short_help="Compare methods and seeds on one teacher cache.")
 def compare(
-    config: ConfigPath,
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="The run's YAML file; with --runs, --root can stand for it.")
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -118,13 +121,24 @@ def compare(
         str | None, typer.Option("--name", help="Name of the comparison; by default the file's `run`.")
     ] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report existing results.")] = False,
+    runs: Annotated[
+        list[str] | None,
+        typer.Option("--runs", metavar="PATTERN", help="Run nothing; compare the runs with these names (weekly-*)."),
+    ] = None,
     overrides: Overrides = None,
     root: Root = None,
 ) -> None:
     """Run several methods and seeds on one teacher cache, and report how they differ; the same call resumes.
 
-    If some runs fail, the others are still compared, and the exit code is 1.
+    If some runs fail, the others are still compared, and the exit code is 1. With --runs, runs that are there are
+    compared over time, and nothing is run.
     """
+    if runs:
+        given = {"--methods": methods, "--sweep": sweeps, "--variant": variants, "--baseline": baseline}
+        _compare_existing(config, runs, name, overrides, root, [option for option, value in given.items() if value])
+        return
+    if config is None:
+        raise UserError("name the run's YAML file (`ddk compare CONFIG`), or give --runs PATTERN with --root ROOT")
     with loading_libraries():
         from flows.comparing import compare as comparing
         from flows.comparing.variants import request, whole_numbers
@@ -148,6 +162,31 @@ def compare(
     else:
         run_comparison(loaded, asked)
     if not _show_comparison(loaded.root, asked.name):
+        raise typer.Exit(1)
+
+
+def _compare_existing(
+    config: str | None,
+    runs: list[str],
+    name: str | None,
+    overrides: list[str] | None,
+    root: str | None,
+    others: list[str],
+) -> None:
+    if others:
+        raise UserError(
+            f"--runs compares runs that are there, and {', '.join(others)} asks for new ones; leave one out"
+        )
+    if config is None and root is None:
+        raise UserError("--runs needs the root of the runs: name it with --root ROOT, or by the run's YAML file")
+    loaded = None if config is None else load(config, overrides, root, None)
+    block = None if loaded is None else loaded.storage_block
+    place = str(root) if loaded is None else loaded.root
+    with loading_libraries():
+        from flows.comparing.existing import report_existing
+
+    use_block(block)
+    if not _show_comparison(place, report_existing(place, runs, name, block)):
         raise typer.Exit(1)
 
 

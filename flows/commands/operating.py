@@ -1,12 +1,23 @@
-"""Commands to operate the pipeline: serve it, set up Prefect's automations, join from further machines."""
+"""Commands to operate the pipeline: serve it, clean up, set up Prefect's automations, join from further machines."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from flows.commands.app import ConfigPath, Overrides, Root, Run, app, load, reach_prefect, say, use_block
+from flows.commands.app import (
+    ConfigPath,
+    Overrides,
+    Root,
+    Run,
+    app,
+    load,
+    reach_prefect,
+    say,
+    use_block,
+)
 
 
 @app.command(short_help="Serve every stage as a deployment, for development.")
@@ -20,6 +31,62 @@ def serve(config: ConfigPath, overrides: Overrides = None, root: Root = None, ru
 
     reach_prefect()
     serving.serve(loaded, say)
+
+
+@app.command(short_help="Remove what of a root nothing needs any more.")
+def clean(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URL that holds the stores and runs.")],
+    older: Annotated[
+        str, typer.Option("--older", metavar="AGE", help="Remove only what is older: 12h, 30d, 4w; 1h at least.")
+    ] = "7d",
+    keep_runs: Annotated[
+        list[str] | None,
+        typer.Option("--keep-runs", metavar="PATTERN", help="Keep these runs with all checkpoints; may be repeated."),
+    ] = None,
+    remove_runs: Annotated[
+        list[str] | None,
+        typer.Option("--remove-runs", metavar="PATTERN", help="Remove these runs, if nothing else needs them."),
+    ] = None,
+    configs: Annotated[
+        list[str] | None,
+        typer.Option("--config", metavar="CONFIG", help="Keep what this file's run needs; may be repeated."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List only; remove nothing, and do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """List, and then remove, what no run, comparison, law, selection or given configuration needs.
+
+    Stores that nothing reads, superseded generations, all but the last checkpoint of finished runs, expired claims, and
+    what interrupted writes have left. Runs stay, unless --remove-runs names them. A capture that no run has been
+    trained on yet is needed by nobody: name its file with --config. In a terminal the command asks before it removes
+    anything; elsewhere it needs --yes.
+    """
+    from flows import unneeded as cleaning
+    from tasks.showing.formats import size
+
+    loaded = [load(path, None, root, None) for path in configs or ()]
+    for block in {config.storage_block for config in loaded}:
+        use_block(block)
+    listed = cleaning.list_unneeded(
+        loaded[0].root if loaded else root,
+        loaded,
+        older=older,
+        keep_runs=keep_runs or (),
+        remove_runs=remove_runs or (),
+        say=say,
+    )
+    for line in cleaning.lines_of(listed):
+        say(line)
+    if not listed.parts.removable:
+        say("nothing to remove")
+        return
+    if not dry_run and not yes and sys.stdin.isatty():
+        yes = typer.confirm(f"Remove {cleaning.total(listed)}?")
+    if dry_run or not yes:
+        say(f"would free {cleaning.total(listed)}; nothing was removed{'' if dry_run else ' (--yes removes it)'}")
+        return
+    freed = cleaning.remove_listed(listed, say)
+    say(f"freed {size(freed)}")
 
 
 @app.command(short_help="Mark runs whose process has died as Crashed, on the Prefect server.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from importlib import resources
 from typing import Annotated, Any
 
@@ -227,12 +228,15 @@ def _again(path: str, overrides: list[str] | None, root: str | None) -> str:
 def _show_result(config: Any, command: str) -> None:
     """The gap before and after, the mixture's path, and where everything lies."""
     from storage.runs.folder import RunFolder
+    from tasks.reporting.costs import cost_lines, costs_of
     from tasks.reporting.run_summary import interval_records
-    from tasks.reporting.terminal import mixture_path, terminal_table
+    from tasks.reporting.terminal import mixture_paths, terminal_table
 
     folder = RunFolder(config.root, config.run)
     records = interval_records(folder)
-    show(terminal_table(records), mixture_path(records))
+    show(terminal_table(records), *mixture_paths(records, shutil.get_terminal_size().columns))
+    for what, much in cost_lines(costs_of(folder)):
+        say(f"{what.lower()}: {much}")
     say(f"report    {folder.report_url}/index.html")
     say(f"student   {folder.student_url}   (an ordinary Hugging Face folder)")
     say("next      " + _next_step(config, command))
@@ -250,10 +254,23 @@ def _show_cost(config: Any, assumed: Any, *, as_json: bool) -> None:
     from flows.costing import estimate as cost
     from flows.costing import table as cost_table
 
-    found = cost.estimate(config, assumed)
+    found, taken = cost.estimate(config, assumed), _taken(config)
     if as_json:
-        say(json.dumps(cost_table.as_json(found), indent=2, ensure_ascii=False))
+        say(json.dumps(cost_table.as_json(found, taken), indent=2, ensure_ascii=False))
         return
-    show(cost_table.table(found, config.run))
+    show(cost_table.table(found, config.run), *([cost_table.measured_table(found, taken)] if taken else []))
     for line in cost_table.warning_lines(found):
         say(line)
+
+
+def _taken(config: Any) -> Any:
+    """What the run has cost so far; None where it has not begun, or its root cannot be reached."""
+    from storage.errors import StoreError
+    from storage.runs.folder import RunFolder
+    from tasks.reporting.costs import costs_of
+
+    try:
+        folder = RunFolder(config.root, config.run)
+        return costs_of(folder) if folder.identity() is not None else None
+    except (StoreError, OSError):
+        return None

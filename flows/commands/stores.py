@@ -1,12 +1,13 @@
-"""Commands for stores: import, export, inspect, verify."""
+"""Commands for stores and runs: import, export, runs, inspect, verify."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
-from flows.commands.app import ConfigPath, Overrides, Root, app, load, run_flow, say
+from flows.commands.app import ConfigPath, Overrides, Root, app, load, loading_libraries, run_flow, say, show
 
 
 @app.command("import", short_help="Make stores from files that hold a teacher's predictions.")
@@ -49,6 +50,65 @@ def export(
     from flows.stores.exchange import export_targets
 
     export_targets(url, folder, row_format=row_format, config=config, split=split, say=say)
+
+
+@app.command(short_help="Put a finished run's student on the Hugging Face hub.")
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run, <root>/runs/<name>.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Name of the repository, OWNER/NAME.")],
+    license_: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Licence for the card, e.g. apache-2.0 or other.")
+    ] = None,
+    languages: Annotated[
+        list[str] | None, typer.Option("--language", metavar="CODE", help="Language for the card; may be repeated.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a public repository; by default it is private.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and send nothing.")] = False,
+) -> None:
+    """Put the student of a finished run, with its card, on the hub, in one commit.
+
+    Every byte is checked first. The token comes from HF_TOKEN; HF_ENDPOINT names another hub. A repository that is
+    there keeps its visibility.
+    """
+    with loading_libraries():
+        from tasks.reporting import push_student as pushing
+    from tasks.showing.formats import size
+
+    with pushing.prepared(run, repo, license_=license_, languages=languages or (), private=not public) as asked:
+        for name, length in asked.files.items():
+            say(f"{size(length):>9}  {name}")
+        say(f"{size(sum(asked.files.values())):>9}  in all, to {asked.endpoint}/{asked.repo} ({_visibility(asked)})")
+        say("card       " + ", ".join(f"{name}: {value}" for name, value in asked.front_matter.items()))
+        if dry_run:
+            say("nothing was sent")
+            return
+        say(f"pushed     {pushing.push(asked)}")
+
+
+def _visibility(asked: Any) -> str:
+    return "private" if asked.private else "public"
+
+
+@app.command(short_help="List every run of a root.")
+def runs(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URL that holds the stores and runs.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List every run of a root: state, date of the last step, steps, largest gap, speed, time, bytes, ancestry.
+
+    A run whose files were changed or lost is listed as damaged, with the reason.
+    """
+    from flows.stores import runs as listed
+
+    found = listed.runs_of(root)
+    if as_json:
+        say(json.dumps(listed.as_json(found), indent=2, ensure_ascii=False))
+        return
+    show(listed.table(found))
+    for line in listed.notes(found):
+        say(line)
 
 
 @app.command(short_help="Show what a store or a run holds.")

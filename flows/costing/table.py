@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from flows.costing.estimate import GIB, Cost, Figure
+from flows.costing.estimate import GIB, Cost, Figure, Section
 from flows.costing.run_size import GPUS
+from tasks.showing.formats import UNKNOWN, count, duration, size
 
 
 def table(cost: Cost, run: str) -> Table:
@@ -35,13 +37,56 @@ def table(cost: Cost, run: str) -> Table:
     return found
 
 
-def as_json(cost: Cost) -> dict[str, Any]:
-    """Plain data; sizes in bytes."""
+def measured_table(cost: Cost, costs: Mapping[str, Any]) -> Table:
+    """What a run that was begun has really taken, beside the estimate.
+
+    Args:
+        costs: as `tasks.reporting.costs.costs_of` has them.
+    """
+    found = Table(
+        title="What it has taken so far",
+        caption="Planned is the time of all GPUs together, measured is the time on the clock.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading, left in (("what", True), ("planned", False), ("measured", False), ("on", True)):
+        found.add_column(heading, justify="left" if left else "right", no_wrap=left is False, overflow="fold")
+    capture = costs.get("capture") or {}
+    gpu = f"planned: {cost.assumed.gpu.upper()}"
+
+    def planned(section: Section, what: str) -> str:
+        return next((shown(one) for one in cost.figures if (one.section, one.what) == (section, what)), UNKNOWN)
+
+    def took(seconds: float | None) -> str:
+        return UNKNOWN if seconds is None else duration(seconds)
+
+    def on(device: str | None) -> Text:
+        return Text(f"{device or UNKNOWN} ({gpu})")
+
+    found.add_row("capture", planned("GPU time", "capture"), took(capture.get("seconds")), on(capture.get("device")))
+    training = (planned("GPU time", "training"), took(costs.get("training_seconds")))
+    found.add_row("optimizer steps", *training, on(costs.get("device")))
+    found.add_row("training in all", "", took(costs.get("wall_seconds")), "with measurements and checkpoints")
+    tokens = costs.get("training_tokens")
+    found.add_row(
+        "tokens trained on", count(costs.get("planned_tokens") or 0), UNKNOWN if tokens is None else count(tokens)
+    )
+    found.add_row("targets", planned("disk", "targets, expected"), size(capture["bytes"]) if capture else UNKNOWN)
+    return found
+
+
+def as_json(cost: Cost, costs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Plain data; sizes in bytes.
+
+    Args:
+        costs: of the run, where it was begun.
+    """
     gpu = GPUS[cost.assumed.gpu]
     return {
         "assumed": asdict(cost.assumed) | {"gpu_memory": cost.assumed.gib, "gpu_flops": gpu.flops},
         "figures": [asdict(figure) for figure in cost.figures],
         "warnings": cost.warnings,
+        **({"measured": dict(costs)} if costs is not None else {}),
     }
 
 
@@ -63,9 +108,17 @@ def shown(figure: Figure) -> str:
         case "FLOP":
             return f"{value:.3g} FLOP"
         case "GPU hours" | "hours":
-            return f"{_rounded(value)} {'GPU h' if figure.unit == 'GPU hours' else 'h'}"
+            return _hours(value, "GPU " if figure.unit == "GPU hours" else "")
         case _:
             return f"{_rounded(value)} {figure.unit}"
+
+
+def _hours(hours: float, of: str) -> str:
+    """0.77 → '0.77 h'; what takes less than a minute, in seconds: 2.96e-06 → '0.0107 s'."""
+    if 60.0 * hours >= 1.0:
+        return f"{_rounded(hours)} {of}h"
+    seconds = 3600.0 * hours
+    return f"{'< 0.001' if 0.0 < seconds < 0.001 else _rounded(seconds)} {of}s"
 
 
 def _scaled(value: float, step: int, units: tuple[str, ...], digits: int = 1) -> str:

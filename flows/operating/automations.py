@@ -42,7 +42,7 @@ SILENCE = 3 * SLOWEST_HEARTBEAT
 nor a process that computes without a pause, or a server that starts anew, makes a healthy run look dead."""
 FLOWS = (
     *("pack-corpus", "cache-teacher", "select-blocks", "train-student", "rebalance", "distill", "report"),
-    *("import-targets", "replay-targets", "compare", "evaluate"),
+    *("import-targets", "replay-targets", "compare", "compare-runs", "evaluate", "clean"),
 )
 """Names of all flows of this project: those of others on the same server are not touched."""
 

@@ -28,6 +28,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from ddk.errors import UserError
+from flows import clean as cleaning
 from flows import evaluate as evaluating
 from flows import stages
 from flows.config import Config, load_config
@@ -118,6 +119,7 @@ rebalance = deployable(stages.rebalance)
 distill = deployable(stages.distill)
 report = deployable(stages.report)
 evaluate = deployable(evaluating.evaluate)
+clean = deployable(cleaning.clean)
 
 DEPLOYABLE: Mapping[str, Flow[..., Any]] = {
     "pack-corpus": pack_corpus,
@@ -128,6 +130,7 @@ DEPLOYABLE: Mapping[str, Flow[..., Any]] = {
     "distill": distill,
     "report": report,
     "evaluate": evaluate,
+    "clean": clean,
 }
 """By the name of the deployment, which is the flow's."""
 

@@ -15,6 +15,7 @@ from storage.stores.manifest import StoreWriter, read_manifest
 from storage.stores.schema import Manifest
 from storage.targets import distortion, teacher_perplexity
 from tasks.reporting.ancestry import gone_on_from
+from tasks.reporting.costs import cost_lines, costs_of
 from tasks.reporting.overtraining import alarms_of, epoch_limit_of, said
 
 
@@ -86,6 +87,7 @@ def _run(folder: RunFolder, config: dict[str, Any]) -> Iterator[str]:
     yield f"run {folder.name}, method {config['method']}, " + ("complete" if summary else "not finished")
     if source := gone_on_from(folder):
         yield source
+    yield from (f"{what.lower()}: {much}" for what, much in cost_lines(costs_of(folder)))
     records = MixtureHistory(folder.url).records()
     raised = alarms_of(records, epoch_limit_of(config))
     for record in records:

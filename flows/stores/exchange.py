@@ -25,6 +25,7 @@ from storage.exchange.export import export_split
 from storage.exchange.foreign import COMPRESSION_FILE, read_compression
 from storage.files import uri
 from storage.files.names import plain_name
+from storage.stores.generations import newest_complete
 from storage.stores.schema import Manifest
 from storage.targets import open_targets
 from tasks.showing.formats import escape
@@ -115,7 +116,7 @@ def _blocks_url(url: str, manifest: Manifest) -> str:
     if not found or "blocks" not in manifest.inputs:
         raise UserError(f"{url} is not <root>/targets/<fingerprint>/<domain>.zarr; its blocks cannot be found from it")
     folder = plain_name(manifest.inputs["blocks"], uri.join(url, "manifest.json"))
-    return uri.join(root, "blocks", folder, name.rpartition("/")[2])
+    return newest_complete(uri.join(root, "blocks", folder, name.rpartition("/")[2]))
 
 
 def _compression(config: str, manifest: Manifest) -> CompressionConfig:

@@ -11,6 +11,7 @@ from storage.errors import StoreDamagedError, StoreError
 from storage.files import uri
 from storage.runs.folder import run_at
 from storage.runs.reports import ComparisonFolder, LawFolder
+from storage.stores.generations import newest_complete
 from storage.stores.layout import KINDS
 from storage.stores.manifest import COPY, MANIFEST, STAGE, read_manifest, sound_copy
 from storage.stores.schema import Manifest
@@ -104,11 +105,11 @@ def _without_blocks(root: str, stores: Sequence[str]) -> Iterator[Finding]:
     for store in stores:
         try:
             manifest = read_manifest(store)
+            if manifest is None or manifest.kind != "targets":
+                continue
+            blocks = newest_complete(uri.join(root, "blocks", str(manifest.inputs.get("blocks")), manifest.name))
         except StoreError:
             continue  # said before
-        if manifest is None or manifest.kind != "targets":
-            continue
-        blocks = uri.join(root, "blocks", str(manifest.inputs.get("blocks")), manifest.name)
         if not uri.list_names(blocks):
             yield Finding(url=blocks, what="missing, and there are targets of it; `ddk pack CONFIG` recreates it")
 

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeGuard, TypeVar
+from typing import Any, Literal, Self, TypeGuard, TypeVar
 
 import psutil
 
@@ -34,6 +34,7 @@ PATIENCE = 60.0
 """Seconds without a new sign of life after which an owner on another machine counts as dead: six signs."""
 _SECONDS_BETWEEN_LOOKS = 1.0
 _T = TypeVar("_T")
+Life = Literal["alive", "dead", "unknown"]
 
 
 class Claims:
@@ -115,9 +116,8 @@ class Claims:
         sign = _read(self._owner_url(owner))
         if sign is None:
             return False
-        process, started = sign.get("process"), sign.get("started")
-        if sign.get("machine") == _machine() and _is_process(process) and isinstance(started, int | float):
-            return _runs(process, started)
+        if (here := _lives_here(sign)) is not None:
+            return here
         # A sign that cannot be read is the same each time: its owner, where it lives, will write another.
         number, now = str(sign.get("sign")), time.monotonic()
         if self._seen.get(owner, (None, 0.0))[0] != number:
@@ -146,6 +146,47 @@ class Claims:
 
     def _claim_url(self, what: str, generation: int) -> str:
         return uri.join(self._url, f"{what}.{generation:04d}.json")
+
+
+class Watch:
+    """Whether somebody who lives is at work in a store or run, as one who takes no part sees it.
+
+    An owner on another machine is known to live, or to be dead, only after a while: `look` says 'unknown' until its
+    sign of life has changed, or has stayed the same for `PATIENCE` seconds of this watch.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def look(self, url: str) -> Life:
+        """The liveliest of all owners of claims there; 'dead' where there are none.
+
+        Args:
+            url: the store's folder (or a run's).
+        """
+        owners = uri.join(url, "claims", "owners")
+        lives = {self._life(uri.join(owners, name)) for name in uri.list_names(owners)}
+        return next((life for life in ("alive", "unknown") if life in lives), "dead")
+
+    def _life(self, place: str) -> Life:
+        sign = _read(place)
+        if sign is None:
+            return "dead"
+        if (here := _lives_here(sign)) is not None:
+            return "alive" if here else "dead"
+        number, now = str(sign.get("sign")), time.monotonic()
+        first, since = self._seen.setdefault(place, (number, now))
+        if first != number:
+            return "alive"
+        return "unknown" if now - since < PATIENCE else "dead"
+
+
+def _lives_here(sign: dict[str, Any]) -> bool | None:
+    """Whether the owner is a process that runs on this machine; None where it is not of this machine."""
+    process, started = sign.get("process"), sign.get("started")
+    if sign.get("machine") == _machine() and _is_process(process) and isinstance(started, int | float):
+        return _runs(process, started)
+    return None
 
 
 def _read(url: str) -> dict[str, Any] | None:

@@ -119,6 +119,15 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
 
     names_below = sync_wrapper(_names_below)
 
+    async def _entries_below(self, path: str) -> list[dict[str, Any]]:
+        """Every object below a folder, with size and time: one request for each 1,000."""
+        try:
+            return list(await self._lsdir(path.rstrip("/"), delimiter=""))
+        except FileNotFoundError:
+            return []
+
+    entries_below = sync_wrapper(_entries_below)
+
     async def _size_of(self, path: str) -> int | None:
         """Bytes of an object, or None where there is none: one request."""
         bucket, key, _ = self.split_path(path)

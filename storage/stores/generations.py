@@ -3,7 +3,8 @@
     <root>/targets/3f2a…/math.zarr      the first one
     <root>/targets/3f2a….2/math.zarr    redone (`--force`), with the same inputs
 
-Later stages read the newest complete one. No store is ever overwritten or removed.
+Later stages read the newest complete one. No store is ever overwritten; `ddk clean` removes those that nothing needs,
+so that a number may be missing among the generations, the first one's too.
 """
 
 from __future__ import annotations
@@ -18,22 +19,19 @@ def newest_complete(url: str) -> str:
     Args:
         url: of the first.
     """
-    newest, number = url, 2
-    while _begun(url, number):
+    for number in reversed(_begun(url)):
         if _complete(generation(url, number)):
-            newest = generation(url, number)
-        number += 1
-    return newest
+            return generation(url, number)
+    return url
 
 
 def to_make_again(url: str) -> str:
     """The store to write when existing ones must not be used. An unfinished new store is resumed."""
-    if read_manifest(url) is None:
+    begun = _begun(url)
+    if not begun and read_manifest(url) is None:
         return url
-    number = 2
-    while _begun(url, number) and (_complete(generation(url, number)) or _begun(url, number + 1)):
-        number += 1
-    return generation(url, number)
+    last = begun[-1] if begun else 1
+    return generation(url, last if begun and not _complete(generation(url, last)) else last + 1)
 
 
 def generation(url: str, number: int) -> str:
@@ -47,8 +45,12 @@ def first_fingerprint(url: str) -> str:
     return url.split("/")[-2].partition(".")[0]
 
 
-def _begun(url: str, number: int) -> bool:
-    return uri.size_of(uri.join(generation(url, number), "manifest.json")) is not None
+def _begun(url: str) -> list[int]:
+    """Numbers of the further generations that are there, ascending."""
+    kind, first, name = url.rsplit("/", 2)
+    folders = (folder.removeprefix(f"{first}.") for folder in uri.list_names(kind) if folder.startswith(f"{first}."))
+    numbers = sorted(int(number) for number in folders if number.isdecimal() and number != "1")
+    return [n for n in numbers if uri.size_of(uri.join(generation(f"{kind}/{first}/{name}", n), "manifest.json"))]
 
 
 def _complete(url: str) -> bool:

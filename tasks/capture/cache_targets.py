@@ -24,8 +24,9 @@ from tasks.capture.stored_targets import stored_targets
 from tasks.planning.store_plan import Plan, StorePlan
 from tasks.running.retries import RETRIES
 from tasks.running.sharing import Shard, ShardQueue
+from tasks.showing.device import device_name
 from tasks.showing.progress import Meter, meter
-from tasks.teachers.config import Teacher
+from tasks.teachers.config import Teacher, on_gpu
 
 
 def run_name() -> str:
@@ -60,10 +61,18 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, part
             capture = _Capture(store, writer, teacher, claims)
             written = capture(part, parts)
             claims.wait_for("finish")
-            writer.finish(facts={"seconds": round(time.monotonic() - started, 3), "shards_written": written})
+            facts = {"seconds": round(time.monotonic() - started, 3), "shards_written": written}
+            writer.finish(facts={**facts, "device": _device(teacher)})
     return stored_targets(
         store, writer.manifest, stage="cache", verb="captured", written=written, done_before=done_before
     )
+
+
+def _device(teacher: Teacher) -> str:
+    config = getattr(teacher, "config", None)
+    if config is None or config.source == "server":
+        return "a server"
+    return device_name(gpus=config.tensor_parallel_size if on_gpu() else 0)
 
 
 class _Capture:
@@ -92,9 +101,9 @@ class _Capture:
                 captured += self._capture_ours(queue, executor, progress)
                 others = self._blocks_of(queue.left)
                 if not queue.wait():
-                    progress.advance(others)
+                    progress.skip(others)
                     return captured
-                progress.advance(others - self._blocks_of(queue.left))
+                progress.skip(others - self._blocks_of(queue.left))
 
     def _capture_ours(self, queue: ShardQueue, executor: ThreadPoolExecutor, progress: Meter) -> int:
         """All that are available without waiting. Three shards are in hand at most: one read ahead, one in the engine,
@@ -105,10 +114,10 @@ class _Capture:
         while (taken := ahead.result()) is not None:
             shard, tokens = taken
             ahead = executor.submit(self._take, queue)
-            targets = _captured(self._teacher, tokens, progress)
+            targets, seconds = _captured(self._teacher, tokens, progress)
             if writing is not None:
                 writing.result()
-            writing = executor.submit(self._write, queue, shard, targets)
+            writing = executor.submit(self._write, queue, shard, targets, seconds)
             captured += 1
         if writing is not None:
             writing.result()
@@ -123,11 +132,11 @@ class _Capture:
         first = number * self._shard_blocks
         return shard, self._blocks[split].read(np.arange(first, first + self._shard_len(shard)))
 
-    def _write(self, queue: ShardQueue, shard: Shard, targets: SparseTargets) -> None:
+    def _write(self, queue: ShardQueue, shard: Shard, targets: SparseTargets, seconds: float) -> None:
         check_distribution(targets)
         # Another process may have taken us for dead, and be at this shard or done with it.
         if queue.still_ours(shard):
-            self._writer.write_shard(*shard, targets)
+            self._writer.write_shard(*shard, targets, {"seconds": round(seconds, 3)})
 
     def _shard_len(self, shard: Shard) -> int:
         split, number = shard
@@ -137,10 +146,13 @@ class _Capture:
         return sum(map(self._shard_len, shards))
 
 
-def _captured(teacher: Teacher, tokens: Int32Array, progress: Meter) -> SparseTargets:
+def _captured(teacher: Teacher, tokens: Int32Array, progress: Meter) -> tuple[SparseTargets, float]:
+    """The targets, and the seconds that the capture itself took, without the start of an engine."""
+    began, started = time.monotonic(), getattr(teacher, "start_seconds", 0.0)
     targets = teacher.capture(tokens)
+    seconds = time.monotonic() - began - (getattr(teacher, "start_seconds", 0.0) - started)
     progress.advance(len(tokens))
-    return targets
+    return targets, max(seconds, 0.0)
 
 
 def check_distribution(targets: SparseTargets) -> None:

@@ -47,11 +47,11 @@ class Collector:
 
     def run(self, variant: str, seed: int, name: str) -> ComparedRun:
         """One run, as its folder holds it."""
-        folder = RunFolder(self._root, name)
-        config, identity, summary = folder.config(), folder.identity(), folder.summary()
         common: dict[str, Any] = {"variant": variant, "seed": seed, "run": name}
         if (reason := self._failures.get(name)) is not None:
             return ComparedRun(status="failed", reason=reason, **common)
+        folder = RunFolder(self._root, name)
+        config, identity, summary = folder.config(), folder.identity(), folder.summary()
         if config is None or identity is None:
             return ComparedRun(status="missing", **common)
         self.configs[name] = dict(flat_settings(effective_settings(config)))
@@ -110,6 +110,7 @@ def collect(
     baseline: str,
     failures: Mapping[str, str],
     left_out: Mapping[str, str],
+    ended: Mapping[str, float] | None = None,
 ) -> Comparison:
     """A comparison as its runs' folders hold it now.
 
@@ -117,9 +118,11 @@ def collect(
         variants: their settings stand where no run of theirs has begun; else the runs' own do.
         runs: (variant, seed, name of the run) each, in the order of the report.
         failures: why a run failed, by its name; such a run's folder is not looked at.
+        ended: Unix time at which each run ended, by its name, for a comparison over time.
     """
     collector = Collector(root, failures)
     found = [collector.run(variant, seed, run) for variant, seed, run in runs]
+    found = [one.model_copy(update={"ended": (ended or {}).get(one.run)}) for one in found]
     common, own = _settings({run.run: collector.configs[run.run] for run in found if run.run in collector.configs})
     domains = dict.fromkeys(domain for run in found for record in run.records[:1] for domain in record.perplexities)
     return Comparison(
@@ -137,6 +140,7 @@ def collect(
         stores=collector.stores,
         settings=common,
         left_out=dict(left_out),
+        over_time=ended is not None,
     )
 
 

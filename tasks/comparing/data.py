@@ -54,6 +54,8 @@ class ComparedRun(_Frozen):
     stopped_early: str | None = None
     training_seconds: float | None = None
     """Of all training steps together; the gap's evaluation, the start and the report are not in it."""
+    ended: float | None = None
+    """Unix time at which its last step was done; only of a comparison over time."""
     seq_len: int | None = None
     records: tuple[MixtureRecord, ...] = ()
     """Every measurement of the gap, the first before any training."""
@@ -124,6 +126,8 @@ class Comparison(_Frozen):
     """Every store of targets that a run read, or measured the teacher by; by its place below the root."""
     settings: dict[str, str] = {}
     """Fields, as `section.field`, that all runs share."""
+    over_time: bool = False
+    """Whether these are runs that were there, each a variant of its own, in the order in which they ended."""
     left_out: dict[str, str] = Field(default_factory=dict)
     """Methods that were not asked for by name and did not take part, and why."""
 

@@ -31,6 +31,12 @@ from tasks.showing.formats import UNKNOWN, duration, escape, ppl, ratio
 
 MEAN, WORST, PERPLEXITY = Measure(name="ratio"), Measure(name="worst_ratio"), Measure(name="perplexity")
 _PLOTS = {
+    "time.png": (
+        "Over time",
+        "The largest student over teacher perplexity of all domains, and the mean over the domains, at the end of each "
+        "run, against the day on which it ended. At 1 (dotted, where the curves come near it) the student has caught "
+        "up.",
+    ),
     "frontier.png": (
         "Largest gap against perplexity",
         "A point for each variant: the largest student over teacher perplexity of all domains, and the geometric mean "

@@ -3,6 +3,7 @@
     ratio_figure     a panel for the mean, one for the largest ratio, one a domain; a line for each variant
     domains_figure   a panel for each variant; a line for each domain
     mixture_figure   likewise, the sampling probabilities
+    time_figure      of runs over time: the largest ratio and the mean of the ratios at each run's end
     frontier_figure  the largest ratio against the geometric mean of the perplexities, a point for each variant
 
 A line is the mean over the seeds, its band goes from the smallest to the largest of them. Equal comparisons give equal
@@ -14,8 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any
 
+import matplotlib.dates as mdates
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -23,7 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from storage.runs.mixtures import MixtureRecord
-from tasks.comparing.data import Comparison, FrontierPoint, Measure, frontier
+from tasks.comparing.data import ComparedRun, Comparison, FrontierPoint, Measure, frontier
 from tasks.reporting.plots import (
     COLOURS,
     DASHES,
@@ -142,7 +145,7 @@ def mixture_figure(comparison: Comparison, *, theme: Theme = LIGHT) -> Figure:
 
 def plots(comparison: Comparison, *, theme: Theme = LIGHT) -> dict[str, bytes]:
     """PNG files by their names; none where no run is finished."""
-    figures = {
+    figures: dict[str, Callable[..., Figure]] = {
         "frontier.png": frontier_figure,
         "ratio.png": ratio_figure,
         "domains.png": domains_figure,
@@ -150,7 +153,42 @@ def plots(comparison: Comparison, *, theme: Theme = LIGHT) -> dict[str, bytes]:
     }
     if not any(comparison.of(variant.name) for variant in comparison.variants):
         return {}
+    if comparison.over_time and len(runs_in_time(comparison)) > 1:
+        figures = {"time.png": time_figure, **figures}
     return {name: as_png(figure(comparison, theme=theme)) for name, figure in figures.items()}
+
+
+def runs_in_time(comparison: Comparison) -> list[ComparedRun]:
+    """The finished runs of which it is known when they ended, oldest first."""
+    return sorted(
+        (run for run in comparison.runs if run.counts and run.ended is not None), key=lambda run: run.ended or 0
+    )
+
+
+def time_figure(comparison: Comparison, *, theme: Theme = LIGHT) -> Figure:
+    """The largest ratio and the mean of the ratios at each run's end, against the day on which it ended."""
+    runs = runs_in_time(comparison)
+    days = [(run.ended or 0.0) / 86400.0 for run in runs]  # as matplotlib counts them
+    figure = Figure(figsize=(7.4, 4.2), dpi=DPI, facecolor=theme.ground)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)  # inches
+    axes = figure.add_subplot(facecolor=theme.ground)
+    dress(axes, theme)
+    lines = {"largest of the domains": Measure(name="worst_ratio"), "mean of the domains": Measure(name="ratio")}
+    values: list[float] = []
+    for place, (label, measure) in enumerate(lines.items()):
+        found = [measure.of(run) or math.nan for run in runs]
+        values += found
+        axes.plot(days, found, color=COLOURS[place], marker=MARKERS[place], label=label, gid=label)
+    locator = mdates.AutoDateLocator(tz=UTC)  # type: ignore[no-untyped-call, unused-ignore]
+    axes.xaxis.set_major_locator(locator)
+    formatter = mdates.ConciseDateFormatter(locator, tz=UTC)  # type: ignore[no-untyped-call, unused-ignore]
+    axes.xaxis.set_major_formatter(formatter)
+    axes.set_xlabel("end of the run (UTC)")
+    axes.set_ylabel("student / teacher perplexity")
+    if min(values) < _NEAR:
+        axes.axhline(1.0, color=theme.ink, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1.5, gid="caught-up")
+    axes.legend(frameon=False, labelcolor=theme.ink, prop=FontProperties(family=FONT, size=8))
+    return figure
 
 
 def frontier_figure(comparison: Comparison, *, theme: Theme = LIGHT) -> Figure:

@@ -39,8 +39,9 @@ def report_comparison(root: str, comparison: Comparison) -> dict[str, str]:
         The URL of each file by its name.
     """
     urls = write_comparison(root, comparison)
-    picture = uri.read_bytes(urls["ratio.png"]) if "ratio.png" in urls else None
-    pictures = [] if picture is None else [f"![Ratio against tokens]({data_uri(picture)})"]
+    drawn = {"time.png": "Ratio over time", "ratio.png": "Ratio against tokens"}
+    shown = {alt: uri.read_bytes(urls[name]) for name, alt in drawn.items() if name in urls}
+    pictures = [f"![{alt}]({data_uri(picture)})" for alt, picture in shown.items() if picture is not None]
     add_version(
         artifact_key(comparison.name, "comparison"),
         "markdown",

@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from ddk.values import worst_gap
+from tasks.reporting.costs import cost_lines
 from tasks.reporting.overtraining import all_alarms, epoch_limit_of, too_often
 from tasks.reporting.plots import DARK, LIGHT, mixture_plot, ratio_plot
 from tasks.reporting.records import (
@@ -47,6 +48,7 @@ def render_page(summary: RunSummary, records: Sequence[IntervalRecord], evaluati
     template = environment().get_template("report.html.j2")
     return template.render(
         run=summary,
+        costs=cost_lines(summary.costs),
         selections=_images(selections_plot, summary.selections) if summary.selections else None,
         evaluation=evaluation,
         settings=list(flat_settings(summary.settings)),

@@ -87,11 +87,13 @@ class RunSummary:
     settings: Mapping[str, object]
     """The resolved configuration as nested plain data; holds no secrets."""
     wall_seconds: float | None
-    """None where it is not known, as for a run still going."""
+    """Of training as a whole: loading, steps, measurements, checkpoints. None where it is not known."""
     stopped_early: str | None
     """Why the run ended before its budget was used up; None where it did not."""
     gone_on_from: str = ""
     """Which other run's checkpoint it goes on from, as part of a sentence; empty where it began with the student."""
+    costs: Mapping[str, object] = field(default_factory=dict)
+    """What it took, in time and bytes: `tasks.reporting.costs.costs_of`."""
     selections: tuple[Mapping[str, object], ...] = ()
     """Of the domains whose blocks were chosen: `tasks.reporting.selections.selections_of`."""
 

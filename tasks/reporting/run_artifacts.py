@@ -19,6 +19,7 @@ from storage.corpus.record_paths import store_name
 from storage.files.uri import join
 from storage.runs.folder import RunFolder
 from storage.stores.schema import Manifest
+from tasks.reporting.costs import cost_lines
 from tasks.reporting.overtraining import all_alarms, overtraining_rows, said, too_often
 from tasks.reporting.page import data_uri
 from tasks.reporting.plots import mixture_plot, ratio_plot
@@ -147,6 +148,11 @@ def report_markdown(summary: RunSummary, records: Sequence[IntervalRecord], urls
             f"![Student over teacher perplexity by domain against tokens seen]({data_uri(ratio_plot(drawn))})",
             "## Mixture against tokens seen",
             f"![Sampling probability by domain against tokens seen]({data_uri(mixture_plot(drawn))})",
+            *(
+                ["## What it took", markdown_table(("", ""), [(what, escape(much)) for what, much in took], left=2)]
+                if (took := cost_lines(summary.costs))
+                else []
+            ),
             "## Where it lies",
             markdown_table(("", ""), [(escape(name), link(url)) for name, url in urls.items()], left=2),
         ]

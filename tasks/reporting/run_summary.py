@@ -11,6 +11,7 @@ from ddk.overtraining import Alarm
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
 from tasks.reporting.ancestry import gone_on_from
+from tasks.reporting.costs import costs_of
 from tasks.reporting.overtraining import alarms_of, epoch_limit_of
 from tasks.reporting.records import IntervalRecord, RunSummary
 from tasks.reporting.selections import selections_of
@@ -52,7 +53,8 @@ def summarise(
         steps=records[-1].step,
         seq_len=config["packing"]["seq_len"],
         settings=effective_settings(config),
-        wall_seconds=done.get("training_seconds"),
+        wall_seconds=done.get("wall_seconds"),
+        costs=costs_of(folder, finished),
         stopped_early=done.get("stopped_early"),
         gone_on_from=gone_on_from(folder),
         selections=selections_of(folder),

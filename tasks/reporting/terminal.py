@@ -29,8 +29,8 @@ def terminal_table(records: Sequence[IntervalRecord]) -> Table:
         caption_justify="left",
         caption_style="",
     )
-    table.add_column("domain", no_wrap=True)
-    for heading in ("teacher ppl", "student ppl", "→ now", "ratio", "→ now", "tokens"):
+    table.add_column("domain", overflow="fold")
+    for heading in ("teacher\nppl", "student\nppl", "→ now", "ratio", "→ now", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     with_epochs = bool(records[-1].train_blocks)
     if with_epochs:
@@ -59,12 +59,33 @@ def mixture_path(records: Sequence[IntervalRecord]) -> Table:
     Leaves that are too many for columns are rolled up.
     """
     records = overview(records)
+    return _mixtures(records, domains_of(records))
+
+
+def mixture_paths(records: Sequence[IntervalRecord], columns: int) -> list[Table]:
+    """The same in as many tables as it takes, none wider than `columns` characters unless a single domain is."""
+    records = overview(records)
+    fixed = _width("t", *(str(one.t) for one in records)) + _width("step", *(count(one.step) for one in records))
+    fixed += _width("tokens", *(count(one.tokens_seen) for one in records)) + 1
+    parts: list[list[str]] = [[]]
+    for domain in domains_of(records):
+        if parts[-1] and fixed + sum(_width(one, "100.0") for one in [*parts[-1], domain]) > columns:
+            parts.append([])
+        parts[-1].append(domain)
+    return [_mixtures(records, part) for part in parts]
+
+
+def _width(*cells: str) -> int:
+    """Of a column with its line and margins."""
+    return max(map(len, cells)) + 3
+
+
+def _mixtures(records: Sequence[IntervalRecord], domains: Sequence[str]) -> Table:
     table = Table(title="Mixture, in % of the blocks drawn", title_justify="left")
     for heading in ("t", "step", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
-    domains = domains_of(records)
     for domain in domains:
-        table.add_column(Text(domain), justify="right", overflow="fold")
+        table.add_column(Text(domain), justify="right", no_wrap=True)
     for record in records:
         table.add_row(
             str(record.t),

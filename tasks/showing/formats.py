@@ -51,6 +51,24 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def size(bytes_: float) -> str:
+    """1234567 → '1.2 MB'; 999 → '999 B'. Decimal units, as disks are sold and billed."""
+    scaled, unit = float(bytes_), 0
+    while scaled >= 999.5 and unit < len(_UNITS) - 1:
+        scaled, unit = scaled / 1000, unit + 1
+    return f"{scaled:.1f} {_UNITS[unit]}" if unit else f"{scaled:.0f} B"
+
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def speed(tokens_per_second: float | None) -> str:
+    """12345.6 → '12,346'; 3.456 → '3.5'; None → '–'."""
+    if tokens_per_second is None:
+        return UNKNOWN
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.1f}"
+
+
 def duration(seconds: float) -> str:
     """3725 → '1 h 02 min'; 65 → '1 min 05 s'; 9.5 → '9.5 s'."""
     if seconds < 59.95:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ class VllmTeacher(TeacherSource):
     """
 
     name = "engine"
+    start_seconds = 0.0
+    """What starting the engine took, each time; no part of the time of a capture."""
 
     def __init__(self, config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
         super().__init__(config, seq_len=seq_len, vocab_size=vocab_size)
@@ -95,7 +98,9 @@ class VllmTeacher(TeacherSource):
         """
         while True:
             if self._engine is None:
+                began = time.monotonic()
                 self._start()
+                self.start_seconds += time.monotonic() - began
             try:
                 return self._capture(tokens_BL1)
             except Exception as error:

@@ -21,6 +21,7 @@ leaving out the probability of padded rows (see `tasks.teachers.prompt_logprobs`
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,8 @@ class PortableTeacher(TeacherSource):
     """
 
     name = "prompt_logprobs"
+    start_seconds = 0.0
+    """What starting the engine took; no part of the time of a capture."""
 
     def __init__(self, config: TeacherConfig, *, seq_len: int, vocab_size: int) -> None:
         super().__init__(config, seq_len=seq_len, vocab_size=vocab_size)
@@ -70,7 +73,9 @@ class PortableTeacher(TeacherSource):
             RuntimeError: the engine's answer lacks a position (nothing is returned then).
         """
         if self._engine is None:
+            began = time.monotonic()
             self._start()
+            self.start_seconds += time.monotonic() - began
         group = max(1, GROUP_ENTRIES // (self.seq_len * (self._asked + 1)))
         groups = [tokens_BL1[first : first + group] for first in range(0, len(tokens_BL1), group)]
         rows: list[Rows] = []

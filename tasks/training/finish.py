@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import asdict
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -13,6 +14,7 @@ from ddk.values import worst_gap
 from storage.files.uri import put_folder
 from storage.runs.folder import RunFolder
 from storage.runs.listing import records_of
+from storage.runs.overview import times_of
 from tasks.planning.tokenizer_files import has_tokenizer
 from tasks.reporting.model_card import render_model_card
 from tasks.reporting.run_artifacts import publish_report
@@ -45,6 +47,12 @@ def report_run(root: str, run: str) -> dict[str, str]:
     return urls
 
 
+def _times(session: StudentSession) -> dict[str, float | int | str | None]:
+    """What the run's training took so far, as its summary has it."""
+    times = times_of(session.run.metrics(), session.seconds_not_recorded, session.device)
+    return {**asdict(times), "training_seconds": times.training_seconds or 0.0}
+
+
 @task(task_run_name="save student {session.run.name}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def save_final_student(session: StudentSession, stopped_early: str | None) -> str:
     """Write the trained student, its tokenizer and its model card; the run is complete when this returns.
@@ -60,12 +68,7 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
         else session.inputs.plan.tokenizer()
     )
     step, blocks = session.step, session.inputs.job.blocks
-    summary = {
-        "steps": step,
-        "tokens_seen": session.tokens_seen,
-        "stopped_early": stopped_early,
-        "training_seconds": round(sum(row["seconds"] for row in folder.metrics()), 3),
-    }
+    summary = {"steps": step, "tokens_seen": session.tokens_seen, "stopped_early": stopped_early, **_times(session)}
     with tempfile.TemporaryDirectory(prefix="ddk-student-") as local:
         measured = session.training.perplexities(sample_of(blocks))
         session.training.export(local)
@@ -85,6 +88,7 @@ def save_final_student(session: StudentSession, stopped_early: str | None) -> st
             file.write(card)
         put_folder(local, folder.student_url)
         folder.student_listing.write(records_of(local))
+    summary |= _times(session)  # with what measuring and saving took
     session.tracking.finish(step, summary)
     folder.finish(summary)
     worst = worst_gap(records[-1].gaps)

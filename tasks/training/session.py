@@ -34,6 +34,7 @@ from tasks.reporting.run_artifacts import publish_measurement
 from tasks.running.retries import RETRIES
 from tasks.running.sharing import alone
 from tasks.showing.artifacts import artifact_key
+from tasks.showing.device import device_name
 from tasks.showing.events import say_event
 from tasks.showing.progress import logger, meter
 from tasks.showing.waiting import said_if_slow
@@ -69,6 +70,8 @@ class StudentSession:
         self.history = MixtureHistory(self.run.url)
         self._config = dict(config)
         self._training: Training | None = None
+        self._counted = time.monotonic()
+        """Up to when the session's time is in the run's records."""
         self.run.claim(inputs.identity, config)
 
         self._branch_off()
@@ -124,6 +127,36 @@ class StudentSession:
         return self._training
 
     @property
+    def seconds_not_recorded(self) -> float:
+        """Of this session, since the end of the last step that is in the metrics."""
+        return time.monotonic() - self._counted
+
+    def write_metrics(
+        self, first_step: int, reports: Sequence[StepReport], ended: Sequence[tuple[float, float]]
+    ) -> None:
+        """Keep what an interval's steps have measured.
+
+        Args:
+            ended: when each was done: Unix time, and by the clock that `seconds_not_recorded` goes by.
+        """
+        rows, before = [], self._counted
+        for report, (at, clock) in zip(reports, ended, strict=True):
+            # From the end of the step before: measurements, checkpoints and loading are in it.
+            rows.append({**asdict(report), "time": at, "wall_seconds": round(clock - before, 6)})
+            before = clock
+        self.run.write_metrics(first_step, rows)
+        self._counted = before
+
+    @property
+    def device(self) -> str:
+        """What the student is trained on, here and on the other machines."""
+        train = self.settings.train
+        device = resolve_device(train)
+        processes = resolve_processes(train, device)
+        name = device_name(gpus=processes if device.type == "cuda" else 0)
+        return name if train.nodes == 1 else f"{train.nodes} machines, each {name}"
+
+    @property
     def state(self) -> TrainerState:
         return self.training.state
 
@@ -144,20 +177,21 @@ class StudentSession:
 
 
 class _Pace:
-    """How fast an interval's steps go so far."""
+    """How fast an interval goes so far, by the clock: what lies between its steps is in it."""
 
     def __init__(self) -> None:
-        self.seconds = self.waited = 0.0
+        self.waited = 0.0
         self.tokens = 0
+        self._began = time.monotonic()
 
     def add(self, report: StepReport) -> None:
-        self.seconds += report.seconds
         self.waited += report.waited_seconds
         self.tokens += report.tokens
 
     def __str__(self) -> str:
-        share = 100 * self.waited / self.seconds
-        return f"{self.tokens / self.seconds:,.0f} tokens/s, {share:.1f}% of the time waiting for data"
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        share = 100 * self.waited / seconds
+        return f"{self.tokens / seconds:,.0f} tokens/s, {share:.1f}% of the time waiting for data"
 
 
 @task(task_run_name="train steps from {first_step}", cache_policy=NO_CACHE, persist_result=False, **RETRIES)
@@ -177,23 +211,22 @@ def _train_interval(session: StudentSession, record: MixtureRecord, first_step: 
     steps = min(settings.mixture.interval, settings.train.steps - first_step)
     session.tracking.update(first_step)
     reports: list[StepReport] = []
-    ended: list[float] = []
+    ended: list[tuple[float, float]] = []
     pace = _Pace()
     shown = artifact_key(settings.run, "training")
     with meter(f"train {settings.run}", settings.train.steps, "steps", done=first_step, artifact=shown) as progress:
 
         def on_step(report: StepReport) -> None:
             reports.append(report)
-            ended.append(time.time())
+            ended.append((time.time(), time.monotonic()))
             pace.add(report)
             progress.advance(1, f"{pace}, ce {report.ce:.3f}, kl {report.kl:.3f}")
             if report.step % settings.train.log_every == 0:
                 logger.info("step %d: cross-entropy %.4f, KL %.4f", report.step, report.ce, report.kl)
 
         session.training.train_interval(record.mixture, record.version, steps, on_step)
-    session.run.write_metrics(
-        first_step, [{**asdict(report), "time": at} for report, at in zip(reports, ended, strict=True)]
-    )
+    reached = str(pace)
+    session.write_metrics(first_step, reports, ended)
     session.training.save()
     session.tracking.update(session.step, trained_from=first_step)
     say_event("checkpoint.written", session.run, settings.mixture.evaluation, {"step": session.step})
@@ -203,7 +236,7 @@ def _train_interval(session: StudentSession, record: MixtureRecord, first_step: 
         settings.train.steps,
         sum(report.ce for report in reports) / len(reports),
         sum(report.kl for report in reports) / len(reports),
-        pace,
+        reached,
     )
 
 

@@ -24,6 +24,7 @@ HOLDS = {
     "ddk.ted": "task-aware layer-wise distillation (TED): filters and the student that uses them",
     "storage": "the entry points `targets.py`, `blocks.py`, `selections.py`, which open a store; errors, fingerprints",
     "storage.checking": "`ddk verify`: checks every byte of stores and runs",
+    "storage.cleaning": "`ddk clean`: what of a root nothing needs, and how it is removed",
     "storage.corpus": "the documents of a domain: files, records, leaves",
     "storage.exchange": "reads and writes caches in formats of other projects",
     "storage.files": "files at a URL (disk, S3), and the checks of small files",

@@ -89,7 +89,7 @@ def test_the_command_says_it_in_a_table_and_in_json(
     for words in (
         "What small will take, on A100 GPUs of 80 GiB",
         "targets, at most",
-        "an estimate, not measured",
+        "not measured",
         "USD",
     ):
         assert words in out
@@ -227,3 +227,16 @@ def test_the_table_has_every_figure(config: str) -> None:
     found, page = cost(config), io.StringIO()
     Console(width=400, file=page).print(table(found, "small"))  # no path of this machine is broken
     assert all(figure.what in page.getvalue() and figure.how in page.getvalue() for figure in found.figures)
+
+
+def test_hours_below_a_minute_are_seconds() -> None:
+    def said(hours: float) -> str:
+        return shown(Figure(section="GPU time", what="gap", value=hours, unit="GPU hours", how=""))
+
+    assert [said(hours) for hours in (1e-9, 2.96e-6, 0.0125, 0.77, 2345.6)] == [
+        "< 0.001 GPU s",
+        "0.0107 GPU s",
+        "45 GPU s",
+        "0.77 GPU h",
+        "2,350 GPU h",
+    ]

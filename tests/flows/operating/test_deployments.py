@@ -40,6 +40,7 @@ POOLS = {
     "distill": "gpu",
     "report": "cpu",
     "evaluate": "gpu",
+    "clean": "cpu",
 }
 STORE_PARAMETERS = {"root", "domains", "teacher", "packing", "student", "storage_block"}
 YAML = REPOSITORY / "prefect.yaml"
@@ -140,7 +141,7 @@ def test_schedules_are_there_and_off(deployed: Deployed) -> None:
 
 def test_parameters_are_the_configuration_with_every_field_spelt_out(deployed: Deployed) -> None:
     everything = deployed.config.model_dump(mode="json")
-    for name in ("train-student", "rebalance", "distill"):
+    for name in ("train-student", "rebalance", "distill", "clean"):
         assert deployed[name].parameters == everything, "prefect.yaml must name every section of flows.config.Config"
     for name in ("pack-corpus", "cache-teacher"):
         assert deployed[name].parameters == {key: everything[key] for key in STORE_PARAMETERS}

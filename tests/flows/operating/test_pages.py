@@ -227,7 +227,7 @@ def test_every_stage_is_a_deployment(ui: Visitor, server: Server, started: Disti
     ui.open(f"{server.url}/deployments")
     for name in DEPLOYMENTS:
         ui.text(name)
-    ui.text("8 Deployments")
+    ui.text("9 Deployments")
     deadline = time.monotonic() + 60
     while ui.page.get_by_text("Not Ready", exact=True).count():
         assert time.monotonic() < deadline, "the workers have asked for work, and the page does not say so"

@@ -182,3 +182,20 @@ def test_a_sign_that_cannot_be_read_is_waited_for_no_longer_than_another(
         assert not second.take("all")
         now += storage_claims.PATIENCE + 1
         assert second.take("all")
+
+
+def test_who_only_watches_sees_whether_an_owner_elsewhere_lives(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, sign = storage_claims.Watch(), {"machine": "elsewhere", "process": 1, "started": 1.0}
+    assert watch.look(place) == "dead", "nobody is there"
+    uri.write_json(f"{place}/claims/owners/{'a' * 32}.json", {**sign, "sign": 0})
+    assert watch.look(place) == "unknown"
+    assert watch.look(place) == "unknown", "not yet long enough"
+    uri.write_json(f"{place}/claims/owners/{'a' * 32}.json", {**sign, "sign": 1})
+    assert watch.look(place) == "alive"
+    silent = storage_claims.Watch()
+    assert silent.look(place) == "unknown"
+    monkeypatch.setattr(storage_claims, "PATIENCE", 0.0)
+    assert silent.look(place) == "dead", "its sign has not changed"
+    with Claims(place) as ours:
+        assert ours.take("all")
+        assert silent.look(place) == "alive", "of several the one that lives counts"

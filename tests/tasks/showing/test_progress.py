@@ -113,8 +113,23 @@ def test_the_time_left_is_that_of_the_work_alone(monkeypatch: pytest.MonkeyPatch
     assert str(at) == "70 of 100 blocks (700 positions), 6.0 s left, 50 tokens/s, note"
     clock += 6
     at.advance(30, "")
-    assert str(at) == "100 of 100 blocks (1,000 positions), 50 tokens/s, note"
+    # 60 blocks of 10 positions in 70 s, the engine's start among them.
+    assert str(at) == "100 of 100 blocks (1,000 positions), 9 tokens/s, 50 after the start, note"
     assert at.percent == 100.0
+
+
+def test_what_others_have_done_is_no_speed_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock))
+    at = Work("capture math", 100, "blocks", positions=10)
+    clock = 1.0
+    at.advance(10, "")
+    at.skip(60)
+    clock = 3.0
+    at.advance(20, "")
+    assert str(at) == "90 of 100 blocks (900 positions), 1.0 s left, 100 tokens/s"
+    at.skip(10)
+    assert str(at) == "100 of 100 blocks (1,000 positions), 100 tokens/s"
 
 
 def test_at_the_end_the_time_that_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
