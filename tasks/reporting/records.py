@@ -92,6 +92,8 @@ class RunSummary:
     """Why the run ended before its budget was used up; None where it did not."""
     selections: tuple[Mapping[str, object], ...] = ()
     """Of the domains whose blocks were chosen: `tasks.reporting.selections.selections_of`."""
+    context: Mapping[str, object] | None = None
+    """Fields of `ddk.context.ContextPlan`, of a student that was prepared for longer contexts."""
 
 
 def domains_of(records: Sequence[IntervalRecord]) -> tuple[str, ...]:

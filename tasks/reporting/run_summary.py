@@ -54,6 +54,7 @@ def summarise(
         wall_seconds=done.get("training_seconds"),
         stopped_early=done.get("stopped_early"),
         selections=selections_of(folder),
+        context=(folder.identity() or {}).get("context"),
     )
 
 
