@@ -37,7 +37,8 @@ def train(job: dict[str, Any], world: World) -> None:
 
     Args:
         job: "out", the file for what came out; "steps"; "train", settings of `TrainConfig`; "masked"; "context", those
-            of a `ContextPlan`; "save", a folder for a checkpoint of the end; "load", one to begin at, and "state_of", what came out of its training.
+            of a `ContextPlan`; "save", a folder for a checkpoint of the end; "load", one to begin at, and "state_of",
+            what came out of its training.
     """
     data = masked(train_data()) if job.get("masked") else train_data()
     reads: list[tuple[str, int]] = []
