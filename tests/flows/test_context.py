@@ -43,4 +43,6 @@ def test_a_context_that_does_not_fit_is_said_in_one_line(small_run: SmallRun, dd
     assert "student.context.target is 128, and the student knows 256 positions already" in refused("{target: 128}")
     assert "set max_scale to at least 8" in refused("{target: 2048, max_scale: 4}")
     assert "student.context.target: this field is missing" in refused("{}")
-    assert "there is no such field" in refused("{target: 2048, offsets: 4}")
+    assert "student.context.offsets: there is no such field (did you mean offset_after?)" in refused(
+        "{target: 2048, offsets: 4}"
+    )
