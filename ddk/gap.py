@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddk.context import uniform_stretch
 from ddk.data import loss_mask
 from ddk.errors import UserError
 from ddk.loss import teacher_of
@@ -35,9 +36,11 @@ class HeldOut:
     number."""
 
 
-def perplexity(student: Any, blocks: BlockReader, *, batch_size: int, world: World | None = None) -> float:
+def perplexity(
+    student: Any, blocks: BlockReader, *, batch_size: int, world: World | None = None, scale: float = 1.0
+) -> float:
     """ℓ of `held_out`, without targets; the arguments and errors are the same."""
-    return held_out(student, blocks, batch_size=batch_size, world=world).ppl
+    return held_out(student, blocks, batch_size=batch_size, world=world, scale=scale).ppl
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def held_out(
     *,
     batch_size: int,
     world: World | None = None,
+    scale: float = 1.0,
 ) -> HeldOut:
     """Perplexity, and divergence from the teacher, over all positions of the blocks that carry loss.
 
@@ -60,6 +64,7 @@ def held_out(
         loss: the student's; needed with `targets`.
         batch_size: blocks a forward pass. Changes the speed, and the result only by rounding.
         world: the ranks that measure together, each its share.
+        scale: by which the student's positions are divided; 1: ordinary ones.
 
     Raises:
         ValueError: there are no blocks, or no position in them carries loss; targets without a loss, or of another
@@ -87,7 +92,8 @@ def held_out(
             teacher = None
             if targets is not None and loss is not None:
                 teacher = teacher_of(targets.read(indices), loss, world.device)
-            _, ce, kl = student(tokens[:, :-1], tokens[:, 1:], valid, teacher)
+            stretch = uniform_stretch(len(tokens), scale)
+            _, ce, kl = student(tokens[:, :-1], tokens[:, 1:], valid, teacher, stretch=stretch)
             if number < len(starts):
                 found[0] += ce
                 found[1] += kl

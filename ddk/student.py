@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ddk.context import Stretch
 from ddk.errors import UserError, first_line
 from ddk.fused import dense_loss, fused_loss
 from ddk.loss import Teacher
 from ddk.parallel import World, on_first
+from ddk.rotary import ShownPositions
 from ddk.structure import attention_of, is_projection
 from ddk.train_config import LossConfig, StudentConfig
 
@@ -191,6 +195,15 @@ class StudentLoss(torch.nn.Module):
         """What is trained, or kept in checkpoints, besides the model: by its names there."""
         return {}
 
+    @cached_property
+    def shown(self) -> ShownPositions:
+        """Shows the model other positions; a model that never is shown any has no hook.
+
+        Raises:
+            UserError: the model's rotary embedding cannot be shown any.
+        """
+        return ShownPositions(self.model, layers_of(self.model))
+
     def forward(
         self,
         inputs_BL: Tensor,
@@ -198,6 +211,7 @@ class StudentLoss(torch.nn.Module):
         valid_BL: Tensor | None = None,
         teacher: Teacher | None = None,
         scale: float = 1.0,
+        stretch: Stretch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`LossSums` as a tuple (total, ce, kl), which is what DDP and FSDP see through.
 
@@ -207,15 +221,19 @@ class StudentLoss(torch.nn.Module):
             valid_BL: bool, whether a position carries loss; None: all do.
             teacher: of all B·L positions; None for cross-entropy alone.
             scale: what the total is multiplied by.
+            stretch: the positions that the model is shown; None: the ordinary ones.
         """
         rows = counted_rows(valid_BL)
         labels_T = labels_BL.flatten()[rows]
         teacher = None if teacher is None else teacher[rows]
+        at_positions = contextlib.nullcontext() if stretch is None else self.shown.at(stretch)
         if not self.fused:
-            logits_TV = self.model(input_ids=inputs_BL, use_cache=False).logits.flatten(0, 1)[rows]
+            with at_positions:
+                logits_TV = self.model(input_ids=inputs_BL, use_cache=False).logits.flatten(0, 1)[rows]
             sums = dense_loss(logits_TV[:, : self.vocab_size], labels_T, teacher, self.loss, scale=scale)
         else:
-            hidden_BLD = self.model.base_model(input_ids=inputs_BL, use_cache=False).last_hidden_state
+            with at_positions:
+                hidden_BLD = self.model.base_model(input_ids=inputs_BL, use_cache=False).last_hidden_state
             head = self.model.get_output_embeddings()
             sums = fused_loss(
                 hidden_BLD.flatten(0, 1)[rows],
@@ -256,7 +274,7 @@ def student_weights(model: Any, world: World) -> dict[str, Tensor]:
     )
 
 
-def save_student(model: Any, weights: Mapping[str, Tensor], folder: str) -> None:
+def save_student(model: Any, weights: Mapping[str, Tensor], folder: str, config: Any = None) -> None:
     """Write an ordinary Hugging Face folder: config, safetensors weights in bfloat16, the model's own code if it has
     any, and the tokenizer.
 
@@ -264,11 +282,12 @@ def save_student(model: Any, weights: Mapping[str, Tensor], folder: str) -> None
         model: whose configuration is written.
         weights: of `student_weights`.
         folder: a local folder; made if it is not there.
+        config: written in the place of the model's own.
     """
     os.makedirs(folder, exist_ok=True)
     # Only the configuration of the live model is used: under FSDP it holds no whole weights.
     with torch.device("meta"):
-        shell = type(model)(copy.deepcopy(model.config))
+        shell = type(model)(copy.deepcopy(model.config if config is None else config))
     if (generation := saved_generation(model)[0]) is not None:
         shell.generation_config = generation
     shell.save_pretrained(folder, state_dict=dict(weights), safe_serialization=True)

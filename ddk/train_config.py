@@ -21,6 +21,25 @@ EPOCH_LIMIT = 4.0
 repeated text is worth nearly as much as new text."""
 
 
+class ContextConfig(Section):
+    """A student for longer contexts than its blocks (docs/context.md)."""
+
+    target: int = Field(ge=2, le=2**24)
+    """Number of positions that the saved student is for. Its config.json declares them, and divides positions by
+    target/trained."""
+    max_scale: int = Field(default=20, ge=1, le=10**4)
+    """Largest scale G: at each step, each block draws a scale g from 1 to G, by which its positions are divided. At
+    least target/trained."""
+    offset_after: int = Field(default=4, ge=0, le=2**24)
+    """Number of positions at the start of a block that are not moved; those behind are moved by a random offset."""
+    distil: bool = True
+    """Whether blocks with such positions have the divergence from the teacher, whose targets are of ordinary positions;
+    otherwise they are trained on cross-entropy alone."""
+    trained: int | None = Field(default=None, ge=1, le=2**24)
+    """Number of positions that the student knows before the training (the paper's L). Default: what its config.json
+    declares, which for some models is more than they were trained on."""
+
+
 class StudentConfig(Section):
     """Which model is trained."""
 
@@ -30,6 +49,8 @@ class StudentConfig(Section):
     """Commit, branch or tag, for a name on the hub."""
     trust_remote_code: bool = False
     """Whether code in the model's folder may be executed. Leave it off unless you have read that code."""
+    context: ContextConfig | None = None
+    """Prepares the student for longer contexts than its blocks: `{target: 16384}` (docs/context.md). Off by default."""
 
 
 class LossConfig(Section):

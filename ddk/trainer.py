@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddk.context import ContextPlan, Stretch
 from ddk.data import Batch, TrainData, prefetch
 from ddk.errors import UserError
 from ddk.gap import HeldOut, held_out
@@ -125,9 +126,11 @@ class Trainer:
             of its own.
         schedule_start: step at which the learning rate's warm-up begins.
         world: the processes; alone by default, on the device of `config`.
+        context: how the student is prepared for longer contexts; None: it only sees ordinary positions.
 
     Raises:
         ValueError: the loss has a KL term and the data no targets, or the ranks cannot share the batch.
+        UserError: `context` is given, and the model's rotary embedding cannot be shown other positions.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Trainer:
         wrap: Wrap = StudentLoss,
         schedule_start: int = 0,
         world: World | None = None,
+        context: ContextPlan | None = None,
     ) -> None:
         if loss.gamma > 0.0 and data.targets is None:
             raise ValueError(f"loss.gamma is {loss.gamma} and there are no targets to take the KL with; set it to 0")
@@ -150,6 +154,7 @@ class Trainer:
             raise ValueError("loss.mask_document_starts needs to know the token that ends a document")
         self.config = config
         self.loss = loss
+        self.context = context
         self.data = data if loss.gamma > 0.0 else replace(data, targets=None)
         self.vocab_size = vocab_size
         self.seed = seed
@@ -163,6 +168,8 @@ class Trainer:
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student = wrap(self.model, vocab_size, loss)
+        if context is not None:
+            _ = student.shown  # refuses what it cannot show
         layers = layers_of(self.model)
         if config.compile:
             for layer in layers:
@@ -229,18 +236,25 @@ class Trainer:
                 )
         self.state = replace(self.state, mixture_versions=(*self.state.mixture_versions, version))
 
-    def perplexity(self, blocks: BlockReader) -> float:
+    def perplexity(self, blocks: BlockReader, *, as_saved: bool = False) -> float:
         """ℓ of the student as it is now; see `held_out`."""
-        return self.held_out(blocks).ppl
+        return self.held_out(blocks, as_saved=as_saved).ppl
 
-    def held_out(self, blocks: BlockReader, targets: TargetReader | None = None) -> HeldOut:
+    def held_out(self, blocks: BlockReader, targets: TargetReader | None = None, *, as_saved: bool = False) -> HeldOut:
         """ℓ of the student as it is now, and its divergence from the teacher where there are targets of the blocks.
 
-        Every rank measures its share of the blocks and learns the result.
+        Every rank measures its share of the blocks and learns the result. With a `context`, positions are ordinary
+        ones (`ContextPlan.gap_scale`).
+
+        Args:
+            as_saved: measure at the positions that the saved student has.
 
         Raises:
             ValueError: there are no blocks, or not as many targets.
         """
+        scale = 1.0
+        if self.context is not None:
+            scale = self.context.factor if as_saved else self.context.gap_scale
         with self.autocast:
             return held_out(
                 self._student,
@@ -249,6 +263,7 @@ class Trainer:
                 self.loss,
                 batch_size=self.config.micro_batch_size or self._share,
                 world=self.world,
+                scale=scale,
             )
 
     def block_losses(self, blocks: BlockReader, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -286,13 +301,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         valid_BL = batch.valid(self._separator)
         positions = self._positions(batch, valid_BL)
+        stretch = self._stretch(len(batch.tokens_BL1))
         sums = torch.zeros(3, device=self.device)
         parts = list(self._micro_batches(len(batch.tokens_BL1)))
         for rows in parts:
             synchronise(self._student, rows is parts[-1])
             # Sums over the global batch's positions, so that micro-batches and ranks add up to the mean over all of
             # them; times the ranks, because gradients are averaged over these.
-            total, ce, kl = self._forward(batch, valid_BL, rows, self.world.size / positions)
+            total, ce, kl = self._forward(batch, valid_BL, rows, self.world.size / positions, stretch)
             total.backward()  # type: ignore[no-untyped-call]
             sums += torch.stack([ce, kl, total.detach()])
         norm = whole(
@@ -320,24 +336,39 @@ class Trainer:
         for start in range(0, blocks, size):
             yield slice(start, start + size)
 
+    def _stretch(self, blocks: int) -> Stretch | None:
+        """The positions that this rank's part of the step's batch is shown."""
+        if self.context is None:
+            return None
+        rows = [self.world.rank + self.world.size * row for row in range(blocks)]
+        return self.context.draw(self.seed, self.state.step, rows)
+
     def _forward(
-        self, batch: Batch, valid_BL: BoolArray | None, rows: slice, scale: float
+        self, batch: Batch, valid_BL: BoolArray | None, rows: slice, scale: float, stretch: Stretch | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = self._on_device(batch.tokens_BL1[rows]).long()
-        teacher = self._teacher(batch, rows)
+        stretch = None if stretch is None else stretch[rows]
+        teacher = self._teacher(batch, rows, stretch)
         valid = None if valid_BL is None else self._on_device(valid_BL[rows])
         with self.autocast:
-            found: tuple[Tensor, Tensor, Tensor] = self._student(tokens[:, :-1], tokens[:, 1:], valid, teacher, scale)
+            found: tuple[Tensor, Tensor, Tensor] = self._student(
+                tokens[:, :-1], tokens[:, 1:], valid, teacher, scale, stretch
+            )
         return found
 
-    def _teacher(self, batch: Batch, rows: slice) -> Teacher | None:
+    def _teacher(self, batch: Batch, rows: slice, stretch: Stretch | None) -> Teacher | None:
         """What the micro-batch is compared with; None for cross-entropy alone."""
         until, targets = self.loss.gamma_until, batch.targets
         if targets is None or (until is not None and self.state.step >= until):
             return None
         teacher = teacher_of(targets, self.loss, self.device, rows)
         entropy_BL = None if targets.entropy_BL is None else targets.entropy_BL[rows]
-        gamma_BL = position_gamma(self.loss, batch.domains[rows], entropy_BL, targets.tail_mass_BL.shape[1])
+        length = targets.tail_mass_BL.shape[1]
+        gamma_BL = position_gamma(self.loss, batch.domains[rows], entropy_BL, length)
+        if stretch is not None and self.context is not None and not self.context.distil:
+            if gamma_BL is None:
+                gamma_BL = np.full((len(stretch), length), self.loss.gamma, np.float32)
+            gamma_BL[stretch.changed] = 0.0
         return teacher if gamma_BL is None else replace(teacher, gamma_T=self._on_device(gamma_BL).flatten())
 
     def _on_device(self, array: np.ndarray[Any, Any]) -> Tensor:

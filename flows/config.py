@@ -23,7 +23,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -381,6 +381,8 @@ def _similar(location: tuple[int | str, ...]) -> str:
     model: Any = Config
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        model = DomainConfig if part == "domains" else annotation or model
+        # A section that may be left out is a union with None.
+        sections = [one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields")]
+        model = DomainConfig if part == "domains" else next(iter(sections), model)
     close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
     return f" (did you mean {close[0]}?)" if close else f"; there are {', '.join(model.model_fields)}"

@@ -14,6 +14,7 @@ from prefect import flow
 from pydantic import ValidationError
 
 from ddk.errors import UserError
+from ddk.packing import PackingConfig
 from ddk.train_config import StudentConfig
 from storage.corpus.domain import DomainConfig
 from storage.files.uri import absolute
@@ -25,6 +26,7 @@ from tasks.evaluation.local_files import DataFolder
 from tasks.evaluation.models import evaluated_models, require_harness
 from tasks.evaluation.names import EvaluationConfig, wanted_benchmarks
 from tasks.evaluation.validation_texts import ValidationTexts
+from tasks.packing.encoder import TextEncoder
 from tasks.running.storage_block import use_storage_block
 from tasks.teachers.config import TeacherConfig
 from tasks.training.finish import report_run
@@ -42,6 +44,7 @@ def evaluate(
     student: StudentConfig,
     evaluation: EvaluationConfig,
     storage_block: str | None = None,
+    packing: PackingConfig | None = None,
 ) -> dict[str, Any]:
     """Put a run's models to benchmarks, and write the page that shows them; the run's report shows them too.
 
@@ -55,6 +58,7 @@ def evaluate(
     require_harness()
     # Heavy, and the harness may be missing.
     from tasks.evaluation.evaluate_model import Evaluation, evaluate_model
+    from tasks.evaluation.long_context import evaluate_context, long_inputs
     from tasks.evaluation.questions import build_measures
     from tasks.reporting.scores import report_evaluation
 
@@ -68,23 +72,42 @@ def evaluate(
 
     # Models first: that one is missing is known at once, and a large set of questions takes a while.
     with evaluated_models(evaluation.models, root=root, run=run, student=student, teacher=teacher) as models:
+        inputs = None
+        if evaluation.context is not None:
+            how = packing or PackingConfig()
+            inputs = long_inputs(
+                texts,
+                domains,
+                evaluation,
+                student=student,
+                teacher=teacher,
+                packing=how,
+                encoder=lambda tokenizer, control: TextEncoder(tokenizer, control=control),
+            )
         measures = build_measures(
             benchmarks, folder=folder, completions=completions, limit=evaluation.limit, seed=evaluation.seed
         )
-        asked = Evaluation(measures, EvaluationFolder(root, run), evaluation)
-        done = [evaluate_model(asked, model) for model in models]
+        kept = EvaluationFolder(root, run)
+        asked = Evaluation(measures, kept, evaluation)
+        done = [evaluate_model(asked, model) for model in models] if measures else []
+        if inputs is not None:
+            done += [evaluate_context(kept, inputs, model, evaluation) for model in models]
     urls = report_evaluation(root, run)
     if MixtureHistory(RunFolder(root, run).url).records():
         report_run(root, run)  # its page has the scores too
     return {"models": done, "report": urls}
 
 
-def evaluation_config(*, tasks: str | None, data: str | None, models: str, **further: Any) -> EvaluationConfig:
+def evaluation_config(
+    *, tasks: str | None, data: str | None, models: str, passkey: str | None = None, **further: Any
+) -> EvaluationConfig:
     """From what stands on the command line.
 
     Raises:
         UserError: an option has no such value.
     """
+    if passkey is not None:
+        further["passkey"] = _names(passkey)
     try:
         return EvaluationConfig(
             tasks=_names(tasks or ""),
@@ -110,12 +133,15 @@ def show_scores(config: Any, report: dict[str, str], say: Callable[[str], None])
     from rich.console import Console
 
     from tasks.reporting.concepts import terminal_concepts
+    from tasks.reporting.context import measured_context, terminal_context
     from tasks.reporting.scores import measured_rows, terminal_scores
 
     rows, concepts = measured_rows(config.root, config.run)
+    context = measured_context(config.root, config.run)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(terminal_scores(rows))
-    for table in terminal_concepts(concepts):
+    if rows or not context:
+        console.print(terminal_scores(rows))
+    for table in (*terminal_concepts(concepts), *terminal_context(context)):
         console.print(table)
     for name, url in report.items():
         say(f"{name:<16}{url}")

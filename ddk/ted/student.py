@@ -33,6 +33,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ddk.context import Stretch
 from ddk.errors import UserError
 from ddk.fused import fused_loss
 from ddk.loss import Teacher
@@ -104,13 +105,15 @@ class TedStudent(StudentLoss):
         valid_BL: Tensor | None = None,
         teacher: Teacher | None = None,
         scale: float = 1.0,
+        stretch: Stretch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `StudentLoss`, with the layers' distances, summed over the positions and scaled likewise, in the total.
 
-        Without gradients, as the gap is measured, the teacher does not run and the total lacks the distances.
+        Without gradients, as the gap is measured, the teacher does not run and the total lacks the distances. It reads
+        ordinary positions, whatever the student is shown.
         """
         if not torch.is_grad_enabled():
-            return super().forward(inputs_BL, labels_BL, valid_BL, teacher, scale)
+            return super().forward(inputs_BL, labels_BL, valid_BL, teacher, scale, stretch)
         rows = counted_rows(valid_BL)
         with torch.no_grad():
             wanted = [
@@ -118,7 +121,7 @@ class TedStudent(StudentLoss):
                 for one, hidden_TD in zip(self.teacher_filters, self.teacher_hidden(inputs_BL, rows), strict=True)
             ]
         with self._caught.open() as caught:
-            total, ce, kl = super().forward(inputs_BL, labels_BL, valid_BL, teacher, scale)
+            total, ce, kl = super().forward(inputs_BL, labels_BL, valid_BL, teacher, scale, stretch)
         for place, (one, wanted_TD) in enumerate(zip(self.student_filters, wanted, strict=True)):
             found_TD = filtered(one, caught[place].flatten(0, 1)[rows])
             distance = (found_TD - wanted_TD).square().mean(-1).sum()

@@ -56,6 +56,24 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Ask only this many questions of each task.")
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="LENGTH",
+            help="Measure perplexity by position on long validation documents up to this length, and hide passkeys; "
+            "alone, it runs no benchmark.",
+        ),
+    ] = None,
+    passkey: Annotated[
+        str | None,
+        typer.Option(
+            "--passkey",
+            metavar="N,N,…",
+            help="With --context: lengths of texts with a passkey, in multiples of the length that the student was "
+            "trained at. By default 1,2,4,8; empty for none.",
+        ),
+    ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Execute programs that the models wrote, in a sandbox.")
     ] = False,
@@ -86,6 +104,8 @@ def evaluate(
         limit=limit,
         allow_code="unisolated" if allow_unisolated else "isolated" if allow_code else "no",
         backend=backend,
+        context=context,
+        passkey=passkey,
     )
     done = run_flow("evaluate", loaded, module="flows.evaluate", evaluation=evaluation)
     show_scores(loaded, done["report"], say)

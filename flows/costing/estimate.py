@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ddk.context import plan_context
 from ddk.cost.memory import Part
 from ddk.cost.shape import FLOAT_BYTES
+from ddk.errors import UserError
 from flows.config import Config
 from flows.costing.model_configs import find_shape
 from flows.costing.run_size import GPUS, VALIDATION_BLOCKS, Assumptions, RunSize
@@ -248,15 +250,22 @@ def _too_large(size: RunSize) -> Iterator[str]:
 
 
 def _misfits(size: RunSize) -> Iterator[str]:
+    student = size.config.student
+    if student.context is not None:
+        try:
+            plan_context(student.context, size.student.positions, size.seq_len, student.model)
+        except UserError as error:
+            yield str(error)
     for field, shape, needed in (
         ("teacher.model", size.teacher, size.seq_len + 1),
         ("student.model", size.student, size.seq_len),
     ):
-        if shape.positions is not None and needed > shape.positions:
+        longer = field == "student.model" and student.context is not None
+        if not longer and shape.positions is not None and needed > shape.positions:
             yield f"{field} takes {shape.positions:,} positions, and packing.seq_len is {size.seq_len:,}; lower it"
-    teacher, student = size.teacher.rows, size.student.rows
-    if abs(teacher - student) > MOST_PADDING:
+    rows, own = size.teacher.rows, size.student.rows
+    if abs(rows - own) > MOST_PADDING:
         yield (
-            f"the teacher predicts {teacher:,} tokens and the student {student:,}, which is more than padding "
+            f"the teacher predicts {rows:,} tokens and the student {own:,}, which is more than padding "
             f"explains; do they share a tokenizer?"
         )

@@ -36,6 +36,8 @@ RECORD = Sealed(
 _ANSWERS = "samples_sha256"
 CONCEPTS = "concepts"
 """Field of a record whose questions have paths: `{path: {metric: {"right", "asked"}}}`."""
+CONTEXT_KIND = "context"
+"""`kind` of a record of long inputs, which is no benchmark."""
 
 
 def _path_of_questions(path: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -85,14 +85,25 @@ class EvaluationConfig(Section):
     """What runs the models: transformers, vLLM, or each where it pays."""
     completions: int = Field(default=500, ge=1, le=10**9)
     """Lines of code that are asked for in each domain."""
+    context: int | None = Field(default=None, ge=16, le=2**24)
+    """Length up to which long documents are read, for the perplexity by position; passkeys are hidden besides
+    (docs/context.md). Without `tasks`, `preset` and `data`, nothing else is asked. Default: not measured."""
+    context_documents: int = Field(default=8, ge=1, le=10**6)
+    """Sequences of that length that are read of each domain, at most."""
+    passkey: tuple[Annotated[int, Field(ge=1, le=10**4)], ...] = (1, 2, 4, 8)
+    """With `context`: lengths of the texts with a passkey, in multiples of the length that the student was trained
+    at; empty: none are asked for."""
+    passkeys: int = Field(default=20, ge=1, le=10**6)
+    """Texts with a passkey of each length."""
     seed: int = Field(default=1234, ge=0, lt=2**31)
-    """Of the choice of worked examples and of lines to complete."""
+    """Of the choice of worked examples and of lines to complete, and of passkeys."""
 
 
 def wanted_benchmarks(
     config: EvaluationConfig, domains: Callable[[], Sequence[str]], local: Collection[str] = ()
 ) -> tuple[Benchmark, ...]:
-    """The benchmarks in the order in which they are reported, `completion` spelt out by domain.
+    """The benchmarks in the order in which they are reported, `completion` spelt out by domain; none where only
+    long contexts are asked for.
 
     Args:
         domains: of the run, those with texts; asked only where there are completions.
@@ -103,6 +114,8 @@ def wanted_benchmarks(
     """
     preset = config.preset
     if preset is None and not config.tasks:
+        if config.context is not None and config.data is None:
+            return ()
         preset = LOCAL_PRESET if config.data is not None else "paper"
     asked = [*(_preset(preset, local, config.data) if preset is not None else ()), *map(parse, config.tasks)]
     found: dict[Benchmark, None] = {}

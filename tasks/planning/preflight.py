@@ -18,13 +18,16 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from ddk.context import ContextPlan, plan_context, stretched_config
 from ddk.cost.shape import longest_input
 from ddk.errors import UserError, first_line
+from ddk.rotary import check_rotary
 from ddk.structure import attention_of, empty_model
 from ddk.student import (
     cannot_be_loaded,
     check_loading,
     head_rows,
+    layers_of,
     load_config,
     load_tokenizer,
     save_student,
@@ -60,6 +63,8 @@ class StudentFacts:
     """Tokens that both models can predict: the plan's, or fewer where the student has fewer rows."""
     attention: str | None
     """See `ddk.structure.attention_of`."""
+    context: ContextPlan | None
+    """`student.context`, resolved; None where it is off."""
 
 
 def check_student(config: StudentConfig, plan: Plan) -> StudentFacts:
@@ -69,7 +74,7 @@ def check_student(config: StudentConfig, plan: Plan) -> StudentFacts:
         UserError: it does not; field and remedy are named.
     """
     folder = local_folder(config.model, config.revision, FIELD)
-    config = StudentConfig(model=folder, trust_remote_code=config.trust_remote_code)
+    config = config.model_copy(update={"model": folder, "revision": None})
     key = (config, plan.teacher_folder, plan.vocab_size, plan.seq_len, *_state(folder), *_state(plan.teacher_folder))
     if key not in _passed:
         _passed[key] = _checked(config, plan)
@@ -115,7 +120,7 @@ def _state(folder: str) -> tuple[tuple[str, int, int], ...]:
 def _checked(config: StudentConfig, plan: Plan) -> StudentFacts:
     described = load_config(config, FIELD)
     headers = check_weights(config.model, FIELD)
-    _check_positions(config, described, plan.seq_len)
+    context = _check_positions(config, described, plan.seq_len)
     check_same_tokenizer(
         plan.teacher_folder,
         config.model,
@@ -128,7 +133,9 @@ def _checked(config: StudentConfig, plan: Plan) -> StudentFacts:
         raise cannot_be_loaded(config, FIELD, error) from error
     vocab_size = _vocabulary(config, plan, head_rows(model))
     _check_names(config, described, model, headers)
-    _check_saving(config, model, plan)
+    if context is not None:
+        check_rotary(model, layers_of(model))
+    _check_saving(config, model, plan, context)
     check_numbers(config.model, FIELD)
     attention = attention_of(described, trust_remote_code=config.trust_remote_code)
     if attention is not None:
@@ -137,16 +144,19 @@ def _checked(config: StudentConfig, plan: Plan) -> StudentFacts:
             attention,
             described.model_type,
         )
-    return StudentFacts(folder=config.model, vocab_size=vocab_size, attention=attention)
+    return StudentFacts(folder=config.model, vocab_size=vocab_size, attention=attention, context=context)
 
 
-def _check_positions(config: StudentConfig, described: Any, seq_len: int) -> None:
+def _check_positions(config: StudentConfig, described: Any, seq_len: int) -> ContextPlan | None:
     longest = longest_input(described.get_text_config())
+    if config.context is not None:
+        return plan_context(config.context, longest, seq_len, config.model)
     if longest is not None and seq_len > longest:
         raise UserError(
-            f"packing.seq_len is {seq_len}, and {FIELD} '{config.model}' takes {longest} positions; lower it, or "
-            f"choose a student with more"
+            f"packing.seq_len is {seq_len}, and {FIELD} '{config.model}' takes {longest} positions; lower it, choose a "
+            f"student with more, or set student.context, which prepares it for more"
         )
+    return None
 
 
 def _vocabulary(config: StudentConfig, plan: Plan, rows: int | None) -> int:
@@ -205,7 +215,7 @@ def _check_names(config: StudentConfig, described: Any, model: Any, headers: Map
     check_loading(config, FIELD, loading)
 
 
-def _check_saving(config: StudentConfig, model: Any, plan: Plan) -> None:
+def _check_saving(config: StudentConfig, model: Any, plan: Plan, context: ContextPlan | None) -> None:
     """Save a copy without weights: what cannot be saved is better known before the training."""
     if model.can_generate() and os.path.exists(os.path.join(config.model, "generation_config.json")):
         try:
@@ -219,9 +229,10 @@ def _check_saving(config: StudentConfig, model: Any, plan: Plan) -> None:
     if changed is not None:
         logger.warning("student: the generation_config.json of '%s': %s", config.model, changed)
     own = has_tokenizer(config.model)
+    written = None if context is None else stretched_config(model.config, context.factor, context.target)
     with tempfile.TemporaryDirectory(prefix="ddk-preflight-") as folder, _quiet_transformers():
         try:
-            save_student(model, {}, folder)
+            save_student(model, {}, folder, written)
             tokenizer = load_tokenizer(
                 config.model if own else plan.teacher_folder,
                 trust_remote_code=config.trust_remote_code if own else plan.trust_remote_code,

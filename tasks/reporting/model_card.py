@@ -80,6 +80,8 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
     ]
     if summary.gone_on_from:
         parts.append(f"This run {escape(summary.gone_on_from)}.")
+    if summary.context is not None:
+        parts += ["## Context", _context(summary.context)]
     if summary.stopped_early is not None:
         parts.append(f"Training ended before its budget was used up: {escape(summary.stopped_early)}")
     parts += [
@@ -105,6 +107,24 @@ def render_model_card(summary: RunSummary, records: Sequence[IntervalRecord]) ->
         "- The licences of the teacher, of the original student and of the data apply; see where they come from.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _context(context: Mapping[str, Any]) -> str:
+    """How a student was prepared for longer contexts, and what its config.json says of it."""
+    target, trained, block = (int(context[name]) for name in ("target", "trained", "block"))
+    divergence = (
+        "The teacher’s targets are of ordinary positions."
+        if context["distil"]
+        else "Blocks at other than ordinary positions were trained on cross-entropy alone."
+    )
+    measured = f"divided by {block / trained:g}" if block > trained else "as they are, without that scaling"
+    return (
+        f"For {count(target)} positions, trained on blocks of {count(block)}, after E²-LLM (arXiv 2401.06951): the "
+        f"positions of each block were divided by a random number up to {context['max_scale']}, and those behind the "
+        f"first {context['offset_after']} moved by a random offset. {divergence} config.json declares {count(target)} "
+        f"positions and divides them by {target / trained:g} (linear scaling of the rotary embedding, from the "
+        f"{count(trained)} that the student knew before). The perplexities below were measured at positions {measured}."
+    )
 
 
 def _name(domain: str, leaves: Collection[str]) -> str:

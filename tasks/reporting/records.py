@@ -96,6 +96,8 @@ class RunSummary:
     """What it took, in time and bytes: `tasks.reporting.costs.costs_of`."""
     selections: tuple[Mapping[str, object], ...] = ()
     """Of the domains whose blocks were chosen: `tasks.reporting.selections.selections_of`."""
+    context: Mapping[str, object] | None = None
+    """Fields of `ddk.context.ContextPlan`, of a student that was prepared for longer contexts."""
 
 
 def domains_of(records: Sequence[IntervalRecord]) -> tuple[str, ...]:

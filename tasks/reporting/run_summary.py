@@ -58,6 +58,7 @@ def summarise(
         stopped_early=done.get("stopped_early"),
         gone_on_from=gone_on_from(folder),
         selections=selections_of(folder),
+        context=(folder.identity() or {}).get("context"),
     )
 
 

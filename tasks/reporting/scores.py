@@ -1,6 +1,6 @@
 """Benchmark results beside the perplexities: rows, a CSV, a page, and a section for a run's main report.
 
-    report_evaluation(root, run)      writes <run>/report/evaluation.html and evaluation.csv
+    report_evaluation(root, run)      writes <run>/report/evaluation.html and evaluation.csv, and context.csv if any
     evaluation_section(root, run)     the page's tables as HTML for another page; None where nothing was evaluated
 
 All of it is made from what lies in the run's folder; no model is asked anything.
@@ -32,6 +32,7 @@ from tasks.reporting.concepts import (
     with_concepts,
     with_interval,
 )
+from tasks.reporting.context import by_figure, is_context, measured_context, shown, stretch
 from tasks.reporting.page import environment as plain_environment
 from tasks.reporting.records import Row, render_csv
 from tasks.showing.artifacts import add_version, artifact_key
@@ -50,6 +51,8 @@ def report_evaluation(root: str, run: str) -> dict[str, str]:
     rows, concepts = measured_rows(root, run)
     folder = RunFolder(root, run)
     contents = {"evaluation.html": _page(root, run), "evaluation.csv": render_csv(with_concepts(rows, concepts))}
+    if context := measured_context(root, run):
+        contents["context.csv"] = render_csv(context)
     urls = {name: uri.join(folder.report_url, name) for name in contents}
     for name, content in contents.items():
         uri.write_bytes(urls[name], content.encode())
@@ -73,7 +76,7 @@ def measured_rows(root: str, run: str) -> tuple[list[Row], list[Row]]:
 def evaluation_section(root: str, run: str) -> Markup | None:
     """The tables as HTML (`<section>`s with headings of the second level), every value escaped; None without scores."""
     rows, concepts = measured_rows(root, run)
-    anything = rows or concepts
+    anything = rows or concepts or measured_context(root, run)
     return Markup(_render("evaluation_section.html.j2", root, run)) if anything else None  # noqa: S704 (made by jinja2)
 
 
@@ -88,7 +91,8 @@ def evaluation_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     has, the later counts.
     """
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for record in sorted(records, key=lambda record: record["measured_at"]):
+    asked = (record for record in records if not is_context(record))
+    for record in sorted(asked, key=lambda record: record["measured_at"]):
         for metric in record["metrics"] or {"": None}:
             found.setdefault((record["question"], metric), {})[record["model"]] = record
     executed = {question for question, metric in found if metric}
@@ -237,6 +241,7 @@ def _render(template: str, root: str, run: str) -> str:
             means=means(benchmarks),
             completions=completion_rows(rows, measured),
             concepts={name: (tree, roles_of(tree)) for name, tree in by_benchmark(concepts).items()},
+            context=by_figure(measured_context(root, run)),
             earlier=earlier and earlier[0],
             perplexities=measured,
             roles=ROLES,
@@ -249,7 +254,8 @@ def _render(template: str, root: str, run: str) -> str:
 def _environment() -> jinja2.Environment:
     environment = plain_environment()
     environment.filters |= {"score": score, "questions": questions, "metric_name": metric_name, "ppl": _ppl}
-    environment.globals |= {"with_interval": with_interval}
+    environment.filters |= {"stretch": stretch}
+    environment.globals |= {"with_interval": with_interval, "shown": shown}
     return environment
 
 

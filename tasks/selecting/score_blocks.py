@@ -104,7 +104,7 @@ def _models(
         job = _job_of_run(RunFolder(root, selection.select.run), plan, urls, train)
         yield _Models(RankTraining(job, world), tuple(map(int, selection.models)))
         return
-    reference = student.model_copy(update={"model": selection.models[0], "revision": None})
+    reference = student.model_copy(update={"model": selection.models[0], "revision": None, "context": None})
     with tempfile.TemporaryDirectory(prefix="ddk-score-") as nowhere:
         job = TrainingJob(
             run_url=nowhere,

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from ddk.context import ContextPlan
 from ddk.data import TrainData
 from ddk.known_targets import KnownTargets
 from ddk.selection import Selected
@@ -28,6 +29,8 @@ class TrainingJob(BaseModel):
     run_url: str
     student: StudentConfig
     """A local folder."""
+    context: ContextPlan | None = None
+    """How the student is prepared for longer contexts."""
     seed: int
     loss: LossConfig
     """The method's: γ is 0 where no targets are read."""

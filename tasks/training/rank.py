@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from ddk import saving
+from ddk.context import stretched_config
 from ddk.data import First, TrainData
 from ddk.gap import HeldOut
 from ddk.parallel import World
@@ -50,7 +51,8 @@ class Training(Protocol):
         """ℓ_S by domain, on the validation blocks.
 
         Args:
-            sample: of some domains, on how many of the first blocks; None: of all, on all.
+            sample: of some domains, on how many of the first blocks, at the positions that the saved student has;
+                None: of all, on all, at ordinary positions.
         """
         ...
 
@@ -97,6 +99,7 @@ class RankTraining:
             wrap=StudentLoss if job.ted is None else partial(_with_layers, job, data, world, say, fresh=not steps),
             schedule_start=job.schedule_start,
             world=world,
+            context=job.context,
         )
         if steps:
             self._load(steps[-1])
@@ -113,7 +116,7 @@ class RankTraining:
     def perplexities(self, sample: Mapping[str, int] | None = None) -> dict[str, float]:
         blocks = self._validation.blocks
         chosen = blocks if sample is None else {d: First(blocks[d], n) for d, n in sample.items()}
-        return {domain: self._trainer.perplexity(one) for domain, one in chosen.items()}
+        return {domain: self._trainer.perplexity(one, as_saved=sample is not None) for domain, one in chosen.items()}
 
     def held_out(self) -> dict[str, HeldOut]:
         blocks, targets = self._validation.blocks, self._validation.targets
@@ -180,8 +183,10 @@ class RankTraining:
     def export(self, folder: str) -> None:
         weights = student_weights(self._trainer.model, self._world)
         if self._world.is_first:
+            model, context = self._trainer.model, self._job.context
+            config = None if context is None else stretched_config(model.config, context.factor, context.target)
             try:
-                save_student(self._trainer.model, weights, folder)
+                save_student(model, weights, folder, config)
             except Exception as error:
                 if (known := os_error_of(error)) is None:
                     raise

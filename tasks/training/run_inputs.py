@@ -7,6 +7,7 @@ inputs.job                             what a rank is started with
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +94,7 @@ class RunInputs:
         return TrainingJob(
             run_url=RunFolder(settings.root, settings.run).url,
             student=settings.student.model_copy(update={"model": self.student.folder, "revision": None}),
+            context=self.student.context,
             seed=settings.seed,
             loss=effective_loss(settings.method, settings.loss),
             train=settings.train,
@@ -135,6 +137,7 @@ class RunInputs:
                 | ({"domain_stop_ratio"} if settings.mixture.domain_stop_ratio is None else set())
             ),
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),
+            **({"context": asdict(context)} if (context := self.student.context) is not None else {}),
             **({"reference": reference} if (reference := self.reference_ppl) is not None else {}),
             **({"accuracies": as_identity(self.accuracies)} if self.accuracies is not None else {}),
             "stores": store_fingerprints(self.plan, self.selections),

@@ -18,6 +18,7 @@ from ddk.parallel import World, join_world, leave_world, spread, synchronise, wh
 
 SCRIPT = REPOSITORY / "tests" / "support" / "train_ranks.py"
 TOLERANCE = 2e-5
+CONTEXT = {"target": 64, "trained": 16, "block": 8, "max_scale": 6, "offset_after": 3, "distil": False}
 STEPS = 4
 
 
@@ -74,11 +75,13 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     trainings.on_one("in pairs", train={"micro_batch_size": 2})
     trainings.on_one("first step", steps=1)
     trainings.on_one("masked", masked=True)
+    trainings.on_one("context", context=CONTEXT)
     trainings.on_one("six steps", steps=6)
     trainings.on_one("one rank", steps=3, save="one rank")
     for parallel in ("ddp", "fsdp"):
         trainings.on_two(f"one by one, {parallel}", parallel, train={"micro_batch_size": 1})
         trainings.on_two(f"masked, {parallel}", parallel, masked=True, train={"micro_batch_size": 1})
+        trainings.on_two(f"context, {parallel}", parallel, context=CONTEXT, train={"micro_batch_size": 1})
         trainings.on_two(parallel, parallel, steps=3, save=parallel)
     trainings.on_two("one rank, then fsdp", "fsdp", steps=3, goes_on="one rank")
     trainings.on_two("ddp, then fsdp", "fsdp", steps=3, goes_on="ddp")
@@ -117,6 +120,13 @@ def test_the_mean_is_per_token_of_all_ranks(trainings: Trainings, parallel: str)
     alone, two = trainings["masked"], trainings[f"masked, {parallel}"]
     assert_same_training(alone, two)
     assert alone["reports"][0]["ce"] != pytest.approx(trainings["first step"]["reports"][0]["ce"], rel=1e-3)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_show_their_blocks_the_positions_that_one_would(trainings: Trainings, parallel: str) -> None:
+    alone = trainings["context"]
+    assert_same_training(alone, trainings[f"context, {parallel}"])
+    assert alone["reports"][0]["loss"] != pytest.approx(trainings["first step"]["reports"][0]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("first", "then"), [("one rank", "fsdp"), ("fsdp", "one rank"), ("ddp", "fsdp")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import transformers
 from benchmark_files import FILES, write_files
 from lm_eval.api.instance import Instance
 from small_run import ASSETS, Ddk, Finished, SmallRun, write_config
@@ -28,6 +30,7 @@ from storage.runs.folder import RunFolder
 from storage.runs.listing import records_of
 from tasks.evaluation.models import EvaluatedModel, running
 from tasks.evaluation.transformers_model import TransformersModel
+from tasks.evaluation.validation_texts import ValidationTexts
 from tasks.teachers.config import TeacherConfig
 
 TASKS = "arc_easy,mmlu,mbpp@1,completion:code,completion:math"
@@ -176,6 +179,38 @@ def test_programs_are_executed_only_when_that_is_allowed_and_later_without_askin
     assert outcomes == ["passed", "ZeroDivisionError"]
 
 
+def test_long_contexts_are_measured_once_and_shown(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    asked = {"data": None, "limit": 2, "context": 512, "passkey": "1,2"}
+    assert case.evaluate("", "before,student", **asked) == [(4, 0), (4, 0)]
+    found = {(one["model"], one["task"]): one for one in case.records().values()}
+    assert {task for _, task in found} == {"context:math", "context:code", "context:zh_books", "passkey"}
+    one = found["before", "context:code"]
+    assert one["trained"] == 256  # as the student's config says
+    assert set(one["metrics"]) == {"ppl,0-256", "ppl_to,256", "ppl,256-512", "ppl_to,512"}
+    assert one["metrics"] == found["student", "context:code"]["metrics"]  # the same weights
+    assert set(found["before", "passkey"]["metrics"]) == {"acc,256", "acc,512"}
+
+    # The first two documents that are long enough, by transformers alone.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "teacher")
+    model = transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32).eval()
+    config = load_config(case.config)
+    texts = ValidationTexts(config.root, config.domains).read("code", 2_000)
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] + [0] for text in texts]
+    long = [ids[:513] for ids in tokens if len(ids) > 512][:2]
+    assert len(long) == 2
+    losses = []
+    for ids in long:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:-1]])).logits[0, :, : max(tokenizer.get_vocab().values()) + 1]
+        losses.append(torch.nn.functional.cross_entropy(logits[256:], torch.tensor(ids[257:])).item())
+    assert one["metrics"]["ppl,256-512"]["value"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+
+    assert case.evaluate("", "before,student", **asked) == [(0, 4), (0, 4)]
+    assert "Perplexity by position" in (case.run / "report" / "evaluation.html").read_text()
+    assert case.evaluate("arc_easy", "before", **{**asked, "data": case.data}) == [(1, 0), (0, 4)]
+
+
 def test_a_kill_costs_what_was_being_asked_and_no_more(tmp_path: Path, ddk: Ddk) -> None:
     case = Case(tmp_path)
     tasks, models = "arc_easy,commonsense_qa,completion:code", "teacher,student"
@@ -247,6 +282,8 @@ def test_a_teacher_on_a_server_is_not_evaluated(case: Case) -> None:
         (["--models", "students"], "--models: Input should be 'before', 'student' or 'teacher' (it is 'students')"),
         (["--backend", "tgi"], "--backend: Input should be 'auto', 'hf' or 'vllm' (it is 'tgi')"),
         (["--preset", "leaderboard"], "there is no preset 'leaderboard'; there are paper, paper-5shot, code, local"),
+        (["--context", "8"], "--context: Input should be greater than or equal to 16 (it is 8)"),
+        (["--context", "64", "--passkey", "two"], "--passkey: Input should be a valid integer"),
         (["--data", "/no/such/folder"], "--data /no/such/folder: there is no such folder, or nothing in it"),
         (["--tasks", "completion:rust"], "the run has no domain 'rust' with texts; it has code, math, zh_books"),
     ],

@@ -17,6 +17,7 @@ import torch
 from fake_data import MIXTURE, L, V, tiny_model, train_data
 
 from ddk import saving
+from ddk.context import ContextPlan
 from ddk.parallel import World, join_world, leave_world, whole
 from ddk.sampler import SamplerState
 from ddk.train_config import LossConfig, TrainConfig
@@ -35,8 +36,9 @@ def train(job: dict[str, Any], world: World) -> None:
     """One training.
 
     Args:
-        job: "out", the file for what came out; "steps"; "train", settings of `TrainConfig`; "masked"; "save", a folder
-            for a checkpoint of the end; "load", one to begin at, and "state_of", what came out of its training.
+        job: "out", the file for what came out; "steps"; "train", settings of `TrainConfig`; "masked"; "context", those
+            of a `ContextPlan`; "save", a folder for a checkpoint of the end; "load", one to begin at, and "state_of",
+            what came out of its training.
     """
     data = masked(train_data()) if job.get("masked") else train_data()
     reads: list[tuple[str, int]] = []
@@ -54,6 +56,7 @@ def train(job: dict[str, Any], world: World) -> None:
         vocab_size=V,
         seed=1,
         world=world,
+        context=ContextPlan(**job["context"]) if "context" in job else None,
     )
     if "load" in job:
         with open(job["state_of"], encoding="utf-8") as file:

@@ -54,7 +54,6 @@ VALIDATION_BYTES = 90_000
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 4_090
 SEQ_LEN = 256
-MAX_POSITIONS = 1_024
 MAX_SHARD_SIZE = "4500KB"
 
 Tokens = npt.NDArray[np.int64]
@@ -76,6 +75,8 @@ class Recipe:
     learning_rate: float
     batch_size: int
     """Sequences of SEQ_LEN predictions in one step."""
+    positions: int = SEQ_LEN
+    """Longest input that its config declares."""
     weight_decay: float = 0.1
     warmup_fraction: float = 0.05
     clip: float = 1.0
@@ -88,7 +89,7 @@ class Recipe:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
-            max_position_embeddings=MAX_POSITIONS,
+            max_position_embeddings=self.positions,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=0,
@@ -108,6 +109,7 @@ TEACHER = Recipe(
     steps=3_000,
     learning_rate=2e-3,
     batch_size=8,
+    positions=1_024,  # so that other lengths can be tried: more than it was trained on
 )
 STUDENT = Recipe(
     name="student",

@@ -164,11 +164,18 @@ def test_blocks_that_nobody_knows(config: str) -> None:
         ((), {"gpu_memory": 1.0}, "the teacher needs 1.7 GiB of each GPU"),
         ((), {"gpu_memory": 1.0}, "training needs 1.5 GiB of each GPU, which has 1"),
         (("packing.seq_len=1024",), {}, "teacher.model takes 1,024 positions, and packing.seq_len is 1,024"),
+        (("packing.seq_len=512",), {}, "student.model takes 256 positions, and packing.seq_len is 512"),
+        (("student.context={target: 128}",), {}, "student knows 256 positions already"),
         (("teacher.model=Qwen/Qwen3-14B-Base",), {}, "do they share a tokenizer?"),
     ],
 )
 def test_what_does_not_fit(config: str, overrides: tuple[str, ...], assumed: dict[str, Any], warning: str) -> None:
     assert any(warning in found for found in cost(config, *overrides, **assumed).warnings)
+
+
+def test_a_student_for_longer_contexts_takes_longer_blocks(config: str) -> None:
+    found = cost(config, "packing.seq_len=512", "student.context={target: 1024}")
+    assert not [one for one in found.warnings if "positions" in one]
 
 
 def test_each_assumption_has_its_effect(config: str) -> None:

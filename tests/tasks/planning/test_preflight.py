@@ -161,6 +161,29 @@ MISFITS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+def test_longer_blocks_than_the_student_takes_need_its_preparation_for_longer_contexts(
+    models: Path, student: Path, tmp_path: Path
+) -> None:
+    plan = planned(models, tmp_path / "root")
+    plain, context = {"model": str(student)}, {"target": 64}
+    whole = check_student(StudentConfig(**plain, context=context), plan).context
+    assert whole is not None
+    assert (whole.trained, whole.block, whole.factor, whole.min_scale) == (32, L, 2.0, 1)
+    assert check_student(StudentConfig(**plain), plan).context is None
+
+    edit(student / "config.json", max_position_embeddings=9)
+    with pytest.raises(UserError, match=r"takes 9 positions; .* or set student\.context"):
+        check_student(StudentConfig(**plain), plan)
+    longer = check_student(StudentConfig(**plain, context=context), plan).context
+    assert longer is not None
+    assert (longer.trained, longer.min_scale, longer.factor) == (9, 2, 64 / 9)
+    with pytest.raises(UserError, match=r"student\.context\.trained is 16, and .* declares 9 positions; lower it"):
+        check_student(StudentConfig(**plain, context={**context, "trained": 16}), plan)
+    edit(student / "config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(UserError, match="a student of type 'llama' already stretches its rotary positions"):
+        check_student(StudentConfig(**plain, context=context), plan)
+
+
 @pytest.mark.parametrize("name", list(MISFITS))
 def test_a_misfit_is_said_before_anything_is_captured(name: str, models: Path, student: Path, tmp_path: Path) -> None:
     spoil, message = MISFITS[name]

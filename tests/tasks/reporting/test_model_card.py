@@ -155,3 +155,16 @@ def test_hostile_names_neither_break_the_tables_nor_the_front_matter(make_summar
 def test_escape():
     assert escape("zh_books") == "zh_books"
     assert escape("_a_ *b* `c`") == r"\_a\_ \*b\* \`c\`"
+
+
+def test_a_student_for_longer_contexts_says_so(make_summary, summary, records):
+    context = {"target": 2048, "trained": 256, "block": 256, "max_scale": 20, "offset_after": 4, "distil": False}
+    card = render_model_card(make_summary(context=context), records)
+    assert "For 2,048 positions, trained on blocks of 256" in card
+    assert "declares 2,048 positions and divides them by 8 (linear scaling" in card
+    assert "cross-entropy alone" in card
+    assert "measured at positions as they are" in card
+    assert "## Context" not in render_model_card(summary, records)
+    longer = render_model_card(make_summary(context={**context, "trained": 128, "distil": True}), records)
+    assert "targets are of ordinary positions" in longer
+    assert "measured at positions divided by 2" in longer
