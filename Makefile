@@ -1,5 +1,5 @@
 # A newcomer needs only `make quickstart` and `make test`. Each target creates .venv first (once).
-.PHONY: setup quickstart test test-quick rehearsal faults lint format lock bench results reference recipes help
+.PHONY: setup quickstart test test-quick rehearsal faults lint format lock bench gpu-check results reference recipes help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -46,6 +46,9 @@ bench: bench-startup bench-quickstart bench-capture bench-training bench-methods
 
 bench-%: setup    ## Run one benchmark, e.g. bench-quickstart
 	.venv/bin/python benchmarks/bench_$*.py $(ARGS)
+
+gpu-check: setup  ## Run what CI cannot, on this machine's GPUs, in ten minutes (ARGS="--cpu --short" tries the script)
+	.venv/bin/python benchmarks/gpu_check.py $(ARGS)
 
 results: setup    ## Write benchmarks/RESULTS.md from benchmarks/out/*.json
 	.venv/bin/python benchmarks/write_results.py
