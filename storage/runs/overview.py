@@ -151,7 +151,9 @@ def _gap(records: Sequence[MixtureRecord]) -> dict[str, Any]:
 
 def _first_and_last(folder: RunFolder) -> list[dict[str, Any]]:
     """The first and the last measured step; none before the first interval is trained."""
-    intervals = folder.measured_intervals()
+    origin = came_from(folder.identity())
+    # Of one that goes on from another, those before are the other one's.
+    intervals = [first for first in folder.measured_intervals() if origin is None or first >= (origin[1] or 0)]
     if not intervals:
         return []
     first, last = folder.interval_metrics(intervals[0]), folder.interval_metrics(intervals[-1])
@@ -168,7 +170,19 @@ def run_times(folder: RunFolder, summary: Mapping[str, Any] | None) -> RunTimes:
         found = {name: summary.get(name) for name in RunTimes.__dataclass_fields__}
         # Summaries of older versions leave it out; their runs trained on all that they had seen.
         return RunTimes(**{**found, "training_tokens": summary.get("training_tokens", summary.get("tokens_seen"))})
-    return times_of(folder.metrics())
+    return times_of(own_steps(folder))
+
+
+def own_steps(folder: RunFolder) -> list[dict[str, Any]]:
+    """Measurements of the steps that the run itself has trained: what it has copied of the run that it goes on from was
+    paid there.
+
+    Raises:
+        StoreDamagedError, FormatVersionError: they are not what was written.
+    """
+    origin = came_from(folder.identity())
+    first = 0 if origin is None or origin[1] is None else origin[1]
+    return [row for row in folder.metrics() if row["step"] > first]
 
 
 def times_of(rows: Sequence[Mapping[str, Any]], wall_seconds: float = 0.0, device: str | None = None) -> RunTimes:

@@ -14,7 +14,7 @@ from storage.errors import StoreError
 from storage.files import uri
 from storage.files.names import plain_name
 from storage.runs.folder import RunFolder
-from storage.runs.overview import RunTimes, run_times
+from storage.runs.overview import RunTimes, came_from, run_times
 from storage.stores.manifest import read_manifest
 from storage.stores.schema import Manifest
 from tasks.showing.formats import UNKNOWN, count, duration, size, speed
@@ -47,14 +47,15 @@ def costs_of(folder: RunFolder, finished: Mapping[str, Any] | None = None) -> Co
         "tokens_per_second": times.tokens_per_second,
         "wall_seconds": times.wall_seconds,
         "device": times.device,
-        "planned_tokens": _planned(folder.config() or {}),
+        "planned_tokens": _planned(folder.config() or {}, came_from(folder.identity())),
         "capture": _capture(list(_targets(folder))),
     }
 
 
-def _planned(config: Mapping[str, Any]) -> int | None:
+def _planned(config: Mapping[str, Any], origin: tuple[str, int | None] | None) -> int | None:
+    done = 0 if origin is None else origin[1] or 0
     try:
-        return int(config["train"]["steps"] * config["train"]["batch_size"] * config["packing"]["seq_len"])
+        return int((config["train"]["steps"] - done) * config["train"]["batch_size"] * config["packing"]["seq_len"])
     except (KeyError, TypeError):
         return None
 

@@ -14,7 +14,7 @@ from ddk.values import worst_gap
 from storage.files.uri import put_folder
 from storage.runs.folder import RunFolder
 from storage.runs.listing import records_of
-from storage.runs.overview import times_of
+from storage.runs.overview import own_steps, times_of
 from tasks.planning.tokenizer_files import has_tokenizer
 from tasks.reporting.model_card import render_model_card
 from tasks.reporting.run_artifacts import publish_report
@@ -49,7 +49,7 @@ def report_run(root: str, run: str) -> dict[str, str]:
 
 def _times(session: StudentSession) -> dict[str, float | int | str | None]:
     """What the run's training took so far, as its summary has it."""
-    times = times_of(session.run.metrics(), session.seconds_not_recorded, session.device)
+    times = times_of(own_steps(session.run), session.seconds_not_recorded, session.device)
     return {**asdict(times), "training_seconds": times.training_seconds or 0.0}
 
 

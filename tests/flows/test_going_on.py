@@ -16,6 +16,7 @@ from storage.checking.verify_runs import run_findings
 from storage.runs.checkpoints import CheckpointFolder
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory
+from tasks.reporting.costs import costs_of
 
 
 def train(ddk: Ddk, small_run: SmallRun, name: str, *options: str, config: str | None = None) -> RunFolder:
@@ -80,6 +81,10 @@ def test_weights_alone_with_another_recipe_and_resumed(small_run: SmallRun, ddk:
     records = MixtureHistory(run.url).records()
     assert [record.step for record in records] == [0, 2, 4, 6, 8, 10]
     assert records[-1].tokens_seen == (6 * 8 + 4 * 4) * 96
+    # What the other run has trained was paid there.
+    own = costs_of(run)
+    assert own["training_tokens"] == own["planned_tokens"] == 4 * 4 * 96
+    assert own["training_seconds"] == pytest.approx(sum(row["seconds"] for row in rows[6:]), abs=1e-3)
     begun = run.identity() or {}
     assert (begun["from"]["run"], begun["from"]["step"], begun["from"]["optimizer"]) == ("small", 6, False)
     # Moments of zero and a step count of the run would make the first steps many times too small, and silently so.
