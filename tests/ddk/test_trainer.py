@@ -17,8 +17,9 @@ from ddk import saving
 from ddk.data import TrainData
 from ddk.mixture import equal_mixture
 from ddk.sampler import SamplerState, draw, initial_state
+from ddk.schedule import learning_rate
 from ddk.train_config import LossConfig, TrainConfig
-from ddk.trainer import StepReport, Trainer, TrainerState, learning_rate, resolve_device, resolve_precision
+from ddk.trainer import StepReport, Trainer, TrainerState, resolve_device, resolve_precision
 from ddk.values import Draw, Mixture
 
 
