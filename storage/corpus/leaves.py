@@ -51,16 +51,20 @@ class LeafIndex:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def remembered(self, file: CorpusFile, sha256: str, config: DomainConfig) -> dict[str, Leaf] | None:
+    def remembered(
+        self, file: CorpusFile, sha256: str, config: DomainConfig, *, held_out: bool = False
+    ) -> dict[str, Leaf] | None:
         """The leaves of a file, by path, as it was read before; None where it was not."""
-        found: Any = self._known.get(_key(file, sha256, config))
+        found: Any = self._known.get(_key(file, sha256, config, held_out))
         if not isinstance(found, dict) or not 0 < len(found) <= MOST_LEAVES:
             return None
         leaves = {path: _leaf(path, fact) for path, fact in found.items()}
         return {path: leaf for path, leaf in leaves.items() if leaf is not None} if all(leaves.values()) else None
 
-    def remember(self, file: CorpusFile, sha256: str, config: DomainConfig, leaves: Mapping[str, Leaf]) -> None:
-        new = {_key(file, sha256, config): dict(leaves)}
+    def remember(
+        self, file: CorpusFile, sha256: str, config: DomainConfig, leaves: Mapping[str, Leaf], *, held_out: bool = False
+    ) -> None:
+        new = {_key(file, sha256, config, held_out): dict(leaves)}
         self._known |= new
         remember(self._url, new)
 
@@ -83,9 +87,10 @@ def _leaf(path: str, fact: Any) -> Leaf | None:
         return None
 
 
-def _key(file: CorpusFile, sha256: str, config: DomainConfig) -> str:
+def _key(file: CorpusFile, sha256: str, config: DomainConfig, held_out: bool) -> str:
     fields = config.model_dump(include={"text_field", "prompt_field", "path_field", "path_depth"})
-    value: dict[str, Any] = {} if config.value_field is None else {"value_field": config.value_field}
+    value_field = None if held_out else config.value_field
+    value: dict[str, Any] = {} if value_field is None else {"value_field": value_field}
     if config.messages:
         value |= {"messages": True, "messages_field": config.messages_field, "canonical": CANONICAL_VERSION}
     return fingerprint(
@@ -93,15 +98,21 @@ def _key(file: CorpusFile, sha256: str, config: DomainConfig) -> str:
     )
 
 
-def read_leaves(file: CorpusFile, config: DomainConfig, on_bytes: OnBytes | None = None) -> dict[str, Leaf]:
+def read_leaves(
+    file: CorpusFile, config: DomainConfig, on_bytes: OnBytes | None = None, *, held_out: bool = False
+) -> dict[str, Leaf]:
     """The leaves of a file, by path.
+
+    Args:
+        held_out: whether the file is one of the domain's validation files, whose records are all kept, whatever number
+            they carry.
 
     Raises:
         UserError: as `storage.corpus.documents.iter_filed`; or there are too many.
     """
     counts: dict[str, int] = {}
     hashes: dict[str, Any] = {}
-    for path, document in iter_leaf_documents(file, config, on_bytes):
+    for path, document in iter_leaf_documents(file, config, on_bytes, held_out=held_out):
         if path not in counts:
             check_number(len(counts) + 1, config, file.url)
             counts[path], hashes[path] = 0, hashlib.sha256()
@@ -113,12 +124,16 @@ def read_leaves(file: CorpusFile, config: DomainConfig, on_bytes: OnBytes | None
 
 
 def iter_leaf_documents(
-    file: CorpusFile, config: DomainConfig, on_bytes: OnBytes | None = None
+    file: CorpusFile, config: DomainConfig, on_bytes: OnBytes | None = None, *, held_out: bool = False
 ) -> Iterator[tuple[str, Text]]:
-    """Each document of a file with the path of its leaf, below the domain."""
+    """Each document of a file with the path of its leaf, below the domain.
+
+    Args:
+        held_out: as of `read_leaves`.
+    """
     if config.path_field is None:
         raise ValueError("only a domain with a path_field has leaves")
-    for path, document in iter_filed(file, config.fields, on_bytes):
+    for path, document in iter_filed(file, config.validation_fields if held_out else config.fields, on_bytes):
         yield cut_path(path, config.path_depth), document
 
 

@@ -88,7 +88,7 @@ def _documents(domain: str, source: _Source) -> Iterator[Text]:
 def _leaf_documents(leaf: str, source: _Source) -> Iterator[Text]:
     corpus, seed = source.corpus, domain_seed(leaf)
     for file in _files(leaf, corpus):
-        for path, document in iter_leaf_documents(file, corpus):
+        for path, document in iter_leaf_documents(file, corpus, held_out=bool(corpus.validation)):
             fraction = corpus.validation_fraction
             if path == source.path and (not fraction or in_leaf_validation(seed, document, fraction)):
                 yield document

@@ -130,9 +130,10 @@ def _leaf_documents(
 ) -> Iterator[tuple[DocumentKey, Text]]:
     """All files from their beginning: only their records say which of them are the leaf's."""
     fraction, number = config.validation_fraction, 0
+    held_out = split == "validation" and bool(config.validation)
     for file in files:
         progress = _FileProgress(file.size, on_progress)
-        for found, document in iter_leaf_documents(file, config, progress.read):
+        for found, document in iter_leaf_documents(file, config, progress.read, held_out=held_out):
             if found != path:
                 continue
             kept = split != "train" or config.keeps(document.value)

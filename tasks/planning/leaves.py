@@ -8,7 +8,7 @@ A domain without a `path_field` has one leaf, itself, which is identified by the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,8 @@ def domain_leaves(domain: str, corpus: DomainConfig, digests: DigestCache, index
             LeafFiles(domain=domain, corpus=corpus, path=None, train=train, validation=validation, inputs=described)
         ]
     every = {file.url: file for file in (*train, *validation)}
-    found = _read(domain, corpus, list(every.values()), digests, index)
+    apart = frozenset() if held_out else frozenset(file.url for file in validation)
+    found = _read(domain, corpus, list(every.values()), apart, digests, index)
     leaves: dict[Split, Leaves] = {"train": _joined(train, found), "validation": _joined(validation, found)}
     _check(domain, corpus, leaves)
     return [_leaf(domain, corpus, path, leaves) for path in sorted(leaves["train"])]
@@ -97,18 +98,29 @@ def _row(path: str, leaves: Leaves) -> list[list[Any]]:
 
 
 def _read(
-    domain: str, corpus: DomainConfig, files: Sequence[CorpusFile], digests: DigestCache, index: LeafIndex
+    domain: str,
+    corpus: DomainConfig,
+    files: Sequence[CorpusFile],
+    held_out: Collection[str],
+    digests: DigestCache,
+    index: LeafIndex,
 ) -> dict[str, dict[str, Leaf]]:
-    """The leaves in each file, by its URL; files that are not remembered are read."""
+    """The leaves in each file, by its URL; files that are not remembered are read.
+
+    Args:
+        held_out: URLs of the validation files.
+    """
     sha256 = digests.get_all([file.url for file in files])
-    found = {file.url: index.remembered(file, sha256[file.url], corpus) for file in files}
+    found = {
+        file.url: index.remembered(file, sha256[file.url], corpus, held_out=file.url in held_out) for file in files
+    }
     new = [file for file in files if found[file.url] is None]
     with meter(f"paths of {domain}", sum(file.size for file in new), "bytes") as progress:
         for file in new:
-            leaves = read_leaves(file, corpus, progress.advance)
+            leaves = read_leaves(file, corpus, progress.advance, held_out=file.url in held_out)
             if digests.get(file.url) != sha256[file.url]:
                 raise UserError(f"{file.url} changed while it was read; run again once nothing writes to it")
-            index.remember(file, sha256[file.url], corpus, leaves)
+            index.remember(file, sha256[file.url], corpus, leaves, held_out=file.url in held_out)
             found[file.url] = leaves
     return {url: leaves or {} for url, leaves in found.items()}
 

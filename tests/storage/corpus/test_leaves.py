@@ -187,3 +187,17 @@ def test_the_split_of_a_leaf_is_by_content_and_fixed_for_ever() -> None:
         assert in_leaf_validation(seed, Text(record, "same", "p"), 0.5) == in_leaf_validation(
             seed, Text(2, "same", "p"), 0.5
         )
+
+
+def test_validation_files_need_no_number_to_choose_by(tmp_path: Path) -> None:
+    """All of their records are kept; those for training must have it."""
+    chosen = config(select={"by": "field", "field": "quality", "at_least": 0.5})
+    file = put(tmp_path / "a.jsonl", RECORDS)
+    with pytest.raises(UserError, match="no field 'quality'"):
+        read_leaves(file, chosen)
+    assert read_leaves(file, chosen, held_out=True) == read_leaves(file, config())
+    index = LeafIndex(f"{tmp_path}/paths.json")
+    index.remember(file, "0" * 64, chosen, read_leaves(file, chosen, held_out=True), held_out=True)
+    again = LeafIndex(f"{tmp_path}/paths.json")
+    assert again.remembered(file, "0" * 64, chosen) is None
+    assert again.remembered(file, "0" * 64, chosen, held_out=True) == read_leaves(file, config())
