@@ -87,7 +87,7 @@ def _leaf(path: str, fact: Any) -> Leaf | None:
         return None
 
 
-def _key(file: CorpusFile, sha256: str, config: DomainConfig, held_out: bool) -> str:
+def _key(file: CorpusFile, sha256: str, config: DomainConfig, held_out: bool = False) -> str:
     fields = config.model_dump(include={"text_field", "prompt_field", "path_field", "path_depth"})
     value_field = None if held_out else config.value_field
     value: dict[str, Any] = {} if value_field is None else {"value_field": value_field}
