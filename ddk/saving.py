@@ -68,7 +68,7 @@ def load(trainer: Trainer, state: TrainerState, folder: str) -> None:
     with _quiet(), _root_cause(folder):
         reader = HuggingFaceStorageReader(folder)
         found = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
-        if state.step == state.optimizer_start:  # the moments there are those of the run that the weights are from
+        if 0 < state.step == state.optimizer_start:  # the moments there are those of the run that the weights are from
             live, found = _weights(live), _weights(found)
         _check_names({name: tuple(tensor.shape) for name, tensor in live.items()}, found)
         load_shares(dict(live), storage_reader=reader, no_dist=trainer.world.size == 1)

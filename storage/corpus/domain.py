@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddk.section import Section
 from storage.corpus.files import Fields
@@ -41,7 +41,7 @@ class DomainConfig(Section):
     messages_field: str | None = Field(default=None, min_length=1)
     """Name of the field that holds the conversation, with format: messages. If empty, `messages`, or `conversations`
     where there is no `messages`."""
-    template_args: dict[str, JsonValue] = Field(default={})
+    template_args: dict[str, bool | int | float | str | None] = Field(default={})
     """What the chat template is given besides the conversation, such as `{enable_thinking: false}`."""
     prompt_field: str | None = Field(default=None, min_length=1)
     """Name of the field that holds the prompt, for instruction data. The prompt's tokens come before those of

@@ -36,35 +36,36 @@ def weights(run: RunFolder) -> bytes:
 def test_a_longer_run_branches_off_before_the_decay_as_if_it_had_been_one(small_run: SmallRun, ddk: Ddk) -> None:
     """The same weights, history and measurements of each step as of a run that was that long from the start."""
     long = (*settings(schedule="wsd", steps=10, decay_share=0.2),)
-    short = train(ddk, small_run, "short", *settings(schedule="wsd", decay_share=0.34))
-    whole = train(ddk, small_run, "whole", *long)
-    planned = ddk("plan", small_run.config, "--run", "branch", "--from", "short@4", *long)
-    assert "goes on from step 4 of run 'short' to step 10; the learning rate was 0.001 there and goes on at 0.001" in (
-        planned.out
+    short = train(ddk, small_run, "on-short", *settings(schedule="wsd", decay_share=0.34))
+    whole = train(ddk, small_run, "on-whole", *long)
+    planned = ddk("plan", small_run.config, "--run", "on-branch", "--from", "on-short@4", *long)
+    assert (
+        "goes on from step 4 of run 'on-short' to step 10; the learning rate was 0.001 there and goes on at 0.001"
+        in (planned.out)
     )
-    branch = train(ddk, small_run, "branch", "--from", "short@4", *long)
+    branch = train(ddk, small_run, "on-branch", "--from", "on-short@4", *long)
     assert weights(branch) == weights(whole) != weights(short)
     one, other = MixtureHistory(branch.url).records(), MixtureHistory(whole.url).records()
     assert one == other
     assert len(one) == 6
-    timed = {"seconds", "waited_seconds", "time"}
+    timed = {"seconds", "waited_seconds", "wall_seconds", "time"}
     rows, wanted = (
         [{name: value for name, value in row.items() if name not in timed} for row in run.metrics()]
         for run in (branch, whole)
     )
     assert rows == wanted
     assert [row["learning_rate"] for row in rows[-3:]] == pytest.approx([1e-3, 5.5e-4, 1e-4])
-    assert run_findings(str(small_run.root), "branch", full=True) == []
-    assert "goes on from step 4 of run 'short'" in list(describe(branch.url))
+    assert run_findings(str(small_run.root), "on-branch", full=True) == []
+    assert "goes on from step 4 of run 'on-short'" in list(describe(branch.url))
     assert (
-        "<p>This run goes on from step 4 of run &#39;short&#39;.</p>"
+        "<p>This run goes on from step 4 of run &#39;on-short&#39;.</p>"
         in Path(branch.report_url, "index.html").read_text()
     )
-    assert "This run goes on from step 4 of run 'short'." in Path(branch.student_url, "README.md").read_text()
+    assert "This run goes on from step 4 of run 'on-short'." in Path(branch.student_url, "README.md").read_text()
     # It needs nothing of the other run any more.
     shutil.rmtree(short.url)
     before = files_below(Path(branch.url, "student"))
-    train(ddk, small_run, "branch", "--from", "short@4", *long)
+    train(ddk, small_run, "on-branch", "--from", "on-short@4", *long)
     assert files_below(Path(branch.url, "student")) == before
 
 
@@ -73,7 +74,7 @@ def test_weights_alone_with_another_recipe_and_resumed(small_run: SmallRun, ddk:
         *("--from", "small", "--fresh-optimizer", "--set", "method=kd", "--set", "loss.gamma=1.0"),
         *settings(steps=10, batch_size=4, learning_rate=5e-4, warmup_steps=2),
     )
-    run = train(ddk, small_run, "other", *options)
+    run = train(ddk, small_run, "on-other", *options)
     rows = run.metrics()
     assert [row["tokens"] for row in rows] == [8 * 96] * 6 + [4 * 96] * 4
     assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([2.5e-4, 5e-4, 3e-4, 1e-4])
@@ -97,15 +98,15 @@ def test_weights_alone_with_another_recipe_and_resumed(small_run: SmallRun, ddk:
     for folder in ("student", "report"):
         shutil.rmtree(Path(run.url, folder))
     shutil.rmtree(first.url(10))
-    assert weights(train(ddk, small_run, "other", *options)) == before
+    assert weights(train(ddk, small_run, "on-other", *options)) == before
 
 
 def test_a_domain_more_enters_by_its_gap(small_run: SmallRun, ddk: Ddk, tmp_path: Path) -> None:
-    two = write_config(tmp_path, domains={"zh_books": None})
+    pair = write_config(tmp_path, domains={"zh_books": None})
     options = ("--root", str(small_run.root))
-    train(ddk, small_run, "two", *options, config=two)
-    run = train(ddk, small_run, "three", "--from", "two@4", *settings(steps=8))
-    trained = MixtureHistory(f"{small_run.root}/runs/two").records()[1]
+    train(ddk, small_run, "on-pair", *options, config=pair)
+    run = train(ddk, small_run, "on-three", "--from", "on-pair@4", *settings(steps=8))
+    trained = MixtureHistory(f"{small_run.root}/runs/on-pair").records()[1]
     first, last = (MixtureHistory(run.url).records()[at] for at in (0, -1))
     assert (first.version, first.step) == (0, 4)
     assert first.blocks_drawn["zh_books"] == 0
@@ -116,8 +117,8 @@ def test_a_domain_more_enters_by_its_gap(small_run: SmallRun, ddk: Ddk, tmp_path
     assert first.probabilities == pytest.approx(dict(expected.probabilities))
     assert sum(last.blocks_drawn.values()) == 8 * 8
     assert last.blocks_drawn["zh_books"] > 0
-    assert run_findings(str(small_run.root), "three", full=True) == []
-    said = ddk("plan", small_run.config, "--run", "four", "--from", "two@4", *settings(steps=8)).out
+    assert run_findings(str(small_run.root), "on-three", full=True) == []
+    said = ddk("plan", small_run.config, "--run", "on-four", "--from", "on-pair@4", *settings(steps=8)).out
     assert "drawn from their beginning: zh_books; the mixture history begins anew" in said
 
 
@@ -149,9 +150,9 @@ def test_a_checkpoint_that_has_changed_is_refused_and_one_half_copied_is_copied_
 
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointFolder, "commit", killed)
-        assert ddk("train", small_run.config, "--run", "half", *options).code != 0
+        assert ddk("train", small_run.config, "--run", "on-half", *options).code != 0
     assert CheckpointFolder.commit is commit
-    half = RunFolder(str(small_run.root), "half")
+    half = RunFolder(str(small_run.root), "on-half")
     assert [record.step for record in MixtureHistory(half.url).records()] == [0, 2]
     assert CheckpointFolder(half.url).steps() == []
     source = Path(CheckpointFolder(str(small_run.run)).url(4), "rank-00000.safetensors")
@@ -159,20 +160,22 @@ def test_a_checkpoint_that_has_changed_is_refused_and_one_half_copied_is_copied_
     source.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     try:
         assert "rank-00000.safetensors is missing or damaged" in ddk.refusal(
-            "train", small_run.config, "--run", "half", *options
+            "train", small_run.config, "--run", "on-half", *options
         )
     finally:
         source.write_bytes(sound)
-    train(ddk, small_run, "half", *options)
+    train(ddk, small_run, "on-half", *options)
     assert [record.step for record in MixtureHistory(half.url).records()] == [0, 2, 4, 6, 8]
     assert json.dumps(half.identity())
 
 
 def test_training_stops_at_a_checkpoint_when_its_hours_are_over(small_run: SmallRun, ddk: Ddk) -> None:
     options = settings(max_hours=1e-6)
-    said = ddk.refusal("train", small_run.config, "--run", "limited", *options)
-    assert "train limited: stopped at step 2 of 6, as train.max_hours is 1e-06; the checkpoint is kept" in said
-    limited = RunFolder(str(small_run.root), "limited")
+    said = ddk.refusal("train", small_run.config, "--run", "on-limited", *options)
+    assert "train on-limited: stopped at step 2 of 6, as train.max_hours is 1e-06; the checkpoint is kept" in said
+    limited = RunFolder(str(small_run.root), "on-limited")
     assert limited.summary() is None
     assert CheckpointFolder(limited.url).steps() == [2]
-    assert weights(train(ddk, small_run, "limited")) == Path(small_run.run, "student", "model.safetensors").read_bytes()
+    assert (
+        weights(train(ddk, small_run, "on-limited")) == Path(small_run.run, "student", "model.safetensors").read_bytes()
+    )
