@@ -105,7 +105,7 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
             time.sleep(0.1)
         else:
             return
-    raise RuntimeError("the S3 server did not answer within 60 s")
+    raise RuntimeError("the S3 server did not answer within 180 s")
 
 
 @pytest.fixture
