@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from harness import OUT, Row, publish, row
+from harness import OUT, Row, publish, read_kept, row, write_kept
 from in_process import train, with_fields
 from mixture_settings import CHECKOUT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -114,7 +114,7 @@ def name_of(variant: str, steps: int, seed: int) -> str:
 def run_missing(jobs: Sequence[tuple[str, int, int]], corpora: Path | None, workers: int) -> None:
     """A run that is there but was not measured on `corpora` is made again."""
     needed = {f"whole/{domain}" for domain in LONG_DOMAINS} if corpora is not None else set()
-    done_before = kept_runs()
+    done_before = read_kept(KEPT)
     todo = [job for job in jobs if not needed <= done_before.get(name_of(*job), {}).keys()]
     todo += [job for job in jobs if job not in todo and name_of(*job) not in done_before]
     print(f"{len(todo)} runs to do, {workers} at once", flush=True)
@@ -122,7 +122,7 @@ def run_missing(jobs: Sequence[tuple[str, int, int]], corpora: Path | None, work
         waiting = {pool.submit(measure, *job, corpora): job for job in todo}
         for number, done in enumerate(as_completed(waiting), start=1):
             name = name_of(*waiting[done])
-            keep({name: done.result()})
+            write_kept(KEPT, read_kept(KEPT) | {name: done.result()})
             print(f"{number} of {len(todo)}: {name}", flush=True)
 
 
@@ -181,7 +181,7 @@ def losses(folder: str, sequences: Mapping[str, Int32Array]) -> Figures:
 
 
 def judged(steps: int) -> Iterator[Row]:
-    runs = kept_runs()
+    runs = read_kept(KEPT)
     if UNTOUCHED not in runs:
         return
     for group in ("packed", "whole"):
@@ -250,17 +250,6 @@ def mean_losses(figures: Figures, group: str) -> dict[str, float]:
     """Over the group's domains, by `length@scale`; empty where it was not measured."""
     mine = [one for name, one in figures.items() if name.startswith(f"{group}/")]
     return {key: float(np.mean([one[key] for one in mine])) for key in mine[0]} if mine else {}
-
-
-def kept_runs() -> dict[str, Figures]:
-    return dict(json.loads(KEPT.read_text(encoding="utf-8"))) if KEPT.exists() else {}
-
-
-def keep(content: Mapping[str, Any]) -> None:
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    part = KEPT.with_suffix(".part")
-    part.write_text(json.dumps({**kept_runs(), **content}, indent=1) + "\n", encoding="utf-8")
-    part.replace(KEPT)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import OUT, Row, publish, row
+from harness import OUT, Row, publish, read_kept, row, write_kept
 from in_process import train, with_fields
 from mixture_settings import CHECKOUT, configuration, encoded, make_model, prepare
 from transformers import AutoTokenizer
@@ -176,7 +176,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> None:
     print(f"{len(todo)} runs to do, {workers} at once", flush=True)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for number, (job, found) in enumerate(zip(todo, pool.map(measure, todo), strict=True), start=1):
-            _keep("points.json", points() | {job.run: found})
+            write_kept(KEPT / "points.json", points() | {job.run: found})
             print(f"{number} of {len(todo)}: {job.run} to step {job.until}", flush=True)
 
 
@@ -262,11 +262,11 @@ def predict_best() -> None:
 
 
 def points() -> dict[str, Any]:
-    return _read("points.json")
+    return read_kept(KEPT / "points.json")
 
 
 def predicted() -> dict[str, Any]:
-    return _read("predicted.json")
+    return read_kept(KEPT / "predicted.json")
 
 
 def points_of(labels: Sequence[str], until: int, sizes: Sequence[str] = SIZES) -> list[Point]:
@@ -373,19 +373,7 @@ def _worst(run: str) -> float:
 
 
 def _predict(what: str, content: Mapping[str, Any]) -> None:
-    _keep("predicted.json", predicted() | {what: {"at": time.strftime("%Y-%m-%d %H:%M:%S"), **content}})
-
-
-def _read(name: str) -> dict[str, Any]:
-    path = KEPT / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _keep(name: str, content: Mapping[str, Any]) -> None:
-    KEPT.mkdir(parents=True, exist_ok=True)
-    part = KEPT / f"{name}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(KEPT / name)
+    write_kept(KEPT / "predicted.json", predicted() | {what: {"at": time.strftime("%Y-%m-%d %H:%M:%S"), **content}})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
-from harness import OUT, Row, publish, row
+from harness import OUT, Row, publish, read_kept, row, write_kept
 from in_process import train, with_fields
 from mixture_settings import CHECKOUT
 from transformers import AutoTokenizer
@@ -75,7 +75,7 @@ def main() -> int:
     if not asked.report:
         for corpora in CORPORA:
             prepare(corpora)
-        keep({"noise": noise_found()})
+        write_kept(KEPT, read_kept(KEPT) | {"noise": noise_found()})
         run_missing([Job(c, k, s) for s in asked.seeds for c in CORPORA[::-1] for k in (True, False)], asked.workers)
     return 0 if publish("selection", "make bench-selection", list(judged())) else 1
 
@@ -189,7 +189,7 @@ def run_missing(jobs: Sequence[Job], workers: int) -> None:
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {pool.submit(measure, job): job for job in todo}
         for number, done in enumerate(as_completed(waiting), start=1):
-            keep({"runs": kept_runs() | {waiting[done].name: done.result()}})
+            write_kept(KEPT, read_kept(KEPT) | {"runs": kept_runs() | {waiting[done].name: done.result()}})
             print(f"{number} of {len(todo)}: {waiting[done].name}", flush=True)
 
 
@@ -201,7 +201,7 @@ def measure(job: Job) -> dict[str, float]:
 
 
 def judged() -> Iterator[Row]:
-    kept = _read()
+    kept = read_kept(KEPT)
     noise: Mapping[str, Mapping[str, float]] = kept.get("noise", {})
     for figure, bar in (("share", None), ("precision", None), ("recall", 0.9)):
         values = [100 * one[figure] for one in noise.values()]
@@ -232,18 +232,7 @@ def judged() -> Iterator[Row]:
 
 
 def kept_runs() -> dict[str, dict[str, float]]:
-    return dict(_read().get("runs", {}))
-
-
-def _read() -> dict[str, Any]:
-    return json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-
-
-def keep(content: Mapping[str, Any]) -> None:
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    part = KEPT.with_suffix(".part")
-    part.write_text(json.dumps({**_read(), **content}, indent=1) + "\n", encoding="utf-8")
-    part.replace(KEPT)
+    return dict(read_kept(KEPT).get("runs", {}))
 
 
 if __name__ == "__main__":

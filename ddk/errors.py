@@ -18,10 +18,6 @@ class UserError(ValueError):
         super().__init__(redacted(message))
 
 
-class LimitReachedError(UserError):
-    """A limit that the user has set was reached. The work stopped in good order, and the same command goes on."""
-
-
 class LostPartError(RuntimeError):
     """A process, or a server, that the work rests on is gone.
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from prefect import Flow, flow, runtime
 from pydantic import Field
 
-from ddk.errors import LimitReachedError, UserError
+from ddk.errors import UserError
 from ddk.mixture import caught_up
 from ddk.packing import PackingConfig
 from ddk.train_config import StudentConfig
@@ -362,7 +362,7 @@ def _train_to_the_end(session: StudentSession) -> str | None:
     """Interval by interval. Returns why it stopped before its last step, or None.
 
     Raises:
-        LimitReachedError: `train.max_hours` would be over before the next interval's end.
+        UserError: `train.max_hours` would be over before the next interval's end.
     """
     began, longest = time.monotonic(), 0.0
     while True:
@@ -376,7 +376,7 @@ def _train_to_the_end(session: StudentSession) -> str | None:
             return reason
         started = time.monotonic()
         if longest and session.settings.train.stops_after(started - began + longest):
-            raise LimitReachedError(
+            raise UserError(
                 f"train {session.run.name}: stopped at step {session.step} of {session.settings.train.steps}, as "
                 f"train.max_hours is {session.settings.train.max_hours:g}; the checkpoint is kept: run the same "
                 f"command to go on"

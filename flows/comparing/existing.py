@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
 from ddk.errors import UserError
 from storage.files import uri
+from storage.files.names import matches
 from storage.files.root import check_root
 from storage.runs.overview import RunOverview, overviews
 from tasks.comparing.collect import collect
@@ -67,7 +67,7 @@ def existing(root: str, patterns: Sequence[str], name: str) -> Comparison:
         UserError: fewer than two runs match.
     """
     every = overviews(root)
-    found = sorted((one for one in every if _matches(one.name, patterns)), key=_when)
+    found = sorted((one for one in every if matches(one.name, patterns)), key=_when)
     if len(found) < 2:
         there = ", ".join(one.name for one in every) or "none"
         raise UserError(
@@ -87,10 +87,6 @@ def existing(root: str, patterns: Sequence[str], name: str) -> Comparison:
         left_out={},
         ended={one.name: one.ended for one in found if one.ended is not None},
     )
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _when(one: RunOverview) -> tuple[float, str]:

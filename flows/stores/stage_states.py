@@ -25,6 +25,7 @@ from tasks.planning.complete_runs import remember_complete
 from tasks.planning.selection_plan import SelectionPlan, plan_selections
 from tasks.planning.store_plan import Plan, plan_stores
 from tasks.planning.text_ends import say_ends
+from tasks.showing.formats import few
 from tasks.training.accuracies import read_accuracies, say_what_does_not_match
 from tasks.training.run_inputs import RunInputs, check_leaves_of_mixture, check_run
 
@@ -143,12 +144,12 @@ def _run(config: Config, plan: Plan, stores: list[StagePlan]) -> StagePlan:
 
 def going_on(config: Config, plan: Plan) -> str:
     """What a run that goes on from another one would begin with; '' where it begins with the student itself."""
-    ancestry = RunInputs(config.settings, plan).ancestry
+    inputs = RunInputs(config.settings, plan)
+    ancestry, start = inputs.ancestry, inputs.schedule_start
     if ancestry is None:
         return ""
     train, step = config.train, ancestry.step
     source = RunFolder(config.root, ancestry.run)
-    start = 0 if train.schedule == "wsd" and ancestry.optimizer else step
     before = source.interval_metrics(max(first for first in source.measured_intervals() if first < step))
     warmup = start + min(train.warmup_steps, train.steps - start) - step
     how = f"warms up over {warmup:,} steps to" if warmup > 0 else "goes on at"
@@ -158,14 +159,9 @@ def going_on(config: Config, plan: Plan) -> str:
         f"goes on from step {step:,} of run '{ancestry.run}' to step {train.steps:,}"
         f"{'' if ancestry.optimizer else ', with its weights alone'}; the learning rate was "
         f"{before[-1]['learning_rate']:.3g} there and {how} {rate:.3g}"
-        f"{f'; drawn from their beginning: {_few(new)}' if new else ''}"
+        f"{f'; drawn from their beginning: {few(new, _SHOWN)}' if new else ''}"
         f"{'' if ancestry.history else '; the mixture history begins anew, from the mixture that was last drawn'}"
     )
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _followed(config: Config, plan: Plan) -> str:

@@ -13,10 +13,10 @@ inputs are known, `3f2a`: then the first generation and the newest complete one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
+from storage.files.names import matches
 from storage.stores.layout import Kind
 
 
@@ -117,7 +117,7 @@ class Decision:
 
 def decide(contents: Contents, asked: Asked) -> Decision:
     """What nothing needs any more."""
-    going = {run for run in contents.runs if _matches(run, asked.remove_runs) and not _matches(run, asked.keep_runs)}
+    going = {run for run in contents.runs if matches(run, asked.remove_runs) and not matches(run, asked.keep_runs)}
     closure = _Closure(contents, asked, going)
     closure.run()
     removed = frozenset(going - closure.runs.keys())
@@ -129,10 +129,6 @@ def decide(contents: Contents, asked: Asked) -> Decision:
         held={run: closure.runs[run] for run in sorted(going & closure.runs.keys())},
         blocked=tuple(blocked),
     )
-
-
-def _matches(run: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(run, pattern) for pattern in patterns)
 
 
 class _Closure:
@@ -206,7 +202,7 @@ def _unneeded_checkpoints(contents: Contents, asked: Asked, closure: _Closure) -
     origins = {facts.began_from for facts in contents.runs.values() if facts.began_from and not facts.finished}
     for name in closure.runs:
         facts = contents.runs.get(name)
-        if facts is None or not facts.finished or name in closure.whole or _matches(name, asked.keep_runs):
+        if facts is None or not facts.finished or name in closure.whole or matches(name, asked.keep_runs):
             continue
         if (name, None) in origins:
             continue

@@ -11,6 +11,8 @@ a file directly below its folder:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from storage.errors import StoreDamagedError
@@ -68,3 +70,8 @@ def why_not_plain(name: Any) -> str | None:
 def _shown(name: Any) -> str:
     text = repr(name)
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches any of the patterns: 'weekly-*'. Upper and lower case differ."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

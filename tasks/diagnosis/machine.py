@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from tasks.diagnosis.result import Found
+from tasks.showing.formats import few
 
 GIB = 2**30
 _LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)")
@@ -53,11 +54,10 @@ def locked_versions(lock: str | None) -> Found:
     }
     if not other:
         return Found("ok", f"{shown}; {len(wanted)} packages as in {os.path.basename(lock)}")
-    named = ", ".join(f"{name} {have} (locked: {want})" for name, (have, want) in sorted(other.items())[:_SHOWN])
-    more = f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
+    named = few([f"{name} {have} (locked: {want})" for name, (have, want) in sorted(other.items())], _SHOWN)
     return Found(
         "note",
-        f"other versions than locked: {named}{more}",
+        f"other versions than locked: {named}",
         "run `make setup`: these were not tested together",
     )
 

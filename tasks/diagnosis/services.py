@@ -8,6 +8,8 @@ import time
 import uuid
 from urllib.parse import urlsplit
 
+from huggingface_hub import constants
+
 from ddk.errors import UserError
 from storage.files import uri
 from storage.files.root import check_root
@@ -63,12 +65,11 @@ def _skew(place: str) -> float | None:
 
 def hub() -> Found:
     """Whether models can be fetched by name."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if constants.HF_HUB_OFFLINE:
         return Found("ok", "offline (HF_HUB_OFFLINE): models are folders, or are in the hub's cache")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    host = urlsplit(endpoint).hostname or "huggingface.co"
+    endpoint = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((host, urlsplit(endpoint).port or 443), timeout=5).close()
+        socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=5).close()
     except OSError as error:
         return Found(
             "note",

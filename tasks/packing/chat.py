@@ -30,6 +30,7 @@ from ddk.errors import UserError, first_line
 from ddk.values import BoolArray, Int32Array
 from storage.corpus.conversations import Conversation
 from tasks.packing.encoder import TextEncoder
+from tasks.planning.store_plan import chat_template
 
 TODAY = datetime(2025, 1, 1, tzinfo=UTC)
 """What a template takes for the current date: blocks must not depend on the day on which they were packed."""
@@ -64,16 +65,12 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, args: Mapping[str, Any], domain: str) -> None:
-        place = f"domain '{domain}' has format: messages"
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                f"{place}, and the tokenizer of '{tokenizer.name_or_path}' has no chat template; add its "
-                f"chat_template.jinja to that folder, or render the conversations beforehand (text_field, prompt_field)"
-            )
+        chat_template(domain, tokenizer)
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"{place}, and the tokenizer of '{tokenizer.name_or_path}' is not a fast one, so that the assistant's "
-                f"tokens cannot be told from others; add its tokenizer.json to that folder"
+                f"domain '{domain}' has format: messages, and the tokenizer of '{tokenizer.name_or_path}' is "
+                f"not a fast one, so that the assistant's tokens cannot be told from others; add its tokenizer.json to "
+                f"that folder"
             )
         self._tokenizer = tokenizer
         # The special tokens by name, as transformers gives them to a template.

@@ -22,6 +22,7 @@ from storage.corpus.record_paths import LONGEST_NAME, store_name
 from storage.corpus.selecting import ByField
 from storage.exchange.foreign import IMPORT_VERSION
 from storage.files.digests import DigestCache
+from tasks.showing.formats import few
 from tasks.showing.progress import meter
 
 _SHOWN = 3
@@ -156,8 +157,7 @@ def _check(domain: str, corpus: DomainConfig, leaves: Mapping[Split, Leaves]) ->
 
 
 def _missing(domain: str, paths: Sequence[str], split: Split) -> str:
-    named = ", ".join(f"'{path}'" for path in paths[:_SHOWN])
-    named += f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    named = few([f"'{path}'" for path in paths], _SHOWN)
     deepest = max(map(depth, paths))
     coarser = (
         f", set domains.{domain}.path_depth: {deepest - 1} so that it is merged with its neighbours"

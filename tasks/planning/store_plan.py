@@ -265,17 +265,30 @@ def _teacher_inputs(teacher: TeacherConfig, folder: str, digests: DigestCache, r
     }
 
 
-def _chat_inputs(domain: str, corpus: DomainConfig, tokenizer: Any) -> dict[str, Any]:
-    """What determines how conversations are written, besides the tokenizer's other files."""
-    if not (template := getattr(tokenizer, "chat_template", None)):
+def chat_template(domain: str, tokenizer: Any) -> Any:
+    """A tokenizer's chat template, or its several ones by name.
+
+    Args:
+        domain: whose conversations are to be rendered.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = getattr(tokenizer, "chat_template", None)
+    if not found:
         raise UserError(
             f"domain '{domain}' has format: messages, and the tokenizer of teacher.model has no chat template; add its "
             f"chat_template.jinja to that folder, or render the conversations beforehand (text_field, prompt_field)"
         )
+    return found
+
+
+def _chat_inputs(domain: str, corpus: DomainConfig, tokenizer: Any) -> dict[str, Any]:
+    """What determines how conversations are written, besides the tokenizer's other files."""
     return {
         "version": CHAT_VERSION,
         "canonical": CANONICAL_VERSION,
-        "template": fingerprint({"template": template}),
+        "template": fingerprint({"template": chat_template(domain, tokenizer)}),
         "args": dict(corpus.template_args),
     }
 

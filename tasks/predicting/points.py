@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from ddk.errors import UserError, first_line
 from ddk.laws.points import Point
 from ddk.train_config import TrainConfig
 from storage.files import uri
+from storage.files.names import matches
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
+from storage.runs.overview import came_from
 from tasks.planning.models import local_folder
 from tasks.reporting.run_summary import effective_settings
 
@@ -74,7 +75,8 @@ def read_points(root: str, patterns: Sequence[str], *, all_points: bool = False)
         UserError: no run matches, or the runs cannot be under one law; what differs is named.
         StoreDamagedError: a run's files are not what was written.
     """
-    runs = list(_runs(root, patterns))
+    left_out: list[str] = []
+    runs = list(_runs(root, patterns, left_out))
     if not runs:
         held = ", ".join(uri.list_names(uri.join(root, "runs"))) or "none"
         raise UserError(
@@ -83,7 +85,9 @@ def read_points(root: str, patterns: Sequence[str], *, all_points: bool = False)
         )
     for run in runs[1:]:
         _check_alike(run, runs[0])
-    notes = _left_out(root, patterns)
+    notes = []
+    if left_out:
+        notes.append(f"Left out, as they went on from other runs' checkpoints: {', '.join(left_out)}.")
     middles = all_points or not any(run.decays for run in runs)
     if not middles:
         notes.append(
@@ -121,13 +125,21 @@ def _size(model: str, revision: str | None) -> float:
     return float(shape.products - shape.head)
 
 
-def _runs(root: str, patterns: Sequence[str]) -> Iterator[_Run]:
+def _runs(root: str, patterns: Sequence[str], left_out: list[str]) -> Iterator[_Run]:
+    """Those that have been measured.
+
+    Args:
+        left_out: takes the names of those that went on from another run: they were trained by two recipes.
+    """
     for name in uri.list_names(uri.join(root, "runs")):
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if not matches(name, patterns):
             continue
         folder = RunFolder(root, name)
         config, identity, summary = folder.config(), folder.identity(), folder.summary()
-        if config is None or identity is None or "from" in identity:
+        if config is None or identity is None:
+            continue
+        if came_from(identity) is not None:
+            left_out.append(name)
             continue
         records = MixtureHistory(folder.url).whole(summary)
         if records:
@@ -138,17 +150,6 @@ def _runs(root: str, patterns: Sequence[str]) -> Iterator[_Run]:
                 records=records,
                 complete=summary is not None,
             )
-
-
-def _left_out(root: str, patterns: Sequence[str]) -> list[str]:
-    """A note where runs are no points: what they were trained by has two recipes."""
-    names = [
-        name
-        for name in uri.list_names(uri.join(root, "runs"))
-        if any(fnmatch.fnmatchcase(name, one) for one in patterns)
-        and "from" in (RunFolder(root, name).identity() or {})
-    ]
-    return [f"Left out, as they went on from other runs' checkpoints: {', '.join(names)}."] if names else []
 
 
 def _check_alike(run: _Run, first: _Run) -> None:
@@ -164,9 +165,10 @@ def _check_alike(run: _Run, first: _Run) -> None:
                     f"runs '{run.name}' and '{first.name}' have other {what} of '{domain}'; their losses cannot be "
                     f"under one law: choose runs on one cache with --runs"
                 )
+    recipe = _of_training(first)
     for place, mine, theirs in (
         ("loss", run.config["loss"], first.config["loss"]),
-        *((f"train.{key}", value, _of_training(first)[key]) for key, value in _of_training(run).items()),
+        *((f"train.{key}", value, recipe[key]) for key, value in _of_training(run).items()),
     ):
         if mine != theirs:
             raise UserError(

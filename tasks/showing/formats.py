@@ -116,3 +116,9 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left:
     """A Markdown table: the first `left` columns to the left, the others, numbers, to the right."""
     rule = [":---" if place < left else "---:" for place in range(len(headings))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """'a, b, c and 4 more': the first so many, and how many there are besides."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

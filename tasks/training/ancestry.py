@@ -138,10 +138,10 @@ def _step(source: RunFolder, asked: int | None) -> int:
 
 
 def _check_same_student(name: str, identity: Mapping[str, Any], student: Mapping[str, Any]) -> None:
-    for field, what in (("student", "student"), ("attention", "attention"), ("vocabulary", "vocabulary")):
-        if identity.get(field) != student[field]:
+    for field, own in student.items():
+        if identity.get(field) != own:
             raise UserError(
-                f"train.from_run: run '{name}' began with another {what} than this configuration names; set "
+                f"train.from_run: run '{name}' began with another {field} than this configuration names; set "
                 f"student.model and teacher.model to those of that run"
             )
 

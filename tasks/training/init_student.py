@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from ddk.cutting import Cut, plan_cut
+from ddk.cutting import Cut, Tensors, plan_cut
 from ddk.errors import UserError, first_line
 from ddk.structure import empty_model
 from ddk.student import check_loading, load_config
@@ -57,19 +59,13 @@ def init_student(teacher: str, folder: str, layers: Sequence[int] | int | None, 
         raise UserError(f"{folder} is there already; name a folder that is not")
     source = local_folder(teacher, None, "TEACHER")
     config = load_config(StudentConfig(model=source), "TEACHER")
-    files = _weight_files(source)
-
-    def named() -> Iterator[tuple[str, torch.Tensor]]:
-        for path in files:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                    yield name, opened.get_tensor(name)
-
     above = os.path.dirname(os.path.abspath(folder))
     os.makedirs(above, exist_ok=True)
     try:
-        cut = plan_cut(config, named, layers, width)
-        weights = dict(one for name, value in named() if (one := cut.tensor(name, value)) is not None)
+        with ExitStack() as opened:
+            stored = _tensors(_weight_files(source), opened)
+            cut = plan_cut(config, stored, layers, width)
+            weights = cut.weights(stored)
     except (SafetensorError, OSError) as error:
         raise UserError(f"the weights of '{teacher}' cannot be read ({first_line(error)}); fetch them again") from error
     before = sum(parameter.numel() for parameter in empty_model(config).parameters())
@@ -81,6 +77,12 @@ def init_student(teacher: str, folder: str, layers: Sequence[int] | int | None, 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Made(folder=folder, layers=cut.layers, parameters_before=before, parameters=parameters)
+
+
+def _tensors(files: Sequence[str], opened: ExitStack) -> Tensors:
+    """By name, read from the files while these are open."""
+    readers = [opened.enter_context(safe_open(path, framework="pt")) for path in files]
+    return {name: partial(reader.get_tensor, name) for reader in readers for name in reader.keys()}  # noqa: SIM118
 
 
 def _weight_files(folder: str) -> list[str]:

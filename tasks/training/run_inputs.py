@@ -103,7 +103,7 @@ class RunInputs:
             blocks={domain: store.blocks_url for domain, store in plan.domains.items()},
             targets={domain: store.targets_url for domain, store in plan.domains.items()},
             selections={domain: one.selection_url for domain, one in self.selections.items()},
-            schedule_start=self._schedule_start,
+            schedule_start=self.schedule_start,
             **self._live_teacher(),
         )
 
@@ -166,7 +166,7 @@ class RunInputs:
         return dict(as_json(described))
 
     @property
-    def _schedule_start(self) -> int:
+    def schedule_start(self) -> int:
         """Where the warm-up begins: a cosine begins anew, and so does whoever has no moments yet."""
         ancestry = self.ancestry
         if ancestry is None or (self.settings.train.schedule == "wsd" and ancestry.optimizer):
