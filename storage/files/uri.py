@@ -283,7 +283,7 @@ def create_bytes(url: str, content: bytes) -> bool:
             temporary = f"{path}.{uuid.uuid4().hex}.tmp"
             try:
                 with _put_down(url):
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    _begin(temporary)
                     with open(temporary, "wb") as file:
                         file.write(content)
                         file.flush()
@@ -406,7 +406,7 @@ def writing(url: str) -> Iterator[str]:
     temporary = _temporary_beside(path)
     try:
         with _put_down(url):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _begin(temporary)
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -415,6 +415,22 @@ def writing(url: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _begin(temporary: str) -> None:
+    """Create the file, empty, and the folders above it. From then on no folder above it is empty.
+
+    Another process may remove one that has just been made, as it holds nothing yet (`remove_empty_folders`): it is made
+    again.
+    """
+    for left in reversed(range(100)):
+        try:
+            os.makedirs(os.path.dirname(temporary), exist_ok=True)
+            with open(temporary, "xb"):
+                return
+        except FileNotFoundError:
+            if not left:
+                raise
 
 
 def _temporary_beside(path: str) -> str:

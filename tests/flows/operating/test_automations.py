@@ -24,6 +24,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.schemas.automations import Automation
+from prefect.events.worker import EventsWorker
 from prefect.flow_engine import FlowRunEngine
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Running
@@ -45,7 +46,13 @@ REBALANCE = "rebalance/for-automations"
 
 @pytest.fixture
 def client(prefect_server: str) -> Iterator[SyncPrefectClient]:
-    """Of a server that has none of our automations, before and after."""
+    """Of a server that has none of our automations, before and after.
+
+    Prefect's thread that sends events keeps the context in which it was started: were that one of a flow run, every
+    event of this process would be related to that run's flow. Here it is started outside of any.
+    """
+    EventsWorker.drain_all(timeout=60)
+    EventsWorker.instance()
     remove()
     with get_client(sync_client=True) as client:
         yield client

@@ -16,21 +16,22 @@ from storage.runs.folder import RunFolder
 def test_runs_in_a_table_of_eighty_columns_and_as_json(tmp_path: Path) -> None:
     root, ddk = str(tmp_path / "root"), Ddk(tmp_path)
     make_run(root, "weekly-2026-11-01-with-a-name-longer-than-its-column", planned=30_000, finished=False)
-    make_run(root, "small", start=1.6e9, identity={"from": {"run": "elder", "step": 3}})
+    make_run(root, "small", start=1.6e9, identity={"from": {"run": "elder", "step": 2}})
     make_run(root, "broken")
     uri.write_bytes(f"{root}/runs/broken/config.json", b"{")
     done = ddk("runs", root)
     assert done.code == 0, done.err
     table = done.out.split("broken: damaged")[0].splitlines()
     assert max(map(len, table)) <= 80
-    assert "2020-09-13 4 2.000 50.0 12.0 s" in " ".join(done.out.split())
-    assert "small: began from elder@3" in done.out
+    # Its own two steps: the first two were paid by the run that it goes on from.
+    assert "2020-09-13 4 2.000 50.0 6.0 s" in " ".join(done.out.split())
+    assert "small: began from elder@2" in done.out
     assert f"broken: damaged: {root}/runs/broken/config.json" in done.out
     assert "4/30,000" in done.out
     found = {one["name"]: one for one in json.loads(ddk("runs", root, "--json").out)}
     assert found["small"]["tokens_per_second"] == 50.0
-    assert found["small"]["ancestry"] == ["elder@3"]
-    assert (found["small"]["wall_seconds"], found["broken"]["state"]) == (12.0, "damaged")
+    assert found["small"]["ancestry"] == ["elder@2"]
+    assert (found["small"]["wall_seconds"], found["broken"]["state"]) == (6.0, "damaged")
 
 
 def test_a_place_without_runs_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -411,3 +414,28 @@ def test_a_file_that_is_being_written_does_not_look_like_the_file(tmp_path: Path
         assert "tfevents" not in os.path.basename(temporary)
         Path(temporary).write_bytes(b"points")
     assert os.listdir(tmp_path) == [os.path.basename(url)]
+
+
+@pytest.mark.parametrize("write", [uri.write_bytes, uri.create_bytes])
+def test_a_folder_that_another_removes_while_it_is_still_empty_is_made_again(
+    tmp_path: Path, write: Callable[[str, bytes], Any]
+) -> None:
+    """Of several who share the shards, who ends removes empty folders, of which another has just made one."""
+    done = threading.Event()
+
+    def clear() -> None:
+        while not done.is_set():
+            uri.remove_empty_folders(str(tmp_path / "store"))
+
+    with ThreadPoolExecutor(2) as executor:
+        clearing = [executor.submit(clear) for _ in range(2)]
+        try:
+            for number in range(500):
+                path = tmp_path / "store" / "claims" / f"{number}.json"
+                write(str(path), b"mine")
+                assert path.read_bytes() == b"mine"
+                uri.remove_file(str(path))
+        finally:
+            done.set()
+        for one in clearing:
+            one.result()
