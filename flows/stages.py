@@ -30,7 +30,7 @@ from flows.capture_parts import capture_run_name, other_parts
 from flows.config import Config
 from storage.corpus.domain import DomainConfig, selects_blocks
 from storage.files.claims import remove_claims
-from storage.runs.folder import name_to_make_again
+from storage.runs.folder import RunFolder, name_to_make_again
 from storage.runs.mixtures import MixtureRecord
 from storage.stores.layout import Kind
 from tasks.capture.cache_targets import cache_targets
@@ -41,6 +41,7 @@ from tasks.planning.complete_runs import remember_complete
 from tasks.planning.preflight import check_student_if_there
 from tasks.planning.selection_plan import plan_selections
 from tasks.planning.store_plan import Plan, plan_stores
+from tasks.reporting.now import show_stage
 from tasks.running.loopback import loopback_past_proxies
 from tasks.running.plain_errors import plain_errors
 from tasks.running.sharing import alone
@@ -190,7 +191,8 @@ def cache_teacher(
         ) as engine,
     ):
         return [
-            done.get(domain) or cache_targets(plan, domain, engine, part, teacher.workers) for domain in plan.domains
+            done.get(domain) or cache_targets(plan, domain, engine, part, teacher.workers, teacher.max_bytes)
+            for domain in plan.domains
         ]
 
 
@@ -276,14 +278,20 @@ def distill(config: Config) -> dict[str, Any]:
     # What does not fit is better said before the capture: of the mixture where which leaves there are is in the
     # records, and of the models. Of these once more when there are blocks, whose tokens the student must have.
     check_leaves_of_mixture(config.settings, plan)
+    folder = RunFolder(config.root, config.run)
+    stages = ["pack", "cache", *(["select"] if selects_blocks(config.domains) else []), "train"]
     with _planned(plan):
         for stage in (pack_corpus, cache_teacher):
+            show_stage(folder, stages, 0 if stage is pack_corpus else 1)
             check_run(config.settings, plan)
             stores = (config.root, config.domains, config.teacher, config.packing, config.storage_block)
             stage(*stores, student=config.student)
         if selects_blocks(config.domains):
+            show_stage(folder, stages, stages.index("select"))
             select_blocks(**flow_parameters(config))
+        show_stage(folder, stages, len(stages) - 1)
         result: dict[str, Any] = train_student(**flow_parameters(config))
+        show_stage(folder, stages, len(stages))
     if digest == config.sources.digest():  # nothing has changed while it ran
         remember_complete(config.sources, plan.urls, digest)
     return result

@@ -16,6 +16,7 @@ import importlib.resources
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import Parameter
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -32,6 +33,7 @@ from flows import clean as cleaning
 from flows import evaluate as evaluating
 from flows import stages
 from flows.config import Config, load_config
+from flows.operating.schedules import warn_of_schedules
 from tasks.evaluation.names import EvaluationConfig
 from tasks.running.descendants import end_with_parent
 
@@ -66,6 +68,15 @@ def _references(schema: Any) -> Iterator[str]:
             yield from _references(value)
 
 
+FORM = (
+    *("run", "force", "delete", "method", "train", "mixture", "loss", "seed", "evaluation"),
+    *("older", "keep_runs", "remove_runs", "ted", "tracking"),
+    *("domains", "teacher", "student", "packing", "part", "root", "storage_block"),
+)
+"""Order of a form: what people change from run to run, then what belongs to one run, then what decides the stores.
+Prefect's form can neither collapse a section nor leave one out."""
+
+
 def deployable(stage: Flow[..., Any]) -> Flow[..., Any]:
     """The same flow (hooks, retries, names), with a form that asks for whole sections.
 
@@ -76,8 +87,8 @@ def deployable(stage: Flow[..., Any]) -> Flow[..., Any]:
     # Prefect makes the schema of a deployment from the signature of the flow, and runs its `fn`, which is as it was.
     flow.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[
-            parameter.replace(annotation=Annotated[parameter.annotation, EveryField()])
-            for parameter in signature.parameters.values()
+            parameter.replace(annotation=Annotated[parameter.annotation, EveryField()], kind=Parameter.KEYWORD_ONLY)
+            for parameter in sorted(signature.parameters.values(), key=lambda one: FORM.index(one.name))
         ]
     )
     flow.__module__ = __name__  # an entrypoint is made of module and name
@@ -155,6 +166,7 @@ def configuration(config: str = "", root: str = "") -> dict[str, Any]:
         with importlib.resources.as_file(importlib.resources.files("flows.presets")) as presets:
             path = config or os.path.join(presets, "quickstart.yaml")
             loaded = load_config(path, (), root or (None if config else "quickstart-run"))
+        warn_of_schedules()
         return parameters(loaded)
     except UserError as error:
         raise SystemExit(f"ddk: {error}") from None

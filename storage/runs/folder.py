@@ -104,6 +104,11 @@ class RunFolder:
         self.url = uri.join(root, "runs", name)
 
     @property
+    def root_name(self) -> str:
+        """The last part of the root's URL."""
+        return uri.name_of(self._root)
+
+    @property
     def student_url(self) -> str:
         return uri.join(self.url, "student")
 

@@ -20,6 +20,7 @@ from ddk.values import SPLITS, Int32Array, SparseTargets
 from storage.blocks import open_blocks
 from storage.files.claims import Claims
 from storage.targets import TargetWriter
+from tasks.capture.quota import Quota
 from tasks.capture.stored_targets import stored_targets
 from tasks.planning.store_plan import Plan, StorePlan
 from tasks.running.retries import RETRIES
@@ -37,18 +38,22 @@ def run_name() -> str:
 
 
 @task(task_run_name=run_name, cache_policy=NO_CACHE, persist_result=False, **RETRIES)
-def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, parts: int = 1) -> dict[str, Any]:
+def cache_targets(
+    plan: Plan, domain: str, teacher: Teacher, part: int = 1, parts: int = 1, max_bytes: int | None = None
+) -> dict[str, Any]:
     """Capture one domain; nothing to do where its store is complete. Returns when it is, by whomever.
 
     Args:
         teacher: started at its first capture, so that a complete domain costs no engine.
         part, parts: where several capture together, this one begins at part `part` of `parts`, counted from 1.
+        max_bytes: that the targets of all domains may take together; None: no limit.
 
     Returns:
         As `stored_targets`.
 
     Raises:
         StoreMissingError: the domain is not packed.
+        UserError: `max_bytes` is reached; every shard so far is kept.
         RuntimeError: the engine failed, or returned what is no distribution; nothing of that shard was stored.
     """
     store = plan[domain]
@@ -58,7 +63,8 @@ def cache_targets(plan: Plan, domain: str, teacher: Teacher, part: int = 1, part
     if not done_before:
         started = time.monotonic()
         with Claims(store.targets_url) as claims:
-            capture = _Capture(store, writer, teacher, claims)
+            quota = Quota(max_bytes, (plan[one].targets_url for one in plan.domains), parts)
+            capture = _Capture(store, writer, teacher, claims, quota)
             written = capture(part, parts)
             claims.wait_for("finish")
             facts = {"seconds": round(time.monotonic() - started, 3), "shards_written": written}
@@ -78,12 +84,13 @@ def _device(teacher: Teacher) -> str:
 class _Capture:
     """The missing shards of one store, as far as they fall to this process."""
 
-    def __init__(self, store: StorePlan, writer: TargetWriter, teacher: Teacher, claims: Claims) -> None:
+    def __init__(self, store: StorePlan, writer: TargetWriter, teacher: Teacher, claims: Claims, quota: Quota) -> None:
         self._blocks = {split: open_blocks(store.blocks_url, split) for split in SPLITS}
         self._store = store
         self._writer = writer
         self._teacher = teacher
         self._claims = claims
+        self._quota = quota
         self._shard_blocks = store.targets_dims["shard_blocks"]
 
     def __call__(self, part: int, parts: int) -> int:
@@ -114,6 +121,7 @@ class _Capture:
         while (taken := ahead.result()) is not None:
             shard, tokens = taken
             ahead = executor.submit(self._take, queue)
+            self._quota.check()
             targets, seconds = _captured(self._teacher, tokens, progress)
             if writing is not None:
                 writing.result()
@@ -136,7 +144,7 @@ class _Capture:
         check_distribution(targets)
         # Another process may have taken us for dead, and be at this shard or done with it.
         if queue.still_ours(shard):
-            self._writer.write_shard(*shard, targets, {"seconds": round(seconds, 3)})
+            self._quota.add(self._writer.write_shard(*shard, targets, {"seconds": round(seconds, 3)}))
 
     def _shard_len(self, shard: Shard) -> int:
         split, number = shard

@@ -33,7 +33,7 @@ def comparison_url(root: str, name: str) -> str:
 
 @task(task_run_name="report {comparison.name}", cache_policy=NO_CACHE, persist_result=False)
 def report_comparison(root: str, comparison: Comparison) -> dict[str, str]:
-    """Write the report, and publish it as an artifact `ddk-<name>-comparison`.
+    """Write the report, and publish it as an artifact `ddk-<root>-<name>-comparison`.
 
     Returns:
         The URL of each file by its name.
@@ -43,7 +43,7 @@ def report_comparison(root: str, comparison: Comparison) -> dict[str, str]:
     shown = {alt: uri.read_bytes(urls[name]) for name, alt in drawn.items() if name in urls}
     pictures = [f"![{alt}]({data_uri(picture)})" for alt, picture in shown.items() if picture is not None]
     add_version(
-        artifact_key(comparison.name, "comparison"),
+        artifact_key(uri.name_of(root), comparison.name, "comparison"),
         "markdown",
         "\n\n".join([render_markdown(comparison), *pictures, f"Files: {link(urls['index.html'])}"]),
         f"{escape(comparison.name)}: {len(comparison.variants)} variants, {len(comparison.seeds)} seeds",

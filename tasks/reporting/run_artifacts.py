@@ -1,9 +1,10 @@
 """The artifacts of a run and its stores in Prefect's UI; `tasks.showing.artifacts` describes how they get there.
 
-    ddk-<run>-gap        table: the gap and the mixture after each measurement, a version each
-    ddk-<run>-epochs     table: epochs, held-out cross-entropy and KL by domain, and which were seen too often
-    ddk-<run>-report     page: before and after, both plots, where everything lies; replaced at each measurement
-    ddk-<root>-targets   table: what was kept of the teacher, a row for each domain
+    ddk-<root>-<run>-gap     table: the gap and the mixture after each measurement, a version each
+    ddk-<root>-<run>-epochs  table: epochs, held-out cross-entropy and KL by domain, and which were seen too often
+    ddk-<root>-<run>-report  page: before and after, both plots, where everything lies; replaced at each measurement
+    ddk-<root>-targets       table: what was kept of the teacher, a row for each domain
+    ddk-<root>-<run>-now     where the run stands: `tasks.reporting.now`
 
 All of it is made from what is stored, by the same functions as the report's files.
 """
@@ -20,6 +21,7 @@ from storage.files.uri import join
 from storage.runs.folder import RunFolder
 from storage.stores.schema import Manifest
 from tasks.reporting.costs import cost_lines
+from tasks.reporting.now import key_of, show_training
 from tasks.reporting.overtraining import all_alarms, overtraining_rows, said, too_often
 from tasks.reporting.page import data_uri
 from tasks.reporting.plots import mixture_plot, ratio_plot
@@ -30,19 +32,22 @@ from tasks.showing.artifacts import Board, add_version, artifact_key, current_pl
 from tasks.showing.formats import change, count, escape, gap_cells, link, markdown_table, percent, ppl, ratio
 
 
-def publish_measurement(folder: RunFolder) -> None:
-    """Show the newest record of a run's mixture history; to be called in a task, once for each record."""
+def publish_measurement(folder: RunFolder, steps: int) -> None:
+    """Show the newest record of a run's mixture history; to be called in a task, once for each record.
+
+    Args:
+        steps: that the run is to have in the end.
+    """
     if current_place() is None:
         return
     with showing(f"the gap of run '{folder.name}'"):
         records = interval_records(folder)
-        add_version(
-            artifact_key(folder.name, "gap"), "table", table(measurement_rows(records)), measurement_line(records)
-        )
+        add_version(key_of(folder, "gap"), "table", table(measurement_rows(records)), measurement_line(records))
         if records[-1].train_blocks:
-            key, seen = artifact_key(folder.name, "epochs"), escape(too_often(records)) or "No domain seen too often."
+            key, seen = key_of(folder, "epochs"), escape(too_often(records)) or "No domain seen too often."
             add_version(key, "table", table(overtraining_rows(records)), f"step {count(records[-1].step)}: {seen}")
         publish_report(folder, summarise(folder, records), records, {})
+        show_training(folder, records, steps, measurement_line(records))
 
 
 def publish_report(
@@ -55,7 +60,7 @@ def publish_report(
     """
     if current_place() is None:
         return
-    with showing(f"the report of run '{folder.name}'"), Board(artifact_key(folder.name, "report"), "markdown") as board:
+    with showing(f"the report of run '{folder.name}'"), Board(key_of(folder, "report"), "markdown") as board:
         board.show(report_markdown(summary, records, {**urls, **places(folder)}), measurement_line(records))
 
 

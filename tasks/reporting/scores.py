@@ -33,9 +33,10 @@ from tasks.reporting.concepts import (
     with_interval,
 )
 from tasks.reporting.context import by_figure, is_context, measured_context, shown, stretch
+from tasks.reporting.now import key_of
 from tasks.reporting.page import environment as plain_environment
 from tasks.reporting.records import Row, render_csv
-from tasks.showing.artifacts import add_version, artifact_key
+from tasks.showing.artifacts import add_version
 from tasks.showing.artifacts import table as as_artifact
 from tasks.showing.formats import UNKNOWN, escape, ppl
 
@@ -56,7 +57,7 @@ def report_evaluation(root: str, run: str) -> dict[str, str]:
     urls = {name: uri.join(folder.report_url, name) for name in contents}
     for name, content in contents.items():
         uri.write_bytes(urls[name], content.encode())
-    _publish(run, rows)
+    _publish(folder, rows)
     return urls
 
 
@@ -263,12 +264,12 @@ def _ppl(value: float | None) -> str:
     return UNKNOWN if value is None else ppl(value)
 
 
-def _publish(run: str, rows: Sequence[Row]) -> None:
+def _publish(folder: RunFolder, rows: Sequence[Row]) -> None:
     """What is shown on the page, as a table in Prefect's UI; outside of a run nothing happens."""
     shown = [row for row in rows if row["shown"]]
     if shown:
         add_version(
-            artifact_key(run, "evaluation"),
+            key_of(folder, "evaluation"),
             "table",
             as_artifact(
                 [

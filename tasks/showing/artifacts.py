@@ -1,8 +1,8 @@
 """Artifacts: what Prefect's UI shows of a run besides its logs.
 
-    with Board("ddk-small-report", "markdown") as board:
+    with Board("ddk-root-small-report", "markdown") as board:
         board.show(page, "step 6: …")                         replaces what hung there
-    add_version("ddk-small-gap", "table", rows, "step 6: …")  one more; the UI keeps them all
+    add_version("ddk-root-small-gap", "table", rows, "step 6: …")  one more; the UI keeps them all
 
 A flow run's page lists only the artifacts of that flow run, so a board is also added to every parent flow run: the page
 of `distill` shows the artifacts of its `train-student`.

@@ -83,6 +83,9 @@ class TeacherConfig(Section):
     as runs of `deployment`."""
     deployment: str = Field(default="cache-teacher/cache-teacher", pattern=r"^[^/]+/[^/]+$")
     """Name of the cache-teacher deployment, as `prefect deployment ls` shows it; only used if workers is above 1."""
+    max_bytes: int | None = Field(default=None, ge=1, le=2**60)
+    """Bytes that the targets of all domains may take together. A capture that would exceed them stops after a shard,
+    keeps what it has, and goes on when the limit is raised. By default, there is no limit."""
     trust_remote_code: bool = False
     """Whether code in the model's folder may be executed. Leave it off unless you have read that code."""
 

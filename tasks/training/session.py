@@ -30,10 +30,10 @@ from storage.runs.checkpoints import CheckpointFolder
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord, make_record
 from tasks.planning.models import same_weights
+from tasks.reporting.now import key_of
 from tasks.reporting.run_artifacts import publish_measurement
 from tasks.running.retries import RETRIES
 from tasks.running.sharing import alone
-from tasks.showing.artifacts import artifact_key
 from tasks.showing.device import device_name
 from tasks.showing.events import say_event
 from tasks.showing.progress import logger, meter
@@ -213,7 +213,7 @@ def _train_interval(session: StudentSession, record: MixtureRecord, first_step: 
     reports: list[StepReport] = []
     ended: list[tuple[float, float]] = []
     pace = _Pace()
-    shown = artifact_key(settings.run, "training")
+    shown = key_of(session.run, "training")
     with meter(f"train {settings.run}", settings.train.steps, "steps", done=first_step, artifact=shown) as progress:
 
         def on_step(report: StepReport) -> None:
@@ -310,7 +310,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
             logger.info("gap at step %d: another evaluator appended first; reading the history again", step)
     say_event("mixture.updated", session.run, settings.mixture.evaluation, {"version": record.version, "step": step})
     say_alarms(settings, session.run, [*records, record])
-    publish_measurement(session.run)
+    publish_measurement(session.run, settings.train.steps)
     worst = worst_gap(record.gaps)
     logger.info(
         "gap at step %d: largest ratio %.3f (%s); mixture %s%s",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from small_run import Ddk, small_config, write_config
 
 from flows.config import Config, load_config
 from flows.operating.deployments import DEPLOYABLE, configuration, say_that_it_crashed
+from flows.operating.schedules import warn_of_schedules
 from tasks.evaluation.names import EvaluationConfig
 
 POOLS = {
@@ -137,6 +139,37 @@ def test_schedules_are_there_and_off(deployed: Deployed) -> None:
     assert (nightly.schedule.cron, nightly.schedule.timezone) == ("0 2 * * *", "UTC")
     assert not hourly.active
     assert not nightly.active
+
+
+def test_schedules_that_deploying_replaces_are_named_with_what_makes_them_again(
+    deployed: Deployed, client: SyncPrefectClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Deploying replaces" not in deployed.output, "there was nothing yet"
+    warn_of_schedules.__wrapped__()
+    assert not capsys.readouterr().out, "those of prefect.yaml, which are off"
+    report, rebalance = deployed["report"], deployed["rebalance"]
+    by_hand = CronSchedule(cron="0 5 * * 1", timezone="Europe/Berlin")
+    (made,) = client.create_deployment_schedules(report.id, [(by_hand, True)])
+    client.update_deployment_schedule(rebalance.id, rebalance.schedules[0].id, active=True)
+    try:
+        warn_of_schedules.__wrapped__()
+        _, *lines = capsys.readouterr().out.splitlines()
+        assert (
+            lines[0]
+            == "  rebalance/rebalance: 'hourly' is on; to keep it so, set `active: true` for it in prefect.yaml"
+        )
+        said, _, command = lines[1].partition("again: ")
+        assert said == "  report/report: made by hand; to have it "
+        client.delete_deployment_schedule(report.id, made.id)
+        subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)], env=deployed.environment, check=True, capture_output=True
+        )
+        (again,) = deployed["report"].schedules
+        assert (again.schedule, again.active) == (by_hand, True)
+    finally:
+        for schedule in deployed["report"].schedules:
+            client.delete_deployment_schedule(report.id, schedule.id)
+        client.update_deployment_schedule(rebalance.id, rebalance.schedules[0].id, active=False)
 
 
 def test_parameters_are_the_configuration_with_every_field_spelt_out(deployed: Deployed) -> None:

@@ -279,12 +279,12 @@ def test_a_run_is_named_and_so_are_its_tasks(ui: Visitor, distilled: Distillatio
 def test_the_gap_by_domain_is_a_table_for_each_measurement(ui: Visitor, distilled: Distillation) -> None:
     history = distilled.history
     assert [record["step"] for record in history] == list(range(0, STEPS + 1, INTERVAL))
-    page = ui.open(f"{distilled.server.url}/artifacts/key/ddk-small-gap")
+    page = ui.open(f"{distilled.server.url}/artifacts/key/ddk-root-small-gap")
     links = page.locator("a[href*='/artifacts/artifact/']")
     links.first.wait_for()
     addresses = sorted(set(links.evaluate_all("links => links.map(link => link.href)")))
     assert len(addresses) == len(history)
-    newest = distilled.artifacts("train-student")["ddk-small-gap"]["id"]
+    newest = distilled.artifacts("train-student")["ddk-root-small-gap"]["id"]
     seen = 0
     for address in sorted(addresses, key=lambda address: address.endswith(newest)):
         ui.open(address)
@@ -309,10 +309,11 @@ def test_the_gap_by_domain_is_a_table_for_each_measurement(ui: Visitor, distille
 def test_the_run_s_page_has_its_report_with_both_plots(ui: Visitor, distilled: Distillation, flow: str) -> None:
     page = ui.open(f"{distilled.server.url}/runs/flow-run/{distilled.flow_runs[flow]['id']}")
     ui.text("Artifacts").click()
-    ui.text("ddk-small-training")
+    ui.text("ddk-root-small-training")
+    ui.text("ddk-root-small-now")
     if flow == "distill":
         ui.shoot("artifacts", 1170, top=500, left=250)
-    ui.text("ddk-small-report").click()
+    ui.text("ddk-root-small-report").click()
     page.wait_for_url("**/artifacts/artifact/**")
     _, *rows = ui.rows()
     first, last = distilled.history[0]["perplexities"], distilled.history[-1]["perplexities"]
@@ -332,13 +333,27 @@ def test_the_run_s_page_has_its_report_with_both_plots(ui: Visitor, distilled: D
     ui.shoot("report-artifact", 1250)
 
 
+def test_where_the_run_stands_is_on_one_page(ui: Visitor, distilled: Distillation) -> None:
+    address = f"{distilled.server.url}/artifacts/artifact/"
+    page = ui.open(address + distilled.artifacts("distill")["ddk-root-small-now"]["id"])
+    ui.text("✓ pack → ✓ cache → ✓ train")
+    ui.text(f"Step {STEPS} of {STEPS}")
+    _, *rows = ui.rows()
+    newest = distilled.history[-1]
+    assert {row[0]: row[1] for row in rows[: len(DOMAINS)]} == {
+        domain: f"{100 * p:.1f}\N{NO-BREAK SPACE}%" for domain, p in newest["probabilities"].items()
+    }
+    assert page.get_by_text(str(distilled.root / "runs/small/report")).count() >= 1
+    ui.shoot("now", 480)
+
+
 def test_progress_of_capture_and_training(ui: Visitor, distilled: Distillation) -> None:
     done = distilled.artifacts("distill")
     # The first domain waits for the engine; the others may be done in a glance, and then leave none.
     page = ui.open(f"{distilled.server.url}/artifacts/artifact/{done['ddk-capture-code']['id']}")
     ui.text("Progress: 100%")
     assert re.search(r"166 of 166 blocks \(15,936 positions\), in [\d.]+ .*, [\d,]+ tokens/s", page.inner_text("body"))
-    ui.open(f"{distilled.server.url}/artifacts/artifact/{done['ddk-small-training']['id']}")
+    ui.open(f"{distilled.server.url}/artifacts/artifact/{done['ddk-root-small-training']['id']}")
     ui.text("Progress: 100%")
     said = page.inner_text("body")
     assert re.search(

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddk.errors import UserError
 from ddk.values import Int32Array, SparseTargets
 from storage.files import claims as storage_claims
+from storage.files.below import bytes_of, files_below
 from storage.stores.codec import CodecConfig, TargetFormat
 from storage.stores.manifest import StoreWriter, read_manifest
 from storage.targets import TargetWriter, open_targets
@@ -73,10 +75,16 @@ class OneStore:
         writer.finish()
 
 
+class OnePlan(dict[str, OneStore]):
+    @property
+    def domains(self) -> list[str]:
+        return list(self)
+
+
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnePlan:
     monkeypatch.setattr(sharing, "SECONDS_BETWEEN_LOOKS", 0.05)
-    return {"math": OneStore(tmp_path)}
+    return OnePlan(math=OneStore(tmp_path))
 
 
 def capture(plan: Any, teacher: SlowTeacher, part: int = 1, parts: int = 1) -> dict[str, Any]:
@@ -100,6 +108,25 @@ def test_several_share_the_shards_and_none_is_captured_twice(plan: Any, parts: i
     tokens = np.frombuffer(teachers[0].captured[0], np.int32).reshape(-1, SEQ_LEN + 1)
     found = open_targets(plan["math"].targets_url).read(np.arange(BLOCKS["train"])).ids_BLK[:, :, 0]
     assert any((found[i : i + len(tokens)] == tokens[:, 1:]).all() for i in range(0, BLOCKS["train"], 2))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_quota_stops_after_a_shard_and_the_same_goes_on_when_it_is_raised(plan: Any, parts: int) -> None:
+    url = Path(plan["math"].targets_url)
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        capture(plan, failing := SlowTeacher(die_after=6))
+    limit = int(1.2 * bytes_of(files_below(str(url))))
+    with pytest.raises(UserError, match=rf"teacher\.max_bytes is {limit:,}; every shard so far is kept"):
+        cache_targets.fn(plan, "math", limited := SlowTeacher(), 1, parts, limit)
+    assert 0 < len(limited.captured) < sum(SHARDS.values()) - len(failing.captured)
+    kept = len(list(url.glob("commits/**/*.json")))
+    assert kept >= len(failing.captured) - 1 + len(limited.captured), "whatever was captured is kept"
+
+    with pytest.raises(UserError, match="the capture has stopped"):
+        cache_targets.fn(plan, "math", nothing := SlowTeacher(), 1, parts, limit - 1000)
+    assert not nothing.captured
+    capture(plan, rest := SlowTeacher())
+    assert len(rest.captured) == sum(SHARDS.values()) - kept
 
 
 def test_who_comes_later_gets_what_is_left_and_waits_for_what_is_in_hand(plan: Any) -> None:
