@@ -1,6 +1,7 @@
 """The rooms of the house: every package with its modules, and the imports between packages.
 
-`python tests/support/rooms.py` writes the table of docs/architecture.md anew; tests/test_rooms.py keeps it true.
+`python tests/support/rooms.py` writes the table of docs/architecture.md and its picture anew; tests/test_rooms.py keeps
+both true.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from picture import draw
 from repository import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "architecture.md"
+PICTURE = REPOSITORY / "docs" / "images" / "architecture.svg"
 TABLE = re.compile(r"(?<=<!-- rooms -->\n).*?(?=\n<!-- /rooms -->)", re.DOTALL)
 PACKAGES = ("ddk", "storage", "tasks", "flows")
 HOLDS = {
@@ -110,5 +113,16 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def picture() -> str:
+    """SVG: the data, the loop, and the packages with their rooms."""
+    return draw(
+        {
+            package: [room.removeprefix(f"{package}.") for room in HOLDS if room.startswith(f"{package}.")]
+            for package in reversed(PACKAGES)
+        }
+    )
+
+
 if __name__ == "__main__":
+    PICTURE.write_text(picture(), encoding="utf-8")
     PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
