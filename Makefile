@@ -1,5 +1,5 @@
 # A newcomer needs only `make quickstart` and `make test`. Each target creates .venv first (once).
-.PHONY: setup quickstart test test-quick rehearsal faults lint format lock bench gpu-check results reference recipes help
+.PHONY: setup quickstart postgres test test-quick rehearsal faults lint format lock bench gpu-check results reference recipes help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
@@ -13,6 +13,9 @@ setup:            ## Create .venv with the pinned packages (CUDA if nvidia-smi a
 
 quickstart: setup ## Distil a small student from a small teacher, five domains, real vLLM; under 5 minutes on 2 cores
 	@.venv/bin/ddk quickstart
+
+postgres: setup   ## Start a PostgreSQL for Prefect's server in a folder of yours, without a service (FOLDER=…)
+	@.venv/bin/python -m flows.operating.postgres start $(FOLDER)
 
 # Two at a time: much of the time goes by with one process waiting for another. Files stay whole, as their tests share
 # servers and runs; in their own order, as the longest come early in it. A test's training takes one core, and threads
@@ -42,7 +45,7 @@ format: setup     ## Format the code with ruff
 lock: setup       ## Regenerate requirements/{cpu,cuda}.txt from pyproject.toml (UPGRADE=--upgrade for newer versions)
 	UPGRADE=$(UPGRADE) bash requirements/lock.sh
 
-bench: bench-startup bench-quickstart bench-capture bench-training bench-methods ## Run every benchmark (bench-methods takes hours) but bench-laws (an hour), bench-context (an hour), bench-selection (two) and bench-mixtures (a day); each writes a table and benchmarks/out/<name>.json
+bench: bench-startup bench-quickstart bench-capture bench-training bench-methods ## Run every benchmark (bench-methods takes hours) but bench-laws (an hour), bench-context (an hour), bench-server (20 minutes), bench-selection (two) and bench-mixtures (a day); each writes a table and benchmarks/out/<name>.json
 
 bench-%: setup    ## Run one benchmark, e.g. bench-quickstart
 	.venv/bin/python benchmarks/bench_$*.py $(ARGS)

@@ -98,6 +98,11 @@ class _Server(ExitStack):
         return self.enter_context(client), current.profile, once
 
 
+_KNOWN: dict[tuple[str, Place], dict[Place, UUID]] = {}
+"""Where this process has hung what, by key and own place. The next task's board need not look for it: a lookup takes
+several requests, an update one for each flow run."""
+
+
 class Board:
     """One artifact that is replaced as things go on, in each of the flow runs that it concerns.
 
@@ -108,8 +113,11 @@ class Board:
     """
 
     def __init__(self, key: str, kind: Kind, *, of_task: bool = False) -> None:
-        self._key, self._kind, self._of_task = key, kind, of_task
-        self._here = current_place()
+        self._key, self._kind = key, kind
+        here = current_place()
+        if here is not None and here.flow_run_id is not None and not of_task:
+            here = Place(flow_run_id=here.flow_run_id)
+        self._here = here
         self._server = _Server()
         self._hanging: dict[Place, Artifact | None] = {}
 
@@ -122,9 +130,24 @@ class Board:
     ) -> None:
         self._server.__exit__(kind, error, trace)
 
+    @property
+    def known(self) -> bool:
+        """Whether this process has hung it already, in this board or an earlier one of the key."""
+        return self._here is not None and (self._key, self._here) in _KNOWN
+
     def show(self, data: Any, description: str) -> bool:
         """Replace what hangs there. Returns whether it is to be seen now."""
-        return self.change(lambda _: data, description)
+        here = self._here
+        if here is None:
+            return False
+        known = _KNOWN.get((self._key, here), {})
+
+        def request(client: SyncPrefectClient) -> None:
+            for artifact_id in known.values():
+                client.update_artifact(artifact_id, ArtifactUpdate(data=data, description=description))
+
+        # What somebody has taken down is looked for the next time.
+        return self._ask(request, here) if known else self.change(lambda _: data, description)
 
     def change(self, change: Callable[[Any], Any], description: str) -> bool:
         """Replace the present content by `change(content)`; by `change(None)` if there is none."""
@@ -135,21 +158,29 @@ class Board:
         def request(client: SyncPrefectClient) -> None:
             if not self._hanging:
                 self._hanging = {place: self._found(client, place) for place in self._places(client, here)}
+            known = {}
             for place, hanging in self._hanging.items():
                 data = change(hanging.data if hanging is not None else None)
                 if hanging is None:
-                    self._hanging[place] = _create(client, self._key, self._kind, data, description, place)
+                    self._hanging[place] = new = _create(client, self._key, self._kind, data, description, place)
+                    known[place] = new.id
                 else:
                     client.update_artifact(hanging.id, ArtifactUpdate(data=data, description=description))
                     hanging.data = data
+                    known[place] = hanging.id
+            _KNOWN[self._key, here] = known
 
+        return self._ask(request, here)
+
+    def _ask(self, request: Callable[[SyncPrefectClient], None], here: Place) -> bool:
         shown = self._server.ask(request, f"'{self._key}'")
         if not shown:
-            self._hanging = {}  # somebody may have taken it down: the next time it is looked for
+            self._hanging = {}
+            _KNOWN.pop((self._key, here), None)
         return shown
 
     def _places(self, client: SyncPrefectClient, here: Place) -> Iterator[Place]:
-        yield here if self._of_task or here.flow_run_id is None else Place(flow_run_id=here.flow_run_id)
+        yield here
         flow_run_id = here.flow_run_id
         with suppress(ObjectNotFound):  # a flow run that somebody has deleted
             while flow_run_id is not None:

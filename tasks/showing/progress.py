@@ -26,7 +26,9 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 
 SECONDS_BETWEEN_LINES = 15.0
-SECONDS_BETWEEN_UPDATES = 5.0
+SECONDS_TO_FIRST_UPDATE = 5.0
+SECONDS_BETWEEN_UPDATES = 10.0
+"""Of the artifact: each is written once for every flow run that shows it."""
 LONGEST_PAUSE = 600.0
 """Seconds until a server that did not take an update is asked again, at most."""
 
@@ -190,17 +192,23 @@ def _in_prefect(work: Work, artifact: str | None) -> Iterator[_Artifact | None]:
         yield None
         return
     with Board(artifact or artifact_key(work.label), "progress", of_task=artifact is None) as board:
-        published = _Artifact(work, board)
+        published = _Artifact(work, board, goes_on=board.known)
         yield published
         if artifact is not None or published.tried:
             published.show()
 
 
 class _Artifact:
-    def __init__(self, work: Work, board: Board) -> None:
+    """What it shows now and then, and how often.
+
+    Args:
+        goes_on: the artifact is there already, with what an earlier task run left at its end.
+    """
+
+    def __init__(self, work: Work, board: Board, goes_on: bool) -> None:
         self._work, self._board = work, board
         self._last = time.monotonic()
-        self._pause = SECONDS_BETWEEN_UPDATES
+        self._pause = SECONDS_BETWEEN_UPDATES if goes_on else SECONDS_TO_FIRST_UPDATE
         self.tried = False
 
     def update(self) -> None:

@@ -52,7 +52,7 @@ HOLDS = {
     "flows.commands": "the `ddk` commands",
     "flows.comparing": "`ddk compare`: variants, and the flow that runs them",
     "flows.costing": "`ddk plan --cost`: disk, memory and GPU hours ahead of a run",
-    "flows.operating": "deployments, `ddk serve`, automations, reaching Prefect's server",
+    "flows.operating": "deployments, `ddk serve`, automations, Prefect's server and its database",
     "flows.pages": "pages of the documentation that are made from the code",
     "flows.presets.quickstart": "the quickstart's models and corpora, and the script that made them",
     "flows.predicting": "`ddk law`: fits, answers, the runs that determine a law; `ddk plan --predict`",

@@ -41,14 +41,16 @@ class Site:
     Args:
         folder: for Prefect's database and the processes' logs.
         api_url: of a server that runs already; without one it starts its own.
+        database_url: of that server's database; without one it has a SQLite below the folder.
     """
 
-    def __init__(self, folder: Path, api_url: str | None = None) -> None:
+    def __init__(self, folder: Path, api_url: str | None = None, database_url: str | None = None) -> None:
         self.folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self._starts_server = api_url is None
+        self._of_server = {"PREFECT_API_DATABASE_CONNECTION_URL": database_url} if database_url else {}
         self.api_url = api_url or f"http://127.0.0.1:{self._port}/api"
         python_path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.environment = {
@@ -157,7 +159,7 @@ class Site:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "prefect", *arguments],
                 cwd=self.folder,
-                env=self.environment,
+                env=self.environment | (self._of_server if name == "server" else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -116,6 +116,7 @@ def test_one_deployment_a_stage_on_the_pool_of_its_kind(deployed: Deployed, clie
         assert deployment.enforce_parameter_schema
         assert deployment.job_variables["env"]["PREFECT_LOGGING_EXTRA_LOGGERS"] == "ddk"
         assert deployment.job_variables["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+        assert deployment.job_variables["env"]["PREFECT_LOGGING_TO_API_BATCH_INTERVAL"] == "5"
         assert not deployment.paused
 
 

@@ -41,7 +41,7 @@ def shown(key: str, *calls: tuple[list[int], int], artifact: str | None = None) 
 
 
 def test_an_artifact_follows_the_task(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_TO_FIRST_UPDATE", 0.0)
     (found,) = shown("ddk-capture-math", ([1] * 6, 0))
     assert found.type == "progress"
     assert found.data == 75.0
@@ -72,7 +72,7 @@ def test_what_shows_it_never_stops_it(
         asked.append(options)
         raise ConnectionError("no server")
 
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_TO_FIRST_UPDATE", 0.0)
     monkeypatch.setattr(artifacts, "get_client", fail)
 
     @flow
