@@ -293,7 +293,7 @@ def main() -> None:
             database = stack.enter_context(postgres.running(folder / "postgres"))
         else:
             print(
-                "NOT ON POSTGRESQL, which docs/operating.md recommends for two workers: there is no initdb. The server "
+                "NOT ON POSTGRESQL, which docs/server.md recommends for two workers: there is no initdb. The server "
                 "runs on SQLite, and errors of locks are only counted; apt-get install postgresql",
                 file=sys.stderr,
             )

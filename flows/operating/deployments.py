@@ -109,7 +109,7 @@ def end_with_worker(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) 
     """A run whose worker was killed is nobody's: it could not be cancelled any more, and would hold its GPU against the
     next worker's. It ends too, and says so."""
     if os.environ.get("PREFECT__FLOW_RUN_ID") == str(flow_run.id):
-        # Within 30 s in all, as docs/operating.md has it; most of them for a server that is slow to answer.
+        # Within 30 s in all, as docs/recovering.md has it; most of them for a server that is slow to answer.
         end_with_parent(seconds=8.0, last_words=lambda: say_that_it_crashed(flow_run.id), seconds_for_words=18.0)
 
 
