@@ -1,12 +1,12 @@
 # A newcomer needs only `make quickstart` and `make test`. Each target creates .venv first (once).
-.PHONY: setup quickstart postgres test test-quick rehearsal faults lint format lock bench gpu-check results reference recipes help
+.PHONY: setup quickstart postgres test test-quick rehearsal faults lint format lock bench gpu-check example-smollm2 results reference recipes help
 export HF_HUB_OFFLINE = 1
 export DO_NOT_TRACK = 1
 export VLLM_NO_USAGE_STATS = 1
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
 help:             ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 setup:            ## Create .venv with the pinned packages (CUDA if nvidia-smi answers, else CPU)
 	@bash requirements/install.sh
@@ -52,6 +52,9 @@ bench-%: setup    ## Run one benchmark, e.g. bench-quickstart
 
 gpu-check: setup  ## Run what CI cannot, on this machine's GPUs, in ten minutes (ARGS="--cpu --short" tries the script)
 	.venv/bin/python benchmarks/gpu_check.py $(ARGS)
+
+example-smollm2: setup ## Distil a real pre-trained model (fetches 93 MB): SmolLM2-135M into 11 of its 30 layers; docs/smollm2.md
+	.venv/bin/python benchmarks/example_smollm2.py $(ARGS)
 
 results: setup    ## Write benchmarks/RESULTS.md from benchmarks/out/*.json
 	.venv/bin/python benchmarks/write_results.py

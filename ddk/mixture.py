@@ -196,6 +196,33 @@ def weighted_mixture(weights: Mapping[str, float]) -> Mixture:
     return Mixture(probabilities={domain: weight / total for domain, weight in weights.items()})
 
 
+def one_domain_alone(mixture: Mixture, ratios: Mapping[str, float], config: MixtureConfig) -> str | None:
+    """What to say of a mixture that draws from one domain as good as alone, because the ratios lie so far apart.
+
+    exp of a ratio leaves nothing to domains whose ratio is less by 5 and more. A student cut out of its teacher, or of
+    random weights, lags by factors of thousands in every domain, and is better off with all of them.
+
+    Args:
+        ratios: ℓ_S/ℓ_T by domain.
+
+    Returns:
+        A sentence without its full stop; None where several domains are drawn, or the ratio is not what is followed.
+    """
+    if len(ratios) < 2 or config.gap != "ratio" or config.follow == "accuracy":
+        return None
+    domain = max(mixture.probabilities, key=mixture.probabilities.__getitem__)
+    if mixture.probabilities[domain] < 0.99 or domain not in ratios:
+        return None
+    others = max(ratio for name, ratio in ratios.items() if name != domain)
+    if ratios[domain] <= others:
+        return None
+    return (
+        f"the first interval draws from '{domain}' alone: its ratio is {ratios[domain]:.3g}, and that of every other "
+        f"domain at most {others:.3g}. For a student so far behind set mixture.gap: log, and mixture.initial: "
+        f"proportional to begin with all domains"
+    )
+
+
 def capped_mixture(mixture: Mixture, most: Mapping[str, float]) -> Mixture:
     """The mixture in which some domains have at most the given probability; the others share the rest in proportion.
 

@@ -32,7 +32,7 @@ def init_student(
     say(f"student   {made.folder}")
     say(f"layers    {', '.join(map(str, made.layers))} of the teacher")
     say(f"size      {made.parameters:,} of {made.parameters_before:,} parameters")
-    say("It predicts badly until it is trained: name it as student.model, and run ddk distill.")
+    say("It predicts badly until it is trained: name it as student.model, set mixture.gap: log, and run ddk distill.")
 
 
 def _layers(text: str | None) -> list[int] | int | None:

@@ -14,7 +14,7 @@ UNKNOWN = "–"
 
 
 def ppl(value: float) -> str:
-    """12.3456 → '12.35'; 1234567.8 → '1.23e+06'."""
+    """12.3456 → '12.35'; 61015.966 → '61,016'; 1234567.8 → '1.23e+06'."""
     return _number(value, decimals=2)
 
 
@@ -26,7 +26,8 @@ def ratio(value: float) -> str:
 def _number(value: float, *, decimals: int) -> str:
     if not math.isfinite(value):
         return UNKNOWN if math.isnan(value) else "∞" if value > 0 else "−∞"
-    return f"{value:,.{decimals}f}" if abs(value) < 1e5 else f"{value:.2e}"
+    # Beyond a thousand decimals say nothing, and push a table beyond the edge of a terminal.
+    return f"{value:,.{decimals if abs(value) < 1e3 else 0}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 def number_or_unknown(value: float | None, decimals: int) -> str:

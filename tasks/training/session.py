@@ -23,6 +23,7 @@ from ddk.domain_tree import rolled_up_mixture
 from ddk.gap import domain_gap
 from ddk.methods.base import Interval
 from ddk.methods.registry import METHODS, mixture_after
+from ddk.mixture import one_domain_alone
 from ddk.parallel import World
 from ddk.trainer import StepReport, TrainerState, resolve_device, resolve_processes
 from ddk.values import DomainGap, Mixture, worst_gap
@@ -320,6 +321,10 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
         ", ".join(f"{domain} {p:.2f}" for domain, p in _shown(record.mixture).probabilities.items()),
         "" if METHODS[settings.method].follows_gap and settings.mixture.follow != "accuracy" else " (fixed)",
     )
+    if not records and METHODS[settings.method].follows_gap:
+        sentence = one_domain_alone(record.mixture, {gap.domain: gap.ratio for gap in record.gaps}, settings.mixture)
+        if sentence is not None:
+            logger.warning("%s", sentence)
     return record
 
 

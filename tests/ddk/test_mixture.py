@@ -16,6 +16,7 @@ from ddk.mixture import (
     equal_mixture,
     fixed_mixture,
     initial_mixture,
+    one_domain_alone,
     proportional_mixture,
     update_mixture,
 )
@@ -301,3 +302,20 @@ def test_wrong_weights(weights, message: str) -> None:
     with pytest.raises(ValidationError, match=message) as found:
         MixtureConfig(weights=weights)
     assert [error["loc"] for error in found.value.errors()] == [("weights",)], "one error, at the field"
+
+
+def test_it_is_said_when_one_ratio_leaves_nothing_to_the_other_domains() -> None:
+    # As measured of a student just cut out of SmolLM2.
+    ratios = {"code": 1.56e6, "math": 1.25e5, "books": 10_176.0}
+    teacher = dict.fromkeys(ratios, 1.0)
+    config = MixtureConfig()
+    said = one_domain_alone(initial_mixture(ratios, teacher), ratios, config)
+    assert said is not None
+    assert "from 'code' alone" in said
+    assert "1.56e+06" in said
+    assert "1.25e+05" in said
+    assert "mixture.gap: log" in said
+    assert one_domain_alone(initial_mixture(ratios, teacher, "log"), ratios, MixtureConfig(gap="log")) is None
+    near = {"code": 4.7, "math": 4.0, "books": 2.0}
+    assert one_domain_alone(initial_mixture(near, teacher), near, config) is None
+    assert one_domain_alone(initial_mixture({"code": 9.0}, {"code": 1.0}), {"code": 9.0}, config) is None
