@@ -50,6 +50,8 @@ def main() -> None:
             parts += comparisons()
         if result["name"] == "mixtures":
             parts += mixtures()
+        if result["name"] == "smollm2":
+            parts += smollm2()
     with open(os.path.join(os.path.dirname(OUT), "RESULTS.md"), "w", encoding="utf-8") as file:
         file.write("\n".join(parts))
 
@@ -171,14 +173,29 @@ def _mean_and_interval(figure: Figure) -> str:
     return f"{found.mean:+.{digits}f}{ends}".replace("-", "−")
 
 
-def tables(comparison: Comparison) -> str:
+def smollm2() -> list[str]:
+    """The comparison of the real model's students, and what each model answered."""
+    folder = os.path.join(OUT, "smollm2")
+    with open(os.path.join(folder, "comparison.json"), encoding="utf-8") as file:
+        comparison = Comparison.model_validate_json(file.read())
+    with open(os.path.join(folder, "answers.json"), encoding="utf-8") as file:
+        answers: dict[str, dict[str, str]] = json.load(file)
+    lines = ["### smollm2: answers", "", "Greedy, at most 40 tokens; JSON strings, cut to 160 characters.", ""]
+    for prompt in next(iter(answers.values())):
+        lines += [f"- {json.dumps(prompt, ensure_ascii=False)}", ""]
+        lines += [f"  - {name}: `{json.dumps(of[prompt], ensure_ascii=False)[:160]}`" for name, of in answers.items()]
+        lines += [""]
+    return [tables(comparison, "benchmarks/out/smollm2/comparison.json"), "\n".join(lines)]
+
+
+def tables(comparison: Comparison, path: str | None = None) -> str:
     settings = ", ".join(f"{name} {comparison.settings[name]}" for name in SHOWN if name in comparison.settings)
     tokens = " to ".join(f"{count:,}" for count in sorted({run.tokens for run in comparison.runs if run.counts}))
     head = (
         f"Mean ± sample standard deviation over the seeds {', '.join(map(str, comparison.seeds))}; differences paired "
         f"by seed, with their 95% interval (Student's t), each by itself. Ratio: student / teacher perplexity at the "
         f"end, less is better. {tokens} tokens a run; {settings}. All numbers: "
-        f"`benchmarks/out/comparisons/{comparison.name}.json`."
+        f"`{path or f'benchmarks/out/comparisons/{comparison.name}.json'}`."
     )
     parts = [f"### {comparison.name}", head, render_markdown(comparison), *in_words(comparison)]
     return "\n\n".join(parts) + "\n"
