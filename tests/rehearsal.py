@@ -36,6 +36,7 @@ import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, where `flows` are the tests of flows
 
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
