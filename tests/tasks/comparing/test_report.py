@@ -35,6 +35,7 @@ from tasks.comparing.report import (
     report_comparison,
     write_comparison,
 )
+from tasks.showing.artifacts import artifact_key
 
 FILES = [
     "comparison.json",
@@ -319,9 +320,8 @@ def test_the_artifact_in_prefect(three, tmp_path):
 
     reporting()
     with get_client(sync_client=True) as client:
-        (found,) = client.read_artifacts(
-            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["ddk-trial-comparison"]))
-        )
+        key = artifact_key(tmp_path.name, "trial", "comparison")
+        (found,) = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
     assert "| 2.300 ± 0.141 | 3.150 ± 0.212 |" in found.data
     assert "](data:image/png;base64," in found.data
 

@@ -11,11 +11,13 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.context import FlowRunContext
 
 from ddk.values import DomainGap, Mixture
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, make_record
 from storage.stores.schema import Manifest, ObjectRecord, ShardRecord, SplitManifest
+from tasks.reporting.now import key_of, show_stage
 from tasks.reporting.run_artifacts import (
     measurement_line,
     measurement_rows,
@@ -25,6 +27,7 @@ from tasks.reporting.run_artifacts import (
     publish_targets,
     report_markdown,
 )
+from tasks.showing.artifacts import artifact_key
 from tasks.showing.formats import link
 
 
@@ -128,18 +131,18 @@ def test_every_measurement_is_a_version_and_the_page_is_replaced(prefect_server,
     @task(cache_policy=NO_CACHE)
     def mixture(version):
         measure(folder, version)
-        publish_measurement(folder)
+        publish_measurement(folder, 8)
 
     @flow
     def train():
         for version in range(3):
             mixture(version)
-            (page,) = stored(f"ddk-{folder.name.lower()}-report")
+            (page,) = stored(key_of(folder, "report"))
             pages.append(page)
 
     pages = []
     train()
-    tables = sorted(stored(f"ddk-{folder.name.lower()}-gap"), key=lambda artifact: artifact.created)
+    tables = sorted(stored(key_of(folder, "gap")), key=lambda artifact: artifact.created)
     assert [one.description for one in tables] == [
         f"step {2 * t}, {100 * t} tokens: largest ratio {3 - t / 10:.3f} (math)" for t in range(3)
     ]
@@ -155,6 +158,40 @@ def test_every_measurement_is_a_version_and_the_page_is_replaced(prefect_server,
     assert len({page.data for page in pages}) == 3
     assert f"| targets of web | `{folder.url.rpartition('/runs/')[0]}/targets/t2/web.zarr` |" in pages[-1].data
     assert pages[-1].description == tables[-1].description
+    (now,) = stored(key_of(folder, "now"))
+    assert now.data.startswith("**train**\n")
+    assert "**Step 4 of 8** (50.0\N{NO-BREAK SPACE}%)" in now.data
+    assert "| math | 58.0\N{NO-BREAK SPACE}% | 2.800 |" in now.data
+    assert now.description == tables[-1].description
+
+
+def test_the_line_of_stages_and_the_training_below_it_do_not_disturb_each_other(prefect_server, folder):
+    """`distill` writes the line, its subflow `train-student` what is below."""
+    seen = []
+
+    @flow
+    def train():
+        measure(folder, 0)
+        publish_measurement(folder, 8)
+
+    @flow
+    def distill():
+        show_stage(folder, ["pack", "train"], 0)
+        show_stage(folder, ["pack", "train"], 1)
+        train()
+        show_stage(folder, ["pack", "train"], 2)
+        seen.append(FlowRunContext.get().flow_run.id)
+
+    distill()
+    assert key_of(folder, "now") == artifact_key(folder.root_name, folder.name, "now")
+    of_flow = {one.flow_run_id: one for one in stored(key_of(folder, "now"))}
+    whole = of_flow.pop(seen[0])
+    assert whole.description == "complete"
+    line, _, below = whole.data.partition("\n\n---\n\n")
+    assert line == "✓ pack → ✓ train"
+    assert below.startswith("**Step 0 of 8**")
+    (alone,) = of_flow.values()
+    assert alone.data.startswith("**train**\n")
 
 
 def test_where_a_run_s_things_lie(folder, tmp_path):
@@ -170,7 +207,7 @@ def test_where_a_run_s_things_lie(folder, tmp_path):
 def test_a_history_that_cannot_be_shown_costs_a_warning(prefect_server, folder, make_summary, caplog):
     @flow
     def run():
-        publish_measurement(folder)
+        publish_measurement(folder, 8)
         publish_report(folder, make_summary(), [], {})
 
     with caplog.at_level(logging.WARNING, logger="ddk"):
@@ -184,7 +221,7 @@ def test_a_history_that_cannot_be_shown_costs_a_warning(prefect_server, folder, 
 def test_outside_of_a_run_nothing_is_read(tmp_path, make_summary, requests_made, caplog):
     nowhere = RunFolder(str(tmp_path / "nowhere"), "a")
     with caplog.at_level(logging.WARNING, logger="ddk"):
-        publish_measurement(nowhere)
+        publish_measurement(nowhere, 8)
         publish_report(nowhere, make_summary(), [], {})
     assert caplog.records == [], "a history that is read, and is not there, costs a warning"
     assert requests_made == []
