@@ -447,7 +447,7 @@ def test_what_a_killed_process_had_not_written_is_not_held_for_logged(
     assert not cursor.exists(), "a kill now would take these steps along"
     monkeypatch.setattr(tracking_wandb, "SECONDS_UNTIL_WRITTEN", 0.05)
     follow(run, follower, 2)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not cursor.exists() or json.loads(cursor.read_text())["step"] < 4:
         assert time.monotonic() < deadline
         time.sleep(0.05)
