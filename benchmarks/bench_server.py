@@ -220,6 +220,7 @@ class Site:
             **QUIET,
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_API_URL": self.api,
+            "TMPDIR": str(folder),  # runs are killed at the end, and clean nothing up
             "PYTHONPATH": os.pathsep.join([str(tree), str(HERE)]),
         }
         self._server_environment = {**self._environment, **settings}
