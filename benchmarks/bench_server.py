@@ -9,10 +9,10 @@ The databases and settings are measured in turns, so that what else the machine 
 
     one worker  Prefect's SQLite and settings, and one worker instead of two
     default     Prefect's SQLite and settings, with what `prefect.yaml` gives to the runs
-    settings    the same with the settings of docs/operating.md
+    settings    the same with the settings of docs/server.md
     lock at once    the same, and a transaction that may write waits for the lock at its beginning: nothing that a user
                 could set, but what shows where the errors come from
-    postgres    PostgreSQL, with the settings of docs/operating.md
+    postgres    PostgreSQL, with the settings of docs/server.md
 
     python benchmarks/bench_server.py --only default --seconds 60 --keep /tmp/counts     # one, and look at its sources
     python benchmarks/bench_server.py --tree before=/path/to/another/checkout            # an earlier version beside it
@@ -54,7 +54,7 @@ SETTINGS = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
 }
-"""What docs/operating.md gives a server: task runs are written once a second, and not each state by itself."""
+"""What docs/server.md gives a server: task runs are written once a second, and not each state by itself."""
 SECONDS_BETWEEN_PAGES = 1.0
 SECONDS_TO_WAIT = 30.0
 """For a page; after that the user has gone."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ddk.values import worst_first, worst_gap
 from storage.corpus.record_paths import store_name
@@ -32,12 +32,8 @@ from tasks.showing.artifacts import Board, add_version, artifact_key, current_pl
 from tasks.showing.formats import change, count, escape, gap_cells, link, markdown_table, percent, ppl, ratio
 
 
-def publish_measurement(folder: RunFolder, steps: int) -> None:
-    """Show the newest record of a run's mixture history; to be called in a task, once for each record.
-
-    Args:
-        steps: that the run is to have in the end.
-    """
+def publish_measurement(folder: RunFolder) -> None:
+    """Show the newest record of a run's mixture history; to be called in a task, once for each record."""
     if current_place() is None:
         return
     with showing(f"the gap of run '{folder.name}'"):
@@ -46,8 +42,10 @@ def publish_measurement(folder: RunFolder, steps: int) -> None:
         if records[-1].train_blocks:
             key, seen = key_of(folder, "epochs"), escape(too_often(records)) or "No domain seen too often."
             add_version(key, "table", table(overtraining_rows(records)), f"step {count(records[-1].step)}: {seen}")
-        publish_report(folder, summarise(folder, records), records, {})
-        show_training(folder, records, steps, measurement_line(records))
+        summary = summarise(folder, records)
+        publish_report(folder, summary, records, {})
+        train = cast("Mapping[str, int]", summary.settings["train"])
+        show_training(folder, records, train["steps"], measurement_line(records))
 
 
 def publish_report(

@@ -311,7 +311,7 @@ def update_mixture(session: StudentSession, step: int, gaps: Mapping[str, Mappin
             logger.info("gap at step %d: another evaluator appended first; reading the history again", step)
     say_event("mixture.updated", session.run, settings.mixture.evaluation, {"version": record.version, "step": step})
     say_alarms(settings, session.run, [*records, record])
-    publish_measurement(session.run, settings.train.steps)
+    publish_measurement(session.run)
     worst = worst_gap(record.gaps)
     logger.info(
         "gap at step %d: largest ratio %.3f (%s); mixture %s%s",

@@ -100,6 +100,7 @@ CONFIG = {
     "domains": {"math": {}, "web": {}},
     "packing": {"seq_len": 96},
     "loss": {},
+    "train": {"steps": 8},
 }
 
 
@@ -131,7 +132,7 @@ def test_every_measurement_is_a_version_and_the_page_is_replaced(prefect_server,
     @task(cache_policy=NO_CACHE)
     def mixture(version):
         measure(folder, version)
-        publish_measurement(folder, 8)
+        publish_measurement(folder)
 
     @flow
     def train():
@@ -172,7 +173,7 @@ def test_the_line_of_stages_and_the_training_below_it_do_not_disturb_each_other(
     @flow
     def train():
         measure(folder, 0)
-        publish_measurement(folder, 8)
+        publish_measurement(folder)
 
     @flow
     def distill():
@@ -207,7 +208,7 @@ def test_where_a_run_s_things_lie(folder, tmp_path):
 def test_a_history_that_cannot_be_shown_costs_a_warning(prefect_server, folder, make_summary, caplog):
     @flow
     def run():
-        publish_measurement(folder, 8)
+        publish_measurement(folder)
         publish_report(folder, make_summary(), [], {})
 
     with caplog.at_level(logging.WARNING, logger="ddk"):
@@ -221,7 +222,7 @@ def test_a_history_that_cannot_be_shown_costs_a_warning(prefect_server, folder, 
 def test_outside_of_a_run_nothing_is_read(tmp_path, make_summary, requests_made, caplog):
     nowhere = RunFolder(str(tmp_path / "nowhere"), "a")
     with caplog.at_level(logging.WARNING, logger="ddk"):
-        publish_measurement(nowhere, 8)
+        publish_measurement(nowhere)
         publish_report(nowhere, make_summary(), [], {})
     assert caplog.records == [], "a history that is read, and is not there, costs a warning"
     assert requests_made == []
