@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -431,6 +432,17 @@ def _begin(temporary: str) -> None:
         except FileNotFoundError:
             if not left:
                 raise
+        except FileExistsError as error:
+            # `makedirs` says so too where a folder that it met was gone when it looked what it is.
+            if not left or _is_no_folder(str(error.filename)):
+                raise
+
+
+def _is_no_folder(path: str) -> bool:
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _temporary_beside(path: str) -> str:

@@ -44,7 +44,9 @@ def test_the_version(tmp_path: Path) -> None:
 
 def test_what_a_real_run_took(small_run: SmallRun, tmp_path: Path) -> None:
     ddk = Ddk(tmp_path)
-    (found,) = json.loads(ddk("runs", str(small_run.root), "--json").out)
+    # Other tests train further runs below the same root.
+    runs = json.loads(ddk("runs", str(small_run.root), "--json").out)
+    (found,) = [run for run in runs if run["name"] == "small"]
     assert (found["state"], found["steps"], found["training_tokens"]) == ("complete", 6, 6 * 8 * 96)
     rows = RunFolder(str(small_run.root), "small").metrics()
     # Loading, measurements, checkpoints and saving are in the one, and not in the other.

@@ -421,7 +421,8 @@ def test_a_folder_that_another_removes_while_it_is_still_empty_is_made_again(
     tmp_path: Path, write: Callable[[str, bytes], Any]
 ) -> None:
     """Of several who share the shards, who ends removes empty folders, of which another has just made one."""
-    done = threading.Event()
+    done, interval = threading.Event(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that the threads meet within each file, and not within each hundred
 
     def clear() -> None:
         while not done.is_set():
@@ -437,5 +438,6 @@ def test_a_folder_that_another_removes_while_it_is_still_empty_is_made_again(
                 uri.remove_file(str(path))
         finally:
             done.set()
+            sys.setswitchinterval(interval)
         for one in clearing:
             one.result()

@@ -223,7 +223,7 @@ def test_the_folder_never_holds_more_than_its_capacity(place: str, folder: Path)
 
 
 FILLER = """
-import fcntl, hashlib, os, sys
+import contextlib, fcntl, hashlib, os, sys
 import numpy as np
 from storage.reading.shard_cache import ShardCache, ShardObject
 folder, place, seed = sys.argv[1:]
@@ -232,10 +232,14 @@ for n in rng.integers(0, 12, 40):
     sha256 = hashlib.sha256(bytes([n]) * 10_000).hexdigest()
     held = cache.obtain(ShardObject(f"{place}/{n}", 10_000, sha256))
     assert held is None or os.read(held.descriptor, 20_000) == bytes([n]) * 10_000
-    with open(f"{folder}/usage", "rb") as usage:  # nothing is removed or renamed meanwhile
+    with open(f"{folder}/usage", "rb") as usage:  # no file is removed or renamed meanwhile
         fcntl.flock(usage, fcntl.LOCK_EX)
-        names = [name for name in os.listdir(folder) if name != "usage" and os.path.exists(f"{folder}/{name}")]
-        most = max(most, sum(os.path.getsize(f"{folder}/{name}") for name in names))
+        total = 0
+        for name in os.listdir(folder):
+            if name != "usage":
+                with contextlib.suppress(FileNotFoundError):  # an empty `.part` may go, where the file has come meanwhile
+                    total += os.path.getsize(f"{folder}/{name}")
+        most = max(most, total)
 print(most)
 """
 
