@@ -416,6 +416,23 @@ def test_a_file_that_is_being_written_does_not_look_like_the_file(tmp_path: Path
     assert os.listdir(tmp_path) == [os.path.basename(url)]
 
 
+def test_a_folder_that_vanishes_while_it_is_found_there_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`os.makedirs` meets a folder, which is gone when it looks what it met: it then says that it is no folder."""
+    folder, make, left = tmp_path / "claims", os.mkdir, [True]
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        if left and str(path) == str(folder):
+            left.clear()
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        make(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    uri.write_bytes(str(folder / "a.json"), b"mine")
+    assert (folder / "a.json").read_bytes() == b"mine" and not left
+
+
 @pytest.mark.parametrize("write", [uri.write_bytes, uri.create_bytes])
 def test_a_folder_that_another_removes_while_it_is_still_empty_is_made_again(
     tmp_path: Path, write: Callable[[str, bytes], Any]

@@ -237,7 +237,7 @@ for n in rng.integers(0, 12, 40):
         total = 0
         for name in os.listdir(folder):
             if name != "usage":
-                with contextlib.suppress(FileNotFoundError):  # an empty `.part` may go, where the file has come meanwhile
+                with contextlib.suppress(FileNotFoundError):  # an empty `.part`, where the file has come meanwhile
                     total += os.path.getsize(f"{folder}/{name}")
         most = max(most, total)
 print(most)
