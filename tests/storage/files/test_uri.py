@@ -430,7 +430,8 @@ def test_a_folder_that_vanishes_while_it_is_found_there_is_made_again(
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     uri.write_bytes(str(folder / "a.json"), b"mine")
-    assert (folder / "a.json").read_bytes() == b"mine" and not left
+    assert (folder / "a.json").read_bytes() == b"mine"
+    assert not left
 
 
 @pytest.mark.parametrize("write", [uri.write_bytes, uri.create_bytes])
