@@ -100,7 +100,14 @@ class _Capture:
         label, in_all = f"capture {self._store.domain}", sum(map(len, self._blocks.values()))
         before = in_all - self._blocks_of(queue.left)
         with (
-            meter(label, in_all, "blocks", done=before, positions=self._store.targets_dims["seq_len"]) as progress,
+            meter(
+                label,
+                in_all,
+                "blocks",
+                done=before,
+                positions=self._store.targets_dims["seq_len"],
+                root=self._store.root,
+            ) as progress,
             ThreadPoolExecutor(max_workers=2, thread_name_prefix="ddk-cache") as executor,
         ):
             captured = 0

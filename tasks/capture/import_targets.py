@@ -74,7 +74,8 @@ def _import_split(store: StorePlan, writer: TargetWriter, split: Split) -> int:
     committed = set(writer.committed(split))
     missing = [shard for shard in range(shards) if shard not in committed]
     stream: Iterator[_Block] = iter(())
-    with meter(f"import {store.domain} {split}", len(blocks) * seq_len, "positions") as progress:
+    label, positions = f"import {store.domain} {split}", len(blocks) * seq_len
+    with meter(label, positions, "positions", root=store.root) as progress:
         for before, shard in zip([-2, *missing], missing, strict=False):
             first, stop = shard * shard_blocks, min((shard + 1) * shard_blocks, len(blocks))
             if shard != before + 1:

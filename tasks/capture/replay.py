@@ -75,7 +75,7 @@ def replay(store: StorePlan, dtype: str, teacher: Teacher, blocks: int, seed: in
     rng = np.random.default_rng(seed)
     sizes = {split: manifest.splits[split].blocks for split in SPLITS}
     found: list[ReplayedBlock] = []
-    with meter(f"replay {store.domain}", blocks, "blocks") as progress:
+    with meter(f"replay {store.domain}", blocks, "blocks", root=store.root) as progress:
         for split, size in sizes.items():
             wanted = min(size, max(1, round(blocks * size / sum(sizes.values()))))
             chosen = np.sort(rng.choice(size, wanted, replace=False))

@@ -42,7 +42,8 @@ def write_shards(
     written = sum(record.blocks for record in committed.values())
     if last is not None and last.facts["end"]:
         return written
-    with meter(f"pack {store.domain} {split}", sum(file.size for file in store.files(split)), "bytes") as progress:
+    size = sum(file.size for file in store.files(split))
+    with meter(f"pack {store.domain} {split}", size, "bytes", root=store.root) as progress:
         rest = blocks(last, progress)
         for shard in range(len(committed), 2**31):
             wanted = shard_blocks if limit is None else min(shard_blocks, limit - written)

@@ -47,6 +47,8 @@ CHAT_VERSION = 1
 class StorePlan:
     """One domain's (one leaf's) two stores: where they lie, and what they are to hold."""
 
+    root: str
+    """URL of the root below which both lie."""
     domain: str
     corpus: DomainConfig
     path: str | None = None
@@ -186,6 +188,7 @@ def plan_stores(
         inputs: dict[Kind, dict[str, Any]] = {"blocks": blocks_inputs, "targets": targets_inputs}
         urls = {kind: _store_url(root, domain, kind, of, make_again) for kind, of in inputs.items()}
         plans[domain] = StorePlan(
+            root=root,
             domain=domain,
             corpus=corpus,
             path=leaf.path,

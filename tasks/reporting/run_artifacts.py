@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from ddk.values import worst_first, worst_gap
 from storage.corpus.record_paths import store_name
-from storage.files.uri import join
+from storage.files.uri import join, name_of
 from storage.runs.folder import RunFolder
 from storage.stores.schema import Manifest
 from tasks.reporting.costs import cost_lines
@@ -73,7 +73,7 @@ def publish_targets(domain: str, url: str, manifest: Manifest, teacher_ppl: floa
         )
 
     root = url.rpartition("/targets/")[0]
-    key = artifact_key(root.rpartition("/")[2], "targets")
+    key = artifact_key(name_of(root), "targets")
     kept = f"what is kept of the teacher in the {manifest.dims['k']} stored tokens of a position"
     with showing(f"the targets of '{domain}'"), Board(key, "table") as board:
         board.change(with_row, f"{kept}; stores below {link(root)}")

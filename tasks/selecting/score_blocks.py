@@ -58,7 +58,7 @@ def _write(
     before = sum(record.blocks for record in there.values())
     label = f"score {selection.domain}"
     with (
-        meter(label, len(blocks), "blocks", done=before, positions=plan.seq_len) as progress,
+        meter(label, len(blocks), "blocks", done=before, positions=plan.seq_len, root=root) as progress,
         _models(root, plan, selection, student, train) as models,
     ):
         for number in missing:

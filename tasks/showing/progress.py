@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import rich.progress
 
+from storage.files import uri
 from tasks.showing.formats import duration
 
 if TYPE_CHECKING:
@@ -45,7 +46,14 @@ class Meter(Protocol):
 
 @contextmanager
 def meter(
-    label: str, total: float, unit: str, *, done: float = 0.0, positions: int = 0, artifact: str | None = None
+    label: str,
+    total: float,
+    unit: str,
+    *,
+    done: float = 0.0,
+    positions: int = 0,
+    root: str | None = None,
+    artifact: str | None = None,
 ) -> Iterator[Meter]:
     """Shows the progress of some work.
 
@@ -54,11 +62,13 @@ def meter(
         total: amount in all, in `unit`s.
         done: of it, before this.
         positions: in a unit, for the tokens a second; 0 where a unit is not of tokens.
+        root: URL of the root that the work is done for, where there is one. Its name begins the key of a task run's own
+            artifact: 'ddk-weekly-capture-math'.
         artifact: key of a progress artifact that the flow run's tasks carry on one after the other. Without it each
             task run has one of its own, if it takes longer than a glance.
     """
     work = Work(label, total, unit, done, positions)
-    with _on_terminal(work) as shown, _in_prefect(work, artifact) as published:
+    with _on_terminal(work) as shown, _in_prefect(work, root, artifact) as published:
         yield _Meter(work, shown, published)
 
 
@@ -182,7 +192,7 @@ class _Lines:
 
 
 @contextmanager
-def _in_prefect(work: Work, artifact: str | None) -> Iterator[_Artifact | None]:
+def _in_prefect(work: Work, root: str | None, artifact: str | None) -> Iterator[_Artifact | None]:
     if "prefect" not in sys.modules:  # so no flow is running; to import it takes seconds
         yield None
         return
@@ -191,7 +201,8 @@ def _in_prefect(work: Work, artifact: str | None) -> Iterator[_Artifact | None]:
     if current_place() is None:
         yield None
         return
-    with Board(artifact or artifact_key(work.label), "progress", of_task=artifact is None) as board:
+    own = artifact_key(*([] if root is None else [uri.name_of(root)]), work.label)
+    with Board(artifact or own, "progress", of_task=artifact is None) as board:
         published = _Artifact(work, board, goes_on=board.known)
         yield published
         if artifact is not None or published.tried:

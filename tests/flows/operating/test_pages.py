@@ -350,7 +350,7 @@ def test_where_the_run_stands_is_on_one_page(ui: Visitor, distilled: Distillatio
 def test_progress_of_capture_and_training(ui: Visitor, distilled: Distillation) -> None:
     done = distilled.artifacts("distill")
     # The first domain waits for the engine; the others may be done in a glance, and then leave none.
-    page = ui.open(f"{distilled.server.url}/artifacts/artifact/{done['ddk-capture-code']['id']}")
+    page = ui.open(f"{distilled.server.url}/artifacts/artifact/{done['ddk-root-capture-code']['id']}")
     ui.text("Progress: 100%")
     assert re.search(r"166 of 166 blocks \(15,936 positions\), in [\d.]+ .*, [\d,]+ tokens/s", page.inner_text("body"))
     ui.open(f"{distilled.server.url}/artifacts/artifact/{done['ddk-root-small-training']['id']}")

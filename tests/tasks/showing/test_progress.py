@@ -21,7 +21,9 @@ from tasks.showing.progress import Work
 
 @task(cache_policy=NO_CACHE)
 def work(amounts: list[int], done: int = 0, artifact: str | None = None) -> None:
-    with progress.meter("capture math", 8, "blocks", done=done, positions=100, artifact=artifact) as meter:
+    with progress.meter(
+        "capture math", 8, "blocks", done=done, positions=100, root="s3://bucket/weekly", artifact=artifact
+    ) as meter:
         for amount in amounts:
             meter.advance(amount, "a note")
 
@@ -42,7 +44,7 @@ def shown(key: str, *calls: tuple[list[int], int], artifact: str | None = None) 
 
 def test_an_artifact_follows_the_task(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_TO_FIRST_UPDATE", 0.0)
-    (found,) = shown("ddk-capture-math", ([1] * 6, 0))
+    (found,) = shown("ddk-weekly-capture-math", ([1] * 6, 0))
     assert found.type == "progress"
     assert found.data == 75.0
     said = found.description
@@ -53,7 +55,7 @@ def test_an_artifact_follows_the_task(prefect_server: str, monkeypatch: pytest.M
 
 
 def test_what_took_no_longer_than_a_glance_leaves_none(prefect_server: str) -> None:
-    assert shown("ddk-capture-math", ([1] * 8, 0)) == []
+    assert shown("ddk-weekly-capture-math", ([1] * 8, 0)) == []
 
 
 def test_the_tasks_of_a_flow_run_carry_one_on(prefect_server: str) -> None:
@@ -83,7 +85,7 @@ def test_what_shows_it_never_stops_it(
         run()
     # At the first block and at the end; in between, that server is left alone.
     assert [record.getMessage() for record in caplog.records if record.name == "ddk"] == [
-        "'ddk-capture-math' is not shown in Prefect's UI: no server"
+        "'ddk-weekly-capture-math' is not shown in Prefect's UI: no server"
     ] * 2
     assert len(asked) == 2
 
