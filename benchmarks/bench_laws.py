@@ -10,6 +10,7 @@ which writes its predictions to `benchmarks/out/laws/predicted.json` before the 
     predicted   from these alone: the last third of each, and all of two other mixtures
     checked     those runs; then the law of all of them names the best mixture, for the smallest largest gap
     best        that mixture and the best of the seven, with three seeds each
+    again       with a law for each student by itself, from all of these runs: two more mixtures, half as long again
 
 A domain new to the law is each of the five in turn: a law across the four others predicts it from its loss before
 training and after the first measurement. What was measured lies in `benchmarks/out/laws/points.json`.
@@ -40,7 +41,7 @@ from ddk.laws.cross import beginning, fit_across, unit_of
 from ddk.laws.fitting import Law, fit_all
 from ddk.laws.forms import FORMS, FormName
 from ddk.laws.points import Point, by_domain
-from ddk.laws.quality import LAST, best_form, qualities
+from ddk.laws.quality import LAST, best_form, qualities, r_squared
 from flows.config import Config
 from flows.presets.quickstart import remake
 from storage.runs.mixtures import MixtureRecord
@@ -51,6 +52,10 @@ GROUP = ("math", "code")
 """Half of the group's share goes to each; the other domains share the rest alike."""
 SEEN = (0.1, 0.25, 0.4, 0.6, 0.9)
 UNSEEN = (0.5, 0.75)
+AGAIN, LONGER = (0.33, 0.85), 270
+"""Mixtures and steps that are predicted for each student by itself, and run afterwards."""
+OF_ONE: FormName = "forgetting"
+"""The form for a student by itself. It was made after all other runs here, which is why further ones check it."""
 SIZES = ("small", "middle", "large")
 """Pre-trained alike. (The quickstart's own student was trained for 700 steps, which is more than a law of size, tokens
 and mixture can know of: with it as the middle one the laws were 5 to 17% too high for it.)"""
@@ -96,7 +101,9 @@ def main() -> int:
         checked(asked.workers)
         predict_best()
         best(asked.workers)
-    rows = list(judged())
+        predict_again()
+        run_all([_job(size, share, until=LONGER) for size in SIZES for share in AGAIN], asked.workers)
+    rows = [*judged(), *judged_again()]
     return 0 if publish("laws", "make bench-laws", rows) else 1
 
 
@@ -140,7 +147,7 @@ def config_of(job: Job) -> Config:
             "student.model": model,
             "mixture.weights": dict(job.mixture),
             "mixture.interval": INTERVAL,
-            "train.steps": STEPS,
+            "train.steps": max(STEPS, job.until),  # the learning rate is constant: the steps before are the same
             "train.warmup_steps": WARMUP,
             "train.min_learning_rate": base.train.learning_rate,
             "seed": job.seed,
@@ -266,6 +273,65 @@ def predict_best() -> None:
     _predict("best", {"form": form, "mixture": mixture, "rival": min(ends, key=lambda share: ends[share])})
 
 
+def predict_again() -> None:
+    """Of each student by itself, from its runs so far: the losses of the runs that are to come."""
+    if "again" in predicted():
+        return
+    _predict(
+        "again",
+        {
+            "form": OF_ONE,
+            "places": [
+                {
+                    "run": _job(size, share).run,
+                    "step": step,
+                    "losses": {name: _losses(one, size, share, step) for name, one in laws.items()},
+                }
+                for size, laws in ((size, _laws_of(size)) for size in SIZES)
+                for share in AGAIN
+                for step in range(INTERVAL, LONGER + 1, INTERVAL)
+            ],
+        },
+    )
+
+
+def _laws_of(size: str) -> dict[FormName, dict[str, Law]]:
+    domains = by_domain(_seven(size))
+    return {name: fit_all(domains, name, workers=os.cpu_count() or 1) for name in FORMS}
+
+
+def _seven(size: str) -> list[Point]:
+    return points_of([f"{share:g}" for share in (*SEEN, *UNSEEN)], STEPS, sizes=(size,))
+
+
+def judged_again() -> Sequence[Row]:
+    """Of the laws for one student by itself."""
+    found: list[Row] = []
+    laws = {size: _laws_of(size) for size in SIZES}
+    domains = {size: by_domain(_seven(size)) for size in SIZES}
+    said, kept = predicted()["again"], points()
+    for name in FORMS:
+        chosen = name == said["form"]
+        fits = [r_squared(domains[size][domain], law) for size in SIZES for domain, law in laws[size][name].items()]
+        found.append(
+            row(f"one student, {name}: R² of the fit, median of domains", fits, "", 0.97 if chosen else None, ">")
+        )
+        for what, limit, long in (
+            ("mixtures that had not run", 1.0, False),
+            ("these beyond the length that had run", 1.5, True),
+        ):
+            errors = [
+                100 * abs(place["losses"][name][domain] / loss - 1)
+                for place in said["places"]
+                if (place["step"] > STEPS) == long
+                for one in kept[place["run"]]["points"]
+                if one["step"] == place["step"]
+                for domain, loss in one["losses"].items()
+            ]
+            found.append(row(f"one student, {name}: median error on {what}", errors, "%", limit if chosen else None))
+    return found
+
+
 def points() -> dict[str, Any]:
     return read_kept(KEPT / "points.json")
 
@@ -313,6 +379,8 @@ def judged() -> Sequence[Row]:
         )
         sizes = [100 * one.size.median for one in good.values() if one.size is not None]
         found.append(row(f"{name}: median error on a held-out size", sizes, "%"))
+        if name not in said["places"][0]["losses"]:  # a form that did not exist then
+            continue
         for what, errors, limit in (
             ("mixtures that had not run", _errors(said, name, mixtures=True), 1.0),
             ("the last third of the length", _errors(said, name, mixtures=False), 1.5),

@@ -82,7 +82,7 @@ class Law:
 
     @property
     def constants(self) -> dict[str, float]:
-        """By name, for N in parameters and D in tokens (n₀ in tokens too)."""
+        """By name, for N in parameters and D in tokens (n₀ and τ in tokens too)."""
         shape, (size, tokens) = self.shape, self.units
         count = len(shape.coefficients)
         found = dict(zip(shape.coefficients, np.exp(self.theta[:count]).tolist(), strict=True))
@@ -91,8 +91,8 @@ class Law:
             found[name] *= tokens ** found["beta"]
         if "A" in found:
             found["A"] *= size ** found["alpha"]
-        if "n0" in found:
-            found["n0"] *= tokens
+        for name in {"n0", "tau"} & set(found):
+            found[name] *= tokens
         return found
 
     def outside(self, parameters: float, tokens: float, share: float) -> list[str]:

@@ -3,6 +3,8 @@
     dcpt         E + A/N^α + B·r^η/D^β + C/(r + ε)^γ      D-CPT Law (Que et al. 2024, arXiv 2406.01375, 'L3')
     own_tokens   E + A/N^α + B/(n₀ + (r + t)·D)^β         a power law in the domain's own tokens r·D, to which the
                                                           others add a share t, counted on from n₀ before the run
+    forgetting   … + F·(1 − r)^φ·(1 − exp(−D/τ))          the same, and what the others' tokens D·(1 − r) make a
+                                                          student forget that knew the domain before: ours
     exponential  E + A/N^α + exp(Σ_j t_j·r_j)/D^β         Data Mixing Laws (Ye et al. 2024, arXiv 2403.16952), whose
                                                           fall with D is a power law; reads the shares of all domains
     power        E + A/N^α + B/D^β                        Chinchilla's, which does not know r: what the others must beat
@@ -25,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
-FormName = Literal["dcpt", "own_tokens", "exponential", "power"]
+FormName = Literal["dcpt", "own_tokens", "forgetting", "exponential", "power"]
 _EXPONENTS = (0.1, 0.3, 0.6, 1.0)
 _ALPHAS = (0.1, 0.4, 1.0)
 CHINCHILLA_ALPHA = 0.34
@@ -126,6 +128,37 @@ class OwnTokens:
         ]
 
 
+class Forgetting:
+    """`own_tokens`, and a loss that other domains' tokens add up to a limit, soon after the run began.
+
+    Seen in runs whose students were pre-trained on the domain: its loss rises first, the more so the smaller its share,
+    and falls afterwards. No form without this term has a loss that rises with D.
+    """
+
+    coefficients = ("E", "B", "F")
+
+    def exponents(self, domains: int) -> tuple[str, ...]:
+        return (*OwnTokens().exponents(domains), "tau", "phi")
+
+    def bounds(self, domains: int) -> list[tuple[float, float]]:
+        return [*OwnTokens().bounds(domains), (1e-3, 1e2), (0.1, 6.0)]
+
+    def grid(self, domains: int) -> Iterator[tuple[float, ...]]:
+        yield from itertools.product((0.1, 0.3, 1.0), (0.01, 0.1, 1.0), (0.01, 0.5), (0.05, 0.5), (1.0, 3.0))
+
+    def columns(self, exponents: Vector, at: Inputs) -> tuple[list[Vector], list[list[Vector | None]]]:
+        tau, phi = exponents[3:]
+        columns, slopes = OwnTokens().columns(exponents[:3], at)
+        others = np.maximum(1.0 - at.r, 1e-12)
+        left = np.exp(-at.tokens / tau)
+        forgotten = others**phi * (1.0 - left)
+        return [*columns, forgotten], [
+            *([*slope, None] for slope in slopes),
+            [None, None, -(others**phi) * left * at.tokens / tau**2],
+            [None, None, forgotten * np.log(others)],
+        ]
+
+
 class Exponential:
     coefficients = ("E", "k")
 
@@ -172,6 +205,7 @@ class Power:
 FORMS: dict[FormName, Form] = {
     "dcpt": Dcpt(),
     "own_tokens": OwnTokens(),
+    "forgetting": Forgetting(),
     "exponential": Exponential(),
     "power": Power(),
 }

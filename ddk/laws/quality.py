@@ -35,7 +35,7 @@ class Quality:
     """Of one law."""
 
     r2: float
-    """1 − Σ(L̂ − L)²/Σ(L − mean L)² on the points of the fit."""
+    """`r_squared` on the points of the fit."""
     huber: float
     """Mean Huber loss of ln L̂ − ln L there."""
     ratio: Errors | None
@@ -46,17 +46,33 @@ class Quality:
     """Each size predicted from the others; None with fewer than three sizes."""
 
 
+def r_squared(points: DomainPoints, law: Law) -> float:
+    """1 − Σ(L̂ − L)²/Σ(L − mean L)²; 0 where all losses are the same."""
+    predicted = law.losses(points.parameters, points.tokens, points.shares)
+    spread = float(np.sum((points.losses - points.losses.mean()) ** 2))
+    return 1.0 - float(np.sum((predicted - points.losses) ** 2)) / spread if spread > 0.0 else 0.0
+
+
 def quality(points: DomainPoints, law: Law) -> Quality:
     """Of a law on the points that it was fitted to."""
     predicted = law.losses(points.parameters, points.tokens, points.shares)
-    spread = float(np.sum((points.losses - points.losses.mean()) ** 2))
     return Quality(
-        r2=1.0 - float(np.sum((predicted - points.losses) ** 2)) / spread if spread > 0.0 else 0.0,
+        r2=r_squared(points, law),
         huber=huber(np.log(predicted) - np.log(points.losses)),
         ratio=held_out(points, law.form, _by_mixture(points)),
         length=held_out(points, law.form, iter([points.tokens > LAST * points.tokens.max()])),
         size=held_out(points, law.form, _by_size(points)) if len(points.sizes) > 2 else None,
     )
+
+
+def bias_by_size(points: DomainPoints, law: Law) -> dict[float, float]:
+    """By N, the mean of L̂/L − 1 on the points of the fit: how far the law is off for a student as a whole.
+
+    Near 0 where the students differ in nothing but their size. One that was trained for longer before, or cut out of a
+    larger model, has a loss that its size does not explain.
+    """
+    errors = law.losses(points.parameters, points.tokens, points.shares) / points.losses - 1.0
+    return {size: float(errors[points.parameters == size].mean()) for size in points.sizes}
 
 
 def held_out(points: DomainPoints, form: FormName, folds: Iterator[npt.NDArray[np.bool_]]) -> Errors | None:

@@ -76,7 +76,8 @@ def fit(
     form: Annotated[
         str,
         typer.Option(
-            "--form", help="dcpt, own_tokens, exponential, power, or auto (the one that predicts unseen runs best)."
+            "--form",
+            help="dcpt, own_tokens, forgetting, exponential, power, or auto (the one that predicts unseen runs best).",
         ),
     ] = "dcpt",
     all_points: Annotated[

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ddk.errors import UserError
-from ddk.laws.fitting import fit_all
+from ddk.laws.fitting import Law, fit_all
 from ddk.laws.forms import FORMS, FormName
-from ddk.laws.points import by_domain
-from ddk.laws.quality import best_form, qualities, resampled_all
+from ddk.laws.points import DomainPoints, by_domain
+from ddk.laws.quality import best_form, bias_by_size, qualities, resampled_all
 from storage.runs.reports import LawFolder
 from tasks.predicting.page import render_law
 from tasks.predicting.plots import fit_figure
 from tasks.predicting.points import read_points
 from tasks.predicting.record import LawRecord, StoredPoint, stored_law
 from tasks.reporting.plots import DARK, LIGHT, as_png
+from tasks.showing.formats import percent
 
+_MOST_BIAS = 0.01
+"""Of a law for one student, as a share of the loss: the runs that are predicted best are off by less than a percent."""
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
@@ -65,11 +68,32 @@ def fit_law(
         ),
         stores={domain: dict(stores) for domain, stores in found.stores.items()},
         tokens_per_step=found.tokens_per_step,
-        notes=tuple(found.notes),
+        notes=(*found.notes, *_size_notes(points, laws)),
     )
     light, dark = ({"fit.png": as_png(fit_figure(record, theme=theme))} for theme in (LIGHT, DARK))
     files = {**light, "index.html": render_law(record, light, dark).encode()}
     return record, LawFolder(root, name).write(record.model_dump(mode="json"), files)
+
+
+def _size_notes(points: Mapping[str, DomainPoints], laws: Mapping[str, Law]) -> list[str]:
+    """Where the students' sizes do not explain how their losses differ."""
+    bias, size, domain = max(
+        (
+            (bias, size, domain)
+            for domain, law in laws.items()
+            if law.sized
+            for size, bias in bias_by_size(points[domain], law).items()
+        ),
+        key=lambda one: abs(one[0]),
+        default=(0.0, 0.0, ""),
+    )
+    if abs(bias) < _MOST_BIAS:
+        return []
+    return [
+        f"The sizes do not lie on one law: for the student of {size:,.0f} parameters it is {percent(abs(bias))} too "
+        f"{'high' if bias > 0 else 'low'} on '{domain}'. One law holds for students that were trained alike before. "
+        f"Fit each size by itself: choose its runs with --runs."
+    ]
 
 
 def check_name(name: str) -> None:

@@ -15,6 +15,7 @@ from tasks.showing.formats import UNKNOWN, percent
 FORMULAS = {
     "dcpt": "L = E + A/N^α + B·r^η/D^β + C/(r + ε)^γ (D-CPT Law, arXiv 2406.01375)",
     "own_tokens": "L = E + A/N^α + B/(n₀ + (r + t)·D)^β (a power law in the domain's own tokens)",
+    "forgetting": "L = E + A/N^α + B/(n₀ + (r + t)·D)^β + F·(1 − r)^φ·(1 − exp(−D/τ)) (own tokens, and forgetting)",
     "exponential": "L = E + A/N^α + k·exp(Σ t_j·(r_j − 1/m))/D^β (after Data Mixing Laws, arXiv 2403.16952)",
     "power": "L = E + A/N^α + B/D^β (without the mixture)",
 }

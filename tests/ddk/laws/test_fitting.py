@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from made_laws import TWO, dcpt, own, points
+from made_laws import TWO, Truth, dcpt, own, points
 
 from ddk.errors import UserError
 from ddk.laws.fitting import Law, fit, fit_all, huber
 from ddk.laws.forms import FORMS, FormName
 from ddk.laws.points import Point, by_domain
-from ddk.laws.quality import best_form, interval, quality, resampled
+from ddk.laws.quality import best_form, bias_by_size, interval, quality, resampled
 
 SIZES = (1e6, 3e6, 1e7)
 TRUTHS = {"a": dcpt(1.5, 30.0, 0.3), "b": dcpt(1.2, 20.0, 0.5)}
@@ -68,6 +70,38 @@ def test_two_sizes_take_the_exponent_of_chinchilla() -> None:
 def test_the_form_that_predicts_best_is_chosen() -> None:
     truths = {"a": own(1.5, 40.0, 2e5), "b": own(1.0, 60.0, 4e5)}
     assert best_form(by_domain(points(truths, TWO[1::2])), workers=1) == "own_tokens"
+
+
+def forgetting(rising: float) -> Truth:
+    """A student that knew the domain: its loss rises by so much without tokens of its own, and falls again later."""
+    return lambda n, d, r: (
+        2.0 + 30.0 / (3e5 + r * d) ** 0.35 + rising * (1 - r) ** 2 * (1 - math.exp(-d / 1.5e6)) + 40.0 / n**0.3
+    )
+
+
+def test_a_loss_that_rises_first_is_predicted_by_the_form_that_knows_of_forgetting() -> None:
+    truths = {"a": forgetting(0.5), "b": forgetting(0.3)}
+    lengths = [n * 1e6 for n in (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8)]
+    domains = by_domain(points(truths, TWO[::2], tokens=lengths, noise=0.001))
+    there = domains["a"]
+    assert there.losses[2] > there.losses[0], "with a tenth of the tokens it rises"
+    law, without = fit(there, "forgetting"), fit(there, "own_tokens")
+    errors = [
+        np.abs(one.losses(there.parameters, there.tokens, there.shares) / there.losses - 1) for one in (law, without)
+    ]
+    assert np.median(errors[0]) < 0.2 * np.median(errors[1])
+    for tokens, share in ((1e6, 0.2), (3e6, 0.67), (8e6, 0.8)):
+        expected = truths["a"](1e6, tokens, share)
+        assert law.losses(1e6, tokens, np.array([share, 1 - share]))[0] == pytest.approx(expected, rel=2e-3)
+    assert law.constants["tau"] == pytest.approx(1.5e6, rel=0.2)
+
+
+def test_a_student_that_its_size_does_not_explain_is_seen(law: Law) -> None:
+    alike = by_domain(points(TRUTHS, TWO, sizes=SIZES))["a"]
+    assert all(abs(bias) < 1e-3 for bias in bias_by_size(alike, law).values())
+    behind = {"a": lambda n, d, r: TRUTHS["a"](n, d, r) * (1.1 if n == 1e7 else 1.0), "b": TRUTHS["b"]}
+    domains = by_domain(points(behind, TWO, sizes=SIZES))
+    assert max(abs(bias) for bias in bias_by_size(domains["a"], fit(domains["a"], "dcpt")).values()) > 0.01
 
 
 def test_outliers_weigh_as_far_as_the_hubers_bend() -> None:
