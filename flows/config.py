@@ -47,16 +47,28 @@ from tasks.training.tracking.config import TrackingConfig
 if TYPE_CHECKING:
     from tasks.planning.complete_runs import RunSources
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
 """Of runs: they become names of files."""
 
-DomainName = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})*$", max_length=150)
-]
+DomainName = Annotated[str, Field(pattern=f"^{_NAME}(/{_NAME})*$", max_length=150)]
 """Of domains: parts like the name of a run, with '/' between them."""
 
 _MOST_PROBLEMS = 8
 """Named in one line; the others are counted."""
+
+
+def check_name(name: str) -> None:
+    """That a comparison or a law, which is named on the command line, can be a folder's name.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not re.fullmatch(_NAME, name):
+        raise UserError(
+            f"--name is '{name[:100]}'; it takes letters, digits, '.', '_' and '-', 100 at most, and begins with a "
+            f"letter or a digit"
+        )
 
 
 class Config(Section):

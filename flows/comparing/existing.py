@@ -9,6 +9,7 @@ from prefect import flow
 from prefect.settings import PREFECT_API_URL
 
 from ddk.errors import UserError
+from flows.config import check_name
 from storage.files import uri
 from storage.files.names import matches
 from storage.files.root import check_root
@@ -33,8 +34,7 @@ def report_existing(root: str, runs: Sequence[str], name: str | None, storage_bl
         UserError: the root is none, or fewer than two runs match.
     """
     called = name or name_of(runs)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", called):
-        raise UserError(f"--name is '{called[:100]}'; it takes letters, digits, '.', '_' and '-', 100 at most")
+    check_name(called)
     check_root(root)
     if PREFECT_API_URL.value():
         compare_runs(root=root, runs=list(runs), name=called, storage_block=storage_block)

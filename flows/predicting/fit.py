@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 
 from ddk.errors import UserError
@@ -11,6 +10,7 @@ from ddk.laws.fitting import Law, fit_all
 from ddk.laws.forms import FORMS, FormName
 from ddk.laws.points import DomainPoints, by_domain
 from ddk.laws.quality import best_form, bias_by_size, qualities, resampled_all
+from flows.config import check_name
 from storage.runs.reports import LawFolder
 from tasks.predicting.page import render_law
 from tasks.predicting.plots import fit_figure
@@ -21,7 +21,6 @@ from tasks.showing.formats import percent
 
 _MOST_BIAS = 0.01
 """Of a law for one student, as a share of the loss: the runs that are predicted best are off by less than a percent."""
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
 def fit_law(
@@ -94,13 +93,3 @@ def _size_notes(points: Mapping[str, DomainPoints], laws: Mapping[str, Law]) -> 
         f"{'high' if bias > 0 else 'low'} on '{domain}'. One law holds for students that were trained alike before. "
         f"Fit each size by itself: choose its runs with --runs."
     ]
-
-
-def check_name(name: str) -> None:
-    """That a law's name can be a folder's.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not re.fullmatch(_NAME, name):
-        raise UserError(f"--name is '{name}'; a law's name has letters, digits, dots, dashes and underscores")

@@ -165,6 +165,12 @@ def _check_alike(run: _Run, first: _Run) -> None:
                     f"runs '{run.name}' and '{first.name}' have other {what} of '{domain}'; their losses cannot be "
                     f"under one law: choose runs on one cache with --runs"
                 )
+        if run.config["student"] == first.config["student"] and _chosen(run, domain) != _chosen(first, domain):
+            raise UserError(
+                f"runs '{run.name}' and '{first.name}' drew from other selections of '{domain}' "
+                f"(domains.{domain}.select); their losses cannot be under one law: choose runs with the same selection "
+                f"with --runs"
+            )
     recipe = _of_training(first)
     for place, mine, theirs in (
         ("loss", run.config["loss"], first.config["loss"]),
@@ -175,6 +181,11 @@ def _check_alike(run: _Run, first: _Run) -> None:
                 f"runs '{run.name}' and '{first.name}' differ in {place}; a law holds for one training recipe: choose "
                 f"runs that share it with --runs"
             )
+
+
+def _chosen(run: _Run, domain: str) -> str | None:
+    """Name of the selection that it drew from. Another student's is another one, as its losses are ranked by."""
+    return run.stores[domain].get("selections")
 
 
 def _of_training(run: _Run) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def test_the_warm_up_is_left_out_and_long_runs_are_thinned(tmp_path: Path, stude
         ({"stores": {"a": STORES["a"]}}, "has the domains a, run 'a' a, b"),
         ({"stores": {**STORES, "b": {"blocks": "b9", "targets": "t2"}}}, "other validation sets) of 'b'"),
         ({"stores": {**STORES, "a": {"blocks": "b1", "targets": "t9"}}}, "other targets of 'a'"),
+        ({"stores": {**STORES, "a": {**STORES["a"], "selections": "s1"}}}, "other selections of 'a'"),
         ({"loss": {"gamma": 1.0}}, "differ in loss"),
         ({"train": {"learning_rate": 5e-3, "min_learning_rate": 5e-3}}, "differ in train.learning_rate"),
     ],
