@@ -336,12 +336,12 @@ def _panel(
 
 def _scale(axes: Axes, panels: Sequence[Mapping[str, Curve]], theme: Theme, caught_up: bool, steps: bool) -> None:
     """The y axis around what is drawn in these panels: curves far above 1 are not squeezed by a line at 1."""
-    if steps:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-        axes.set_ylim(bottom=0.0)
-        return
     values = [value for lines in panels for one in lines.values() for value in (*one.low, *one.high)]
     low, high = min(values), max(values)
+    if steps:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+        axes.set_ylim(0.0, 1.06 * high or 1.0)  # of all panels: whoever sets a limit ends the axes' own scaling
+        return
     if caught_up and low < _NEAR:
         axes.axhline(1.0, color=theme.ink, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1.5, gid="caught-up")
         low = min(low, 1.0)

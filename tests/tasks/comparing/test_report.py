@@ -20,10 +20,12 @@ from tasks.comparing.data import ComparedVariant
 from tasks.comparing.page import flops, in_words, render_comparison, render_markdown, signed
 from tasks.comparing.paper import paper, tables_beside
 from tasks.comparing.plots import (
+    Curve,
     curve,
     domains_figure,
     frontier_figure,
     mixture_figure,
+    panels_figure,
     plots,
     ratio_figure,
     ratio_panels,
@@ -35,6 +37,7 @@ from tasks.comparing.report import (
     report_comparison,
     write_comparison,
 )
+from tasks.reporting.plots import LIGHT
 from tasks.showing.artifacts import artifact_key
 
 FILES = [
@@ -218,6 +221,16 @@ def test_curves_are_means_over_seeds_with_their_range(three):
     mean = ratio_panels(three)["mean of the domains"]["kd"]
     assert mean.mean == pytest.approx((3.0, (2.55 + 2.65) / 2, (2.2 + 2.4) / 2))
     assert curve(three, "cpt", lambda record: None) is None
+
+
+def test_panels_of_one_axis_reach_as_far_as_the_highest_of_them():
+    """Also where the first one is flat."""
+    flat, high = (Curve(tokens=(0, 10), mean=(p, p), low=(p, p), high=(p, p)) for p in (0.2, 0.7))
+    figure = panels_figure({"a": {"math": flat}, "b": {"math": high}}, "probability", LIGHT, steps=True, shared=True)
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
+    for axes in figure.axes:
+        assert axes.get_ylim()[0] == 0.0
+        assert axes.get_ylim()[1] > 0.7
 
 
 def test_figures_have_a_panel_for_each_domain_or_variant(three):
