@@ -67,14 +67,14 @@ def fit_law(
         ),
         stores={domain: dict(stores) for domain, stores in found.stores.items()},
         tokens_per_step=found.tokens_per_step,
-        notes=(*found.notes, *_size_notes(points, laws)),
+        notes=(*found.notes, *size_notes(points, laws)),
     )
     light, dark = ({"fit.png": as_png(fit_figure(record, theme=theme))} for theme in (LIGHT, DARK))
     files = {**light, "index.html": render_law(record, light, dark).encode()}
     return record, LawFolder(root, name).write(record.model_dump(mode="json"), files)
 
 
-def _size_notes(points: Mapping[str, DomainPoints], laws: Mapping[str, Law]) -> list[str]:
+def size_notes(points: Mapping[str, DomainPoints], laws: Mapping[str, Law]) -> list[str]:
     """Where the students' sizes do not explain how their losses differ."""
     bias, size, domain = max(
         (

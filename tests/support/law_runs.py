@@ -29,12 +29,8 @@ def add_domain(root: Path, source: str, name: str, domain: str) -> str:
     return name
 
 
-def resized(root: Path, pattern: str, factor: float, student: Path, folder: Path, *, behind: float = 0.0) -> None:
-    """Copies of the runs for a student of `factor` times the width, whose losses differ by a power of that.
-
-    Args:
-        behind: nats by which they are higher still, as of a student that was trained for less long before.
-    """
+def resized(root: Path, pattern: str, factor: float, student: Path, folder: Path) -> None:
+    """Copies of the runs for a student of `factor` times the width, whose losses differ by a power of that."""
     folder.mkdir()
     config = json.loads((student / "config.json").read_text(encoding="utf-8"))
     for name in ("hidden_size", "intermediate_size"):
@@ -52,7 +48,7 @@ def resized(root: Path, pattern: str, factor: float, student: Path, folder: Path
             gaps = [
                 DomainGap(
                     domain=gap.domain,
-                    student_ppl=math.exp(math.log(gap.student_ppl) + 0.2 * (factor**-0.3 - 1) + behind),
+                    student_ppl=math.exp(math.log(gap.student_ppl) + 0.2 * (factor**-0.3 - 1)),
                     teacher_ppl=gap.teacher_ppl,
                 )
                 for gap in record.gaps

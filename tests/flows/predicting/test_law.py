@@ -222,5 +222,3 @@ def test_several_sizes_weigh_size_against_tokens(designed: Designed, ddk: Ddk, t
     assert answer["value"] == min(values)
     assert np.std(values) > 0
     assert "do not lie on one law" not in done.out
-    resized(root, "law-ddk_equal-*", 2.0, ASSETS / "student", tmp_path / "student2", behind=0.5)
-    assert "do not lie on one law" in ddk("law", designed.config, "--root", str(root), "--runs", "*").out
