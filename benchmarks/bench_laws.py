@@ -45,7 +45,9 @@ from ddk.laws.quality import LAST, best_form, qualities, r_squared
 from flows.config import Config
 from flows.presets.quickstart import remake
 from storage.runs.mixtures import MixtureRecord
+from tasks.comparing.plots import Curve, panels_figure
 from tasks.predicting.points import student_size
+from tasks.reporting.plots import LIGHT, as_png
 
 STEPS, INTERVAL, WARMUP = 180, 15, 15
 GROUP = ("math", "code")
@@ -103,6 +105,7 @@ def main() -> int:
         best(asked.workers)
         predict_again()
         run_all([_job(size, share, until=LONGER) for size in SIZES for share in AGAIN], asked.workers)
+    (CHECKOUT / "docs" / "images" / "laws-predicted.png").write_bytes(picture("middle"))
     rows = [*judged(), *judged_again()]
     return 0 if publish("laws", "make bench-laws", rows) else 1
 
@@ -330,6 +333,25 @@ def judged_again() -> Sequence[Row]:
             ]
             found.append(row(f"one student, {name}: median error on {what}", errors, "%", limit if chosen else None))
     return found
+
+
+def picture(size: str) -> bytes:
+    """Losses of a student under the mixtures that were run last: as they were predicted, and as they were measured."""
+    said, kept = predicted()["again"], points()
+    panels: dict[str, dict[str, Curve]] = {}
+    for share in AGAIN:
+        job = _job(size, share)
+        measured = [one for one in kept[job.run]["points"] if one["step"] >= INTERVAL]
+        foretold = {place["step"]: place["losses"][said["form"]] for place in said["places"] if place["run"] == job.run}
+        tokens = tuple(int(one["tokens"]) for one in measured)
+        for domain in measured[0]["losses"]:
+            for what, losses in (
+                ("predicted", tuple(foretold[one["step"]][domain] for one in measured)),
+                ("measured", tuple(one["losses"][domain] for one in measured)),
+            ):
+                label = f"{100 * share:g}% math and code, {what}"
+                panels.setdefault(domain, {})[label] = Curve(tokens=tokens, mean=losses, low=losses, high=losses)
+    return as_png(panels_figure(panels, "loss in nats per token", LIGHT))
 
 
 def points() -> dict[str, Any]:

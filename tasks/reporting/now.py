@@ -57,8 +57,8 @@ def show_training(folder: RunFolder, records: Sequence[IntervalRecord], steps: i
     ]
     body = "\n\n".join(
         [
-            f"**Step {count(now.step)} of {count(steps)}** ({percent(now.step / steps)}), measured just now. "
-            f"The mixture in force from here:",
+            f"**Step {count(now.step)} of {count(steps)}** ({percent(now.step / steps)}) at the newest measurement. "
+            f"The mixture in force from there:",
             markdown_table(("domain", "sampling probability", "ratio"), rows),
             markdown_table(("", ""), [("run", link(folder.url)), ("report", link(folder.report_url))], left=2),
         ]

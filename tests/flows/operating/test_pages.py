@@ -245,7 +245,6 @@ def test_the_form_of_a_custom_run_is_filled_in_and_explained(
     ui.text("Number of most probable tokens that are stored at every position.")
     values = page.locator("input, textarea").evaluate_all("fields => fields.map(field => field.value)")
     assert {"small", str(started.root), str(STEPS), str(INTERVAL)} <= set(values)
-    ui.text("packing (Optional)").evaluate("heading => heading.scrollIntoView({block: 'start'})")
     ui.shoot("custom-run")
 
 
