@@ -184,7 +184,8 @@ def _check_alike(run: _Run, first: _Run) -> None:
 
 
 def _chosen(run: _Run, domain: str) -> str | None:
-    """Name of the selection that it drew from. Another student's is another one, as its losses are ranked by."""
+    """Name of the selection that it drew from. Blocks are ranked by the student's own losses, so that another student
+    has another selection."""
     return run.stores[domain].get("selections")
 
 
