@@ -24,7 +24,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -331,7 +331,7 @@ def judged_again() -> Sequence[Row]:
     found: list[Row] = []
     laws = {size: _laws_of(size) for size in ALONE}
     domains = {size: by_domain(_seven(size)) for size in ALONE}
-    said, kept = predicted()["again"], points()
+    said = predicted()["again"]
     for name in FORMS:
         chosen = name == said["form"]
         fits = [r_squared(domains[size][domain], law) for size in ALONE for domain, law in laws[size][name].items()]
@@ -342,14 +342,7 @@ def judged_again() -> Sequence[Row]:
             ("mixtures that had not run", 1.0, False),
             ("these beyond the length that had run", 1.5, True),
         ):
-            errors = [
-                100 * abs(place["losses"][name][domain] / loss - 1)
-                for place in said["places"]
-                if place["run"] in kept and (place["step"] > STEPS) == long
-                for one in kept[place["run"]]["points"]
-                if one["step"] == place["step"]
-                for domain, loss in one["losses"].items()
-            ]
+            errors = _errors([place for place in said["places"] if (place["step"] > STEPS) == long], name)
             found.append(row(f"one student, {name}: median error on {what}", errors, "%", limit if chosen else None))
     return found
 
@@ -403,7 +396,10 @@ def judged() -> Sequence[Row]:
     found: list[Row] = []
     labels = [f"{share:g}" for share in (*SEEN, *UNSEEN)]
     domains = by_domain(points_of(labels, STEPS))
-    said = predicted()["unseen"]
+    said, kept = predicted()["unseen"], points()
+    new = {f"{share:g}" for share in UNSEEN}
+    unseen = [place for place in said["places"] if kept[place["run"]]["label"] in new]
+    longer = [place for place in said["places"] if kept[place["run"]]["label"] not in new]
     form: FormName = said["form"]
     for name in FORMS:
         laws = fit_all(domains, name, workers=os.cpu_count() or 1)
@@ -423,8 +419,8 @@ def judged() -> Sequence[Row]:
         if name not in said["places"][0]["losses"]:  # a form that did not exist then
             continue
         for what, errors, limit in (
-            ("mixtures that had not run", _errors(said, name, mixtures=True), 1.0),
-            ("the last third of the length", _errors(said, name, mixtures=False), 1.5),
+            ("mixtures that had not run", _errors(unseen, name), 1.0),
+            ("the last third of the length", _errors(longer, name), 1.5),
         ):
             found.append(row(f"{name}: median error on {what}", errors, "%", limit if chosen else None))
     found.append(row("a new domain from its first measurement: median error", across(), "%", 5.0))
@@ -442,16 +438,12 @@ def judged() -> Sequence[Row]:
     return found
 
 
-def _errors(said: Mapping[str, Any], form: str, *, mixtures: bool) -> list[float]:
+def _errors(places: Iterable[Mapping[str, Any]], form: str) -> list[float]:
     """In percent, of every domain at every place that was predicted."""
     kept = points()
-    unseen = {f"{share:g}" for share in UNSEEN}
     errors: list[float] = []
-    for place in said["places"]:
-        run = kept[place["run"]]
-        if (run["label"] in unseen) != mixtures:
-            continue
-        there = next(one for one in run["points"] if one["step"] == place["step"])
+    for place in places:
+        there = next(one for one in kept[place["run"]]["points"] if one["step"] == place["step"])
         errors += [100 * abs(place["losses"][form][domain] / loss - 1) for domain, loss in there["losses"].items()]
     return errors
 
