@@ -15,21 +15,23 @@ import numpy as np
 import pytest
 
 from ddk.errors import UserError
-from ddk.values import Int32Array, SparseTargets
+from ddk.values import Int32Array, SparseTargets, Split
+from storage.corpus.domain import DomainConfig
 from storage.files import claims as storage_claims
 from storage.files.below import bytes_of, files_below
 from storage.stores.codec import CodecConfig, TargetFormat
 from storage.stores.manifest import StoreWriter, read_manifest
 from storage.targets import TargetWriter, open_targets
 from tasks.capture.cache_targets import cache_targets
+from tasks.planning.store_plan import StorePlan
 from tasks.running import sharing
 from tasks.running.sharing import ShardQueue, alone
 
-BLOCKS = {"train": 21, "validation": 5}
+BLOCKS: dict[Split, int] = {"train": 21, "validation": 5}
 SEQ_LEN, K, VOCAB = 6, 3, 50
 BLOCK_DIMS = {"seq_len": SEQ_LEN, "vocab_size": VOCAB, "shard_blocks": 8}
 DIMS = {"seq_len": SEQ_LEN, "vocab_size": VOCAB, "k": K, "shard_blocks": 2}
-SHARDS = {"train": 11, "validation": 3}
+SHARDS: dict[Split, int] = {"train": 11, "validation": 3}
 
 
 class SlowTeacher:
@@ -56,26 +58,33 @@ class SlowTeacher:
         )
 
 
-class OneStore:
-    """Of a plan: what `cache_targets` reads of it."""
+def one_store(root: Path) -> StorePlan:
+    """A domain's packed blocks, and the plan of its targets."""
+    store = StorePlan(
+        root=str(root),
+        domain="math",
+        corpus=DomainConfig(train=[str(root / "math.jsonl")], validation_fraction=0.1),
+        train_files=(),
+        validation_files=(),
+        blocks_url=str(root / "blocks/aa/math.zarr"),
+        blocks_inputs={},
+        blocks_dims=BLOCK_DIMS,
+        targets_url=str(root / "targets/bb/math.zarr"),
+        targets_inputs={"k": K},
+        targets_dims=DIMS,
+        targets_form=TargetFormat(codec=CodecConfig(), entropy=True, draws=0, temperatures=()),
+    )
+    writer = StoreWriter(store.blocks_url, "blocks", {}, BLOCK_DIMS)
+    rng = np.random.default_rng(0)
+    for split, count in BLOCKS.items():
+        tokens = rng.integers(0, VOCAB, (count, SEQ_LEN + 1), dtype=np.int32)
+        for first in range(0, count, 8):
+            writer.write_shard(split, first // 8, {"tokens": tokens[first : first + 8]})
+    writer.finish()
+    return store
 
-    def __init__(self, root: Path) -> None:
-        self.domain = "math"
-        self.blocks_url, self.targets_url = str(root / "blocks/aa/math.zarr"), str(root / "targets/bb/math.zarr")
-        self.marked_blocks_url = None
-        self.targets_inputs: dict[str, Any] = {"k": K}
-        self.targets_dims = DIMS
-        self.targets_form = TargetFormat(codec=CodecConfig(), entropy=True, draws=0, temperatures=())
-        writer = StoreWriter(self.blocks_url, "blocks", {}, BLOCK_DIMS)
-        rng = np.random.default_rng(0)
-        for split, count in BLOCKS.items():
-            tokens = rng.integers(0, VOCAB, (count, SEQ_LEN + 1), dtype=np.int32)
-            for first in range(0, count, 8):
-                writer.write_shard(split, first // 8, {"tokens": tokens[first : first + 8]})
-        writer.finish()
 
-
-class OnePlan(dict[str, OneStore]):
+class OnePlan(dict[str, StorePlan]):
     @property
     def domains(self) -> list[str]:
         return list(self)
@@ -84,7 +93,7 @@ class OnePlan(dict[str, OneStore]):
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnePlan:
     monkeypatch.setattr(sharing, "SECONDS_BETWEEN_LOOKS", 0.05)
-    return OnePlan(math=OneStore(tmp_path))
+    return OnePlan(math=one_store(tmp_path))
 
 
 def capture(plan: Any, teacher: SlowTeacher, part: int = 1, parts: int = 1) -> dict[str, Any]:
@@ -133,7 +142,7 @@ def test_who_comes_later_gets_what_is_left_and_waits_for_what_is_in_hand(plan: A
     slow, quick = SlowTeacher(seconds=0.5), SlowTeacher(seconds=0.0)
     with ThreadPoolExecutor(2) as executor:
         first = executor.submit(capture, plan, slow)
-        while not slow.captured:
+        while not slow.captured and not first.done():
             time.sleep(0.01)
         second = executor.submit(capture, plan, quick)
         assert not second.result()["done_before"]
