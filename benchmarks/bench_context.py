@@ -64,6 +64,7 @@ CONTEXT: dict[str, Any] = {"target": TARGET, "trained": TRAINED, "max_scale": 20
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "context": {"student.context": CONTEXT},
+    "context, max_scale 8": {"student.context": {**CONTEXT, "max_scale": TARGET // TRAINED}},
     "context, CE": {"student.context": {**CONTEXT, "distil": False}},
 }
 UNTOUCHED = "untouched"

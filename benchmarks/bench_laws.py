@@ -37,7 +37,7 @@ from mixture_settings import CHECKOUT, configuration, encoded, make_model, prepa
 from transformers import AutoTokenizer
 
 from ddk.laws.answers import Objective, best_mixture
-from ddk.laws.cross import beginning, fit_across, unit_of
+from ddk.laws.cross import Beginning, fit_across
 from ddk.laws.fitting import Law, fit_all
 from ddk.laws.forms import FORMS, FormName
 from ddk.laws.points import Point, by_domain
@@ -57,15 +57,17 @@ UNSEEN = (0.5, 0.75)
 AGAIN, LONGER = (0.33, 0.85), 270
 """Mixtures and steps that are predicted for each student by itself, and run afterwards."""
 ALONE = ("small", "middle")
-"""These students. (At its learning rate the large one's pre-training is not stable: made again on another machine, it
-begins 0.7 nats higher than the one of the kept runs.)"""
+"""These students."""
 SAME = 0.02
 """Nats by which a student that was made again may begin elsewhere, before its runs are another student's."""
 OF_ONE: FormName = "forgetting"
 """The form for a student by itself. It was made after all other runs here, which is why further ones check it."""
 SIZES = ("small", "middle", "large")
-"""Pre-trained alike. (The quickstart's own student was trained for 700 steps, which is more than a law of size, tokens
-and mixture can know of: with it as the middle one the laws were 5 to 17% too high for it.)"""
+"""Pre-trained alike, but for the large one's warm-up of 30% of the steps instead of 5%. (With 5% its pre-training was
+not stable at 3e-3, and ended above the middle one; made again on another machine it ended 0.7 nats higher still. At
+2e-3 it was stable and still above the middle one. This setting is the first that put it below; no run that the laws are
+judged by had been made with it. The quickstart's own student was trained for 700 steps, which is more than a law of
+size, tokens and mixture can know of: with it as the middle one the laws were 5 to 17% too high for it.)"""
 STUDENT = "student"
 """The quickstart's own, for what needs one size only: the best mixture, and a domain that is new."""
 RECIPES = {
@@ -74,7 +76,14 @@ RECIPES = {
     ),
     "middle": replace(remake.STUDENT, name="middle", steps=250),
     "large": replace(
-        remake.STUDENT, name="large", hidden_size=192, intermediate_size=576, layers=3, steps=250, learning_rate=3e-3
+        remake.STUDENT,
+        name="large",
+        hidden_size=192,
+        intermediate_size=576,
+        layers=3,
+        steps=250,
+        learning_rate=4e-3,
+        warmup_fraction=0.3,
     ),
 }
 SEEDS = (0, 1, 2)
@@ -423,7 +432,9 @@ def judged() -> Sequence[Row]:
             ("the last third of the length", _errors(longer, name), 1.5),
         ):
             found.append(row(f"{name}: median error on {what}", errors, "%", limit if chosen else None))
-    found.append(row("a new domain from its first measurement: median error", across(), "%", 5.0))
+    predictions, unchanged = across()
+    found.append(row("a new domain from its first measurement: median error", predictions, "%", 5.0))
+    found.append(row("a new domain, if its loss stayed at its first measurement: median error", unchanged, "%"))
     if "best" in predicted():
         rival = f"{predicted()['best']['rival']:g}"
         differences = [_worst(f"{STUDENT}-law-{seed}") / _worst(f"{STUDENT}-{rival}-{seed}") - 1 for seed in SEEDS]
@@ -448,31 +459,33 @@ def _errors(places: Iterable[Mapping[str, Any]], form: str) -> list[float]:
     return errors
 
 
-def across() -> list[float]:
-    """Percent errors of each domain in turn, predicted from a law across the other four and its own beginning; one law
-    for each student."""
+def across() -> tuple[list[float], list[float]]:
+    """Percent errors of each domain in turn, predicted from a law across the other four and its own beginning, with one
+    law for each student; and those of saying that its loss stays where it was measured first."""
     labels = [f"{share:g}" for share in (*SEEN, *UNSEEN)]
     errors: list[float] = []
+    unchanged: list[float] = []
     for size in (*SIZES, STUDENT):
         domains = by_domain(points_of(labels, STEPS, sizes=(size,)))
         run = points()[_job(size, 0.4).run]["points"]
-        for left in domains:
-            rest = {domain: one for domain, one in domains.items() if domain != left}
-            unit = unit_of(rest)
-            known = {
-                domain: beginning(
-                    run[0]["losses"][domain],
-                    run[1]["losses"][domain],
-                    run[1]["tokens"] * run[1]["drawn"][domain] / sum(run[1]["drawn"].values()),
-                    unit,
-                )
-                for domain in domains
-            }
-            law = fit_across(rest, known)
-            there = domains[left]
+        known = {domain: _beginning(run, domain) for domain in domains}
+        for left, there in domains.items():
+            law = fit_across({domain: one for domain, one in domains.items() if domain != left}, known)
             losses = law.losses(there.tokens, there.own, known[left])
             errors += (100 * np.abs(losses / there.losses - 1)).tolist()
-    return errors
+            unchanged += (100 * np.abs(known[left].after / there.losses - 1)).tolist()
+    return errors, unchanged
+
+
+def _beginning(run: Sequence[Mapping[str, Any]], domain: str) -> Beginning:
+    before, after = run[:2]
+    return Beginning(
+        first=before["losses"][domain],
+        after=after["losses"][domain],
+        tokens=after["tokens"],
+        share=after["drawn"][domain] / sum(after["drawn"].values()),
+        teacher=before["teacher"][domain],
+    )
 
 
 def _worst(run: str) -> float:

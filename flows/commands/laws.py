@@ -226,15 +226,17 @@ def design(
     loaded = _loaded(config, overrides, root)
     with loading_libraries():
         from flows.costing.run_size import Assumptions
+        from flows.costing.table import hours_shown
         from flows.predicting import design as designing
     folder = os.path.dirname(os.path.abspath(config))
     asked = designing.design(loaded, folder, name=name, students=_words(students), seed=loaded.seed)
     found = designing.cost(loaded, asked, Assumptions(gpu=gpu, mfu=mfu))
+    training, capture = hours_shown(found.gpu_hours, "GPU "), hours_shown(found.capture_hours, "GPU ")
     for variant in asked.variants:
         say(f"run       {name}-{variant.key}-s{asked.seeds[0]}   {json.dumps(variant.fields['mixture.weights'])}")
     say(
-        f"cost      {found.runs} runs, {found.tokens:,} positions; about {found.gpu_hours:.3g} GPU hours to train, and "
-        f"{found.capture_hours:.3g} to capture the cache if it is not there (estimated for {gpu}, not measured)"
+        f"cost      {found.runs} runs, {found.tokens:,} positions; about {training} to train, and {capture} to "
+        f"capture the cache if it is not there (estimated for {gpu}, not measured)"
     )
     if dry_run:
         return
@@ -305,6 +307,7 @@ def teachers(
         from flows.comparing.compare import earlier_failures, found
         from flows.comparing.variants import whole_numbers
         from flows.costing.run_size import Assumptions
+        from flows.costing.table import hours_shown
         from flows.predicting import teachers as choosing
 
     asked = choosing.teachers_request(
@@ -323,13 +326,14 @@ def teachers(
     for run in comparison.failed:
         say(f"failed    {run.run}: {run.reason}")
     ranked = choosing.rank(loaded, asked, comparison, Assumptions(gpu=gpu, mfu=mfu))
+    rows = [
+        (one.model, f"{one.perplexity:.3f}", one.difference, hours_shown(one.capture_hours, "GPU "), f"{one.times:.1f}")
+        for one in ranked
+    ]
     _table(
         f"teachers for {loaded.student.model}, after {steps} steps on {blocks} blocks of each domain",
-        ("Teacher", "Student's perplexity", "Against the best", "Full capture, GPU hours (estimate)", "× student"),
-        [
-            (one.model, f"{one.perplexity:.3f}", one.difference, f"{one.capture_hours:.3g}", f"{one.times:.1f}")
-            for one in ranked
-        ],
+        ("Teacher", "Student's perplexity", "Against the best", "Full capture (estimate)", "× student"),
+        rows,
     )
     say(choosing.hint(ranked))
 

@@ -108,12 +108,12 @@ def shown(figure: Figure) -> str:
         case "FLOP":
             return f"{value:.3g} FLOP"
         case "GPU hours" | "hours":
-            return _hours(value, "GPU " if figure.unit == "GPU hours" else "")
+            return hours_shown(value, "GPU " if figure.unit == "GPU hours" else "")
         case _:
             return f"{_rounded(value)} {figure.unit}"
 
 
-def _hours(hours: float, of: str) -> str:
+def hours_shown(hours: float, of: str) -> str:
     """0.77 → '0.77 h'; what takes less than a minute, in seconds: 2.96e-06 → '0.0107 s'."""
     if 60.0 * hours >= 1.0:
         return f"{_rounded(hours)} {of}h"

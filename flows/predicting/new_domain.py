@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddk.errors import UserError
-from ddk.laws.cross import Beginning, CrossLaw, beginning, fit_across, unit_of
+from ddk.laws.cross import Beginning, CrossLaw, fit_across
 from ddk.laws.points import DomainPoints
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord
@@ -54,12 +54,18 @@ def predict_new(root: str, record: LawRecord, domain: str, run: str, tokens: flo
     points = record.domain_points()
     law = fit_across(points, known_beginnings(record, points))
     gap = next(gap for gap in records[0].gaps if gap.domain == domain)
-    known = beginning(math.log(gap.student_ppl), _loss(after, domain), _drawn(after, domain), unit_of(points))
+    known = Beginning(
+        first=math.log(gap.student_ppl),
+        after=_loss(after, domain),
+        tokens=float(after.tokens_seen),
+        share=after.blocks_drawn.get(domain, 0) / max(1, sum(after.blocks_drawn.values())),
+        teacher=math.log(gap.teacher_ppl),
+    )
     return NewDomain(
         domain=domain,
-        start=math.log(gap.student_ppl),
-        teacher=math.log(gap.teacher_ppl),
-        tokens=float(after.tokens_seen),
+        start=known.first,
+        teacher=known.teacher,
+        tokens=known.tokens,
         places=_places(law, known, record, tokens),
     )
 
@@ -67,13 +73,17 @@ def predict_new(root: str, record: LawRecord, domain: str, run: str, tokens: flo
 def known_beginnings(record: LawRecord, points: Mapping[str, DomainPoints]) -> dict[str, Beginning]:
     """Of the law's own domains: from their losses before training, and the earliest point of the run that drew them
     most evenly."""
-    unit = unit_of(points)
     found = {}
     for domain, one in points.items():
-        start = record.start(float(one.parameters[0]))[domain]
         first = one.tokens == one.tokens.min()
         even = int(np.argmin(np.where(first, np.abs(one.own - 1 / len(points)), np.inf)))
-        found[domain] = beginning(start, float(one.losses[even]), float(one.tokens[even] * one.own[even]), unit)
+        found[domain] = Beginning(
+            first=record.start(float(one.parameters[0]))[domain],
+            after=float(one.losses[even]),
+            tokens=float(one.tokens[even]),
+            share=float(one.own[even]),
+            teacher=record.teacher[domain],
+        )
     return found
 
 
@@ -87,8 +97,3 @@ def _places(law: CrossLaw, known: Beginning, record: LawRecord, tokens: float) -
 
 def _loss(record: MixtureRecord, domain: str) -> float:
     return math.log(next(gap for gap in record.gaps if gap.domain == domain).student_ppl)
-
-
-def _drawn(record: MixtureRecord, domain: str) -> float:
-    total = sum(record.blocks_drawn.values())
-    return record.tokens_seen * record.blocks_drawn.get(domain, 0) / max(1, total)

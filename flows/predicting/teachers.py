@@ -17,6 +17,7 @@ from flows.config import Config, changed
 from flows.costing.estimate import estimate
 from flows.costing.run_size import Assumptions
 from tasks.comparing.data import Comparison, Measure, difference_of, spread_of
+from tasks.planning.store_plan import plan_stores
 from tasks.predicting.points import student_size
 
 SAMPLE_BLOCKS, SHORT_STEPS = 256, 200
@@ -107,8 +108,22 @@ def hint(ranked: Sequence[RankedTeacher]) -> str:
 
 
 def refused(config: Config, request: Request) -> Mapping[str, str]:
-    """Why the configuration cannot run with a teacher, by the teacher's label."""
-    return {run.variant.name: run.refusal for run in planned_runs(config, request) if run.refusal is not None}
+    """Why the configuration cannot run with a teacher, by the teacher's label; known before anything is captured."""
+    reasons = {
+        run.variant.name: run.refusal or _cannot_be_planned(run.config)
+        for run in planned_runs(config, request)
+        if run.seed == request.seeds[0]
+    }
+    return {label: reason for label, reason in reasons.items() if reason is not None}
+
+
+def _cannot_be_planned(config: Config | None) -> str | None:
+    if config is not None:
+        try:
+            plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def _label(teacher: str, teachers: Sequence[str]) -> str:

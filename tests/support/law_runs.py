@@ -6,6 +6,7 @@ import fnmatch
 import json
 import math
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ddk.values import DomainGap, Mixture
@@ -13,8 +14,23 @@ from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, MixtureRecord, make_record
 
 
-def add_domain(root: Path, source: str, name: str, domain: str) -> str:
-    """A run like `source` that has measured a domain more, before training and after the first interval."""
+def add_domain(
+    root: Path,
+    source: str,
+    name: str,
+    domain: str,
+    *,
+    drawn: int = 20,
+    ppl: Callable[[int], float] = lambda drawn: 120.0 if drawn else 150.0,
+    most: int | None = None,
+) -> str:
+    """A run like `source` that has measured a domain more.
+
+    Args:
+        drawn: blocks of it in each interval.
+        ppl: the student's, after so many blocks of it.
+        most: measurements that it has; by default all of the source's.
+    """
     before = RunFolder(str(root), source)
     identity, config = before.identity(), before.config()
     assert identity is not None
@@ -22,10 +38,10 @@ def add_domain(root: Path, source: str, name: str, domain: str) -> str:
     stores = {**identity["stores"], domain: {"blocks": "b", "targets": "t"}}
     folder = RunFolder(str(root), name)
     folder.claim({**identity, "stores": stores}, {**config, "run": name})
-    for record in MixtureHistory(before.url).records()[:2]:
-        ppl = 150.0 if record.step == 0 else 120.0
-        gaps = [*record.gaps, DomainGap(domain=domain, student_ppl=ppl, teacher_ppl=70.0)]
-        _append(folder, record, gaps, {gap.domain: 1 / len(gaps) for gap in gaps}, domain)
+    for record in MixtureHistory(before.url).records()[:most]:
+        count = drawn * record.version
+        gaps = [*record.gaps, DomainGap(domain=domain, student_ppl=ppl(count), teacher_ppl=70.0)]
+        _append(folder, record, gaps, {gap.domain: 1 / len(gaps) for gap in gaps}, {domain: count})
     return name
 
 
@@ -57,9 +73,13 @@ def resized(root: Path, pattern: str, factor: float, student: Path, folder: Path
 
 
 def _append(
-    folder: RunFolder, record: MixtureRecord, gaps: list[DomainGap], shares: dict[str, float], more: str | None = None
+    folder: RunFolder,
+    record: MixtureRecord,
+    gaps: list[DomainGap],
+    shares: dict[str, float],
+    more: Mapping[str, int] | None = None,
 ) -> None:
-    drawn = dict(record.blocks_drawn) | ({} if more is None else {more: 20 * record.version})
+    drawn = dict(record.blocks_drawn) | dict(more or {})
     MixtureHistory(folder.url).append(
         make_record(
             version=record.version,

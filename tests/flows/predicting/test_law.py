@@ -18,6 +18,7 @@ from small_run import ASSETS, DOMAINS, Ddk, Finished, SmallRun, write_config
 
 from flows.config import load_config
 from flows.predicting.mixtures import given_mixture, mixture_after_tokens
+from flows.predicting.teachers import refused, teachers_request
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory
 from tasks.predicting.record import LawRecord, read_law
@@ -173,13 +174,35 @@ def test_what_a_law_cannot_say_is_refused(designed: Designed, ddk: Ddk) -> None:
     assert "two different models" in ddk.refusal("law", designed.config, "--teachers", "only-one")
 
 
-def test_a_new_domain_needs_a_law_of_enough_domains(designed: Designed, ddk: Ddk, tmp_path: Path) -> None:
+def test_a_new_domain_is_predicted_by_a_law_of_enough_domains(designed: Designed, ddk: Ddk, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(designed.root, root)
-    add_domain(root, RUN, "with-books", "books")
+    add_domain(root, RUN, "with-books", "books", most=2)
     words = ("law", designed.config, "--root", str(root), "--new-domain", "books", "--run")
     assert "at least 4 domains" in ddk.refusal(*words, "with-books")
     assert "and not 'books'" in ddk.refusal(*words, RUN)
+
+    for number, path in enumerate(sorted((designed.root / "runs").iterdir())):
+        add_domain(
+            root, path.name, f"four-{number}", "web", drawn=8 << number, ppl=lambda count: 70 + 80 / (1 + count / 100)
+        )
+    add_domain(root, "four-0", "five", "books", most=2)
+    done = ddk("law", "fit", designed.config, "--root", str(root), "--runs", "four-*", "--name", "four")
+    assert done.code == 0, done.err
+    found = asked(designed, ddk, "new-domain", *words[1:-1], "--run", "five", "--name", "four")
+    assert (found["start"], found["teacher"]) == pytest.approx((math.log(150), math.log(70)))
+    losses = [place["loss"] for place in found["predicted"]]
+    assert losses == sorted(losses, reverse=True), "the more of it, the lower its loss"
+    assert all(math.log(70) < loss < math.log(150) for loss in losses)
+
+
+def test_a_teacher_that_cannot_take_the_blocks_is_named_before_anything_is_captured(designed: Designed) -> None:
+    config = load_config(designed.config, ["packing.seq_len=256"])
+    models = [str(ASSETS / "teacher"), str(ASSETS / "student")]
+    asked = teachers_request(config, ".", name="teachers", teachers=models, seeds=[0, 1], blocks=8, steps=5)
+    reasons = refused(config, asked)
+    assert list(reasons) == ["student"]
+    assert "takes at most 255" in reasons["student"]
 
 
 def test_one_run_alone_is_refused(designed: Designed, ddk: Ddk) -> None:
