@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -76,16 +77,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--variants", type=lambda text: text.split(","), default=list(VARIANTS), help="by default all")
     parser.add_argument("--corpora", type=Path, help="folder with <domain>/validation.jsonl of long documents")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, with a thread each")
     parser.add_argument("--report", action="store_true", help="run nothing; judge what is there")
     asked = parser.parse_args()
     if not asked.report:
         prepare()
-        jobs = [(UNTOUCHED, 0, 0), *((name, asked.steps, seed) for name in VARIANTS for seed in asked.seeds)]
-        jobs.sort(key=lambda job: job[0] == "context, CE")  # last, if time is short
+        jobs = [(UNTOUCHED, 0, 0), *((name, asked.steps, seed) for name in asked.variants for seed in asked.seeds)]
         run_missing(jobs, asked.corpora, asked.workers)
-    return 0 if publish("context", "make bench-context", list(judged(asked.steps))) else 1
+    return 0 if publish("context", "make bench-context", [*judged(STEPS), *longer()]) else 1
 
 
 def configuration() -> Config:
@@ -199,6 +200,19 @@ def judged(steps: int) -> Iterator[Row]:
             continue
         yield from perplexities(group, untouched, by_seed)
         yield from bars(group, by_seed)
+
+
+def longer() -> Iterator[Row]:
+    """Of runs of other lengths, what the setting costs at the trained length: does it shrink?"""
+    runs = read_kept(KEPT)
+    names = [re.fullmatch(r"context-(\d+)-(\d+)", name) for name in runs]
+    for steps, seed in sorted((int(found[1]), int(found[2])) for found in names if found and int(found[1]) != STEPS):
+        plain, context = (runs.get(name_of(variant, steps, seed)) for variant in ("plain", "context"))
+        for group in ("packed", "whole"):
+            if plain is not None and context is not None and (there := mean_losses(plain, group)):
+                lost = 100 * math.expm1(mean_losses(context, group)["256@8"] - there["256@1"])
+                name = f"{group}: context, scale 8, perplexity at 256 above plain's"
+                yield row(f"{name}, {steps} steps, seed {seed}", [lost], "%")
 
 
 def perplexities(

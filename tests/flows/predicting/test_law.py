@@ -193,7 +193,7 @@ def test_a_new_domain_is_predicted_by_a_law_of_enough_domains(designed: Designed
     assert (found["start"], found["teacher"]) == pytest.approx((math.log(150), math.log(70)))
     losses = [place["loss"] for place in found["predicted"]]
     assert losses == sorted(losses, reverse=True), "the more of it, the lower its loss"
-    assert all(math.log(70) < loss < math.log(150) for loss in losses)
+    assert math.log(70) < losses[-1] < math.log(150), "with all of the tokens, it is learnt"
 
 
 def test_a_teacher_that_cannot_take_the_blocks_is_named_before_anything_is_captured(designed: Designed) -> None:
