@@ -8,6 +8,7 @@ the student is distilled with each mixture, for the same number of steps, and as
 
     equal   every concept equally often (ddk_equal)         accuracy   mixture.follow: accuracy
     gap     DDK, by perplexities                            both       mixture.follow: both
+    both, retain    mixture.follow: both, with the method ddk_retain
 
 Weak concepts are those that the student lacks by its making, not by what was measured. Five seeds; differences are
 paired by seed, with their 95% interval.
@@ -46,7 +47,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 BUILD = CHECKOUT / "build" / "bench-concepts"
 WEAK = ("arithmetic/subtraction", "arithmetic/multiplication", "arithmetic/remainder")
 STRONG = tuple(concept for concept in made.CONCEPTS if concept not in WEAK)
-STEPS, INTERVAL, SEEDS = 100, 20, (0, 1, 2, 3, 4)
+STEPS, INTERVAL, SEEDS = 400, 40, (0, 1, 2, 3, 4)
 FIRST = "first"
 """The run whose evaluation the mixtures follow."""
 FOLLOWED = {"mixture.accuracy_run": FIRST, "mixture.accuracy_model": "before"}
@@ -55,6 +56,7 @@ RULES: dict[str, dict[str, Any]] = {
     "accuracy": {"method": "ddk", "mixture.follow": "accuracy", **FOLLOWED},
     "gap": {"method": "ddk"},
     "both": {"method": "ddk", "mixture.follow": "both", **FOLLOWED},
+    "both, retain": {"method": "ddk_retain", "mixture.follow": "both", **FOLLOWED},
 }
 
 
@@ -144,9 +146,13 @@ def ask(config: Config, measures: list[Measure], run_name: str, folders: Mapping
     report_evaluation(config.root, run_name)
 
 
+def name_of(rule: str, seed: int) -> str:
+    return f"{rule.replace(', ', '-')}-{STEPS}-{seed}"
+
+
 def run(config: Config, measures: list[Measure], rule: str, fields: Mapping[str, Any], seed: int) -> None:
     """Train one student and ask it; nothing where that has been done."""
-    name = f"{rule}-{seed}"
+    name = name_of(rule, seed)
     if any(one["model"] == "student" for one in EvaluationFolder(config.root, name).records()):
         return
     student = BUILD / "students" / name
@@ -169,7 +175,7 @@ def accuracies(root: str, run_name: str, role: str) -> dict[str, float]:
 def rows(root: str) -> Iterator[Row]:
     """Accuracies by concept, then what each mixture gains over equal sampling, and whether the others hold."""
     before, teacher = accuracies(root, FIRST, "before"), accuracies(root, FIRST, "teacher")
-    after = {rule: {seed: accuracies(root, f"{rule}-{seed}", "student") for seed in SEEDS} for rule in RULES}
+    after = {rule: {seed: accuracies(root, name_of(rule, seed), "student") for seed in SEEDS} for rule in RULES}
     for concept in made.CONCEPTS:
         kind = "weak" if concept in WEAK else "strong"
         yield row(f"{concept} ({kind}): student before", [100 * before[concept]], "%")

@@ -49,6 +49,8 @@ KEPT = Path(OUT) / "selection" / "runs.json"
 NOISE, KEEP, STEPS, BLOCKS = 0.3, 0.5, 150, 768
 SEEDS = (0, 1, 2, 3, 4)
 CORPORA = ("clean", "noisy")
+SHUFFLED, REPEATED, FOREIGN = "shuffled words", "boilerplate", "another language"
+KINDS = (SHUFFLED, REPEATED, FOREIGN)
 BOILERPLATE = (
     "All rights reserved. Click here to subscribe to our newsletter. Accept all cookies. Terms of service. Privacy. "
     "Share this page. Back to top. "
@@ -111,25 +113,25 @@ def documents(domain: str) -> list[str]:
     return remake.read_corpus(remake.corpus_path(remake.HERE, domain, "train"))
 
 
-def noisy_documents(domain: str) -> Iterator[tuple[str, bool]]:
-    """Each document, and whether it is noise. Noise has the length of what it replaces."""
+def noisy_documents(domain: str) -> Iterator[tuple[str, str | None]]:
+    """Each document, and what kind of noise it is; None where it is none. Noise has the length of what it replaces."""
     generator = np.random.default_rng(len(domain))
     foreign = "".join(documents("web" if domain == "zh_books" else "zh_books"))
     place = 0
     for text in documents(domain):
         if generator.random() >= NOISE:
-            yield text, False
+            yield text, None
             continue
         kind = int(generator.integers(3))
         if kind == 0:
             words = list(text) if domain == "zh_books" else text.split(" ")
             generator.shuffle(words)
-            yield ("" if domain == "zh_books" else " ").join(words), True
+            yield ("" if domain == "zh_books" else " ").join(words), SHUFFLED
         elif kind == 1:
-            yield (BOILERPLATE * (len(text) // len(BOILERPLATE) + 1))[: len(text)], True
+            yield (BOILERPLATE * (len(text) // len(BOILERPLATE) + 1))[: len(text)], REPEATED
         else:
             place = place if place + len(text) < len(foreign) else 0
-            yield foreign[place : place + len(text)], True
+            yield foreign[place : place + len(text)], FOREIGN
             place += len(text)
 
 
@@ -143,7 +145,8 @@ def make_noisy() -> None:
 
 
 def noise_found() -> dict[str, dict[str, float]]:
-    """Precision and recall of what each selection of the noisy corpora leaves out; a block is noise by its majority."""
+    """Precision and recall of what each selection of the noisy corpora leaves out, and the recall by kind of noise; a
+    block is noise, or of a kind, by its majority."""
     config = config_of("noisy", kept=True)
     plan = plan_of(config)
     selections = plan_selections(config.root, plan, config.student)
@@ -151,36 +154,41 @@ def noise_found() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for domain, selection in selections.items():
         blocks = open_blocks(plan[domain].blocks_url)
-        noise = _noise_of_blocks(domain, tokenizer, blocks.read(np.arange(len(blocks))))
+        kinds = _kinds_of_blocks(domain, tokenizer, blocks.read(np.arange(len(blocks))))
+        noise = kinds != ""
         left_out = np.ones(len(blocks), dtype=bool)
         left_out[open_selection(selection.selection_url).read()[0]] = False
-        hits = float((left_out & noise).sum())
         found[domain] = {
             "share": float(noise.mean()),
-            "precision": hits / float(left_out.sum()),
-            "recall": hits / float(noise.sum()),
+            "precision": float(noise[left_out].mean()),
+            "recall": float(left_out[noise].mean()),
+            **{f"recall of {kind}": float(left_out[kinds == kind].mean()) for kind in KINDS if (kinds == kind).any()},
         }
     return found
 
 
-def _noise_of_blocks(domain: str, tokenizer: Any, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Which blocks are noise in more than half of their tokens."""
+def _kinds_of_blocks(domain: str, tokenizer: Any, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.str_]:
+    """The kind of noise that more than half of a block's noisy tokens are; '' where no more than half of all are."""
     stream: list[int] = []
-    marks: list[bool] = []
+    marks: list[str] = []
     wanted = tokens.shape[0] * tokens.shape[1] + 1
-    for text, noise in noisy_documents(domain):
+    for text, kind in noisy_documents(domain):
         ids = [*tokenizer.backend_tokenizer.encode(text).ids, tokenizer.eos_token_id]
         stream += ids
-        marks += [noise] * len(ids)
+        marks += [kind or ""] * len(ids)
         if len(stream) >= wanted:
             break
     length = tokens.shape[1] - 1
     for overlap in (0, 1):  # whether a block begins with the last token of the one before
-        step = length + 1 - overlap
-        starts = np.arange(len(tokens)) * step
+        starts = np.arange(len(tokens)) * (length + 1 - overlap)
         if all(stream[start : start + length + 1] == list(block) for start, block in zip(starts, tokens, strict=True)):
-            return np.array([np.mean(marks[start : start + length + 1]) > 0.5 for start in starts])
+            return np.array([_kind_of(marks[start : start + length + 1]) for start in starts])
     raise SystemExit(f"the blocks of {domain} are not those of its documents")
+
+
+def _kind_of(marks: Sequence[str]) -> str:
+    counts = {kind: marks.count(kind) for kind in KINDS}
+    return max(counts, key=lambda kind: counts[kind]) if sum(counts.values()) > len(marks) / 2 else ""
 
 
 def run_missing(jobs: Sequence[Job], workers: int) -> None:
@@ -203,18 +211,15 @@ def measure(job: Job) -> dict[str, float]:
 def judged() -> Iterator[Row]:
     kept = read_kept(KEPT)
     noise: Mapping[str, Mapping[str, float]] = kept.get("noise", {})
-    for figure, bar in (("share", None), ("precision", None), ("recall", 0.9)):
-        values = [100 * one[figure] for one in noise.values()]
+    for figure, said, bar in (
+        ("share", "share of noise among blocks", None),
+        ("precision", "share of noise in what the selection leaves out", None),
+        ("recall", "share of the noise that it leaves out", 90.0),
+        *((f"recall of {kind}", f"share of {kind} that it leaves out", None) for kind in KINDS),
+    ):
+        values = [100 * one[figure] for one in noise.values() if figure in one]
         if values:
-            yield row(
-                f"noisy: {figure} of noise among blocks"
-                if figure == "share"
-                else f"noisy: {figure} of the selection for noise",
-                values,
-                "%",
-                bar and 100 * bar,
-                ">",
-            )
+            yield row(f"noisy: {said}, median of domains", values, "%", bar, ">")
     runs = kept_runs()
     for corpora in CORPORA:
         seeds = [s for s in SEEDS if all(Job(corpora, k, s).name in runs for k in (True, False))]
