@@ -45,7 +45,7 @@ format: setup     ## Format the code with ruff
 lock: setup       ## Regenerate requirements/{cpu,cuda}.txt from pyproject.toml (UPGRADE=--upgrade for newer versions)
 	UPGRADE=$(UPGRADE) bash requirements/lock.sh
 
-bench: bench-startup bench-quickstart bench-capture bench-training bench-methods ## Run every benchmark (bench-methods takes hours) but bench-laws (an hour), bench-context (an hour), bench-server (20 minutes), bench-selection (two) and bench-mixtures (a day); each writes a table and benchmarks/out/<name>.json
+bench: bench-startup bench-quickstart bench-capture bench-training bench-methods ## Run every benchmark (bench-methods takes hours) but bench-laws (an hour), bench-context and bench-selection (half an hour each), bench-server (20 minutes) and bench-mixtures (a day); each writes a table and benchmarks/out/<name>.json
 
 bench-%: setup    ## Run one benchmark, e.g. bench-quickstart
 	.venv/bin/python benchmarks/bench_$*.py $(ARGS)

@@ -1,6 +1,6 @@
 """Evaluate, train on the weak concepts, evaluate: does `mixture.follow: accuracy` mend what a student lacks?
 
-    make bench-concepts        a few minutes on one core; what has been run is kept below build/bench-concepts
+    make bench-concepts        about twenty minutes on one core; what has been run is kept below build/bench-concepts
 
 Facts about numbers by concept (concept_facts.py). The teacher was trained on all concepts alike; the student on
 addition and on both concepts of order, with next to nothing of the three others. The code of `ddk eval` asks both; then
