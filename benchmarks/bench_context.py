@@ -23,7 +23,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -86,7 +85,7 @@ def main() -> int:
         prepare()
         jobs = [(UNTOUCHED, 0, 0), *((name, asked.steps, seed) for name in asked.variants for seed in asked.seeds)]
         run_missing(jobs, asked.corpora, asked.workers)
-    return 0 if publish("context", "make bench-context", [*judged(STEPS), *longer()]) else 1
+    return 0 if publish("context", "make bench-context", list(judged())) else 1
 
 
 def configuration() -> Config:
@@ -182,37 +181,31 @@ def losses(folder: str, sequences: Mapping[str, Int32Array]) -> Figures:
     return found
 
 
-def judged(steps: int) -> Iterator[Row]:
+def judged() -> Iterator[Row]:
     runs = read_kept(KEPT)
     if UNTOUCHED not in runs:
         return
+    other = {int(name.rsplit("-", 2)[1]) for name in runs if name.startswith("context-")} - {STEPS}
     for group in ("packed", "whole"):
-        by_seed = {
-            variant: {
-                seed: mean_losses(runs[name], group)
-                for seed in SEEDS
-                if (name := name_of(variant, steps, seed)) in runs and mean_losses(runs[name], group)
-            }
-            for variant in VARIANTS
-        }
         untouched = mean_losses(runs[UNTOUCHED], group)
         if not untouched:
             continue
-        yield from perplexities(group, untouched, by_seed)
-        yield from bars(group, by_seed)
+        yield from perplexities(group, untouched, by_variant(runs, group, STEPS))
+        yield from bars(group, by_variant(runs, group, STEPS))
+        for steps in sorted(other):
+            yield from bars(f"{group}, {steps} steps", by_variant(runs, group, steps))
 
 
-def longer() -> Iterator[Row]:
-    """Of runs of other lengths, what the setting costs at the trained length: does it shrink?"""
-    runs = read_kept(KEPT)
-    names = [re.fullmatch(r"context-(\d+)-(\d+)", name) for name in runs]
-    for steps, seed in sorted((int(found[1]), int(found[2])) for found in names if found and int(found[1]) != STEPS):
-        plain, context = (runs.get(name_of(variant, steps, seed)) for variant in ("plain", "context"))
-        for group in ("packed", "whole"):
-            if plain is not None and context is not None and (there := mean_losses(plain, group)):
-                lost = 100 * math.expm1(mean_losses(context, group)["256@8"] - there["256@1"])
-                name = f"{group}: context, scale 8, perplexity at 256 above plain's"
-                yield row(f"{name}, {steps} steps, seed {seed}", [lost], "%")
+def by_variant(runs: Mapping[str, Figures], group: str, steps: int) -> dict[str, dict[int, dict[str, float]]]:
+    """Mean losses by seed, of each variant that was trained for so many steps and measured on the group."""
+    return {
+        variant: {
+            seed: mean_losses(runs[name], group)
+            for seed in SEEDS
+            if (name := name_of(variant, steps, seed)) in runs and mean_losses(runs[name], group)
+        }
+        for variant in VARIANTS
+    }
 
 
 def perplexities(

@@ -27,15 +27,14 @@ import numpy.typing as npt
 from scipy.optimize import minimize
 
 from ddk.errors import UserError
-from ddk.laws.fitting import DELTA
+from ddk.laws.fitting import DELTA, POLISHED, huber
+from ddk.laws.forms import forgotten
 from ddk.laws.points import DomainPoints, Vector
 
 _FEWEST_DOMAINS = 4
 _BOUNDS = ((0.05, 3.0), (1e-4, 10.0), (1e-5, 3.0), (0.1, 6.0), (1e-3, 1e2))
 """Of β, t, F, φ, τ."""
 _GRID = ((0.3, 1.0), (0.03, 0.3), (0.01, 0.3), (1.0, 3.0), (0.1, 1.0))
-_POLISHED = 4
-"""Starts that L-BFGS goes on from."""
 _LEFT = 0.05
 """Share of k₁ − L_T that is left after the first interval, at least: below it, s would follow from noise."""
 _LEAST = 0.01
@@ -92,11 +91,10 @@ def fit_across(points: Mapping[str, DomainPoints], beginnings: Mapping[str, Begi
     known = _columns([beginnings[name] for name in points], domain)
 
     def distance(logarithms: Vector) -> float:
-        error = np.abs(np.log(_losses(np.exp(logarithms), tokens, share, known, unit) / losses))
-        return float(np.where(error < DELTA, error**2 / 2, DELTA * (error - DELTA / 2)).mean() / DELTA**2)
+        return huber(np.log(_losses(np.exp(logarithms), tokens, share, known, unit) / losses)) / DELTA**2
 
     starts = sorted((np.log(start) for start in itertools.product(*_GRID)), key=distance)
-    found = [minimize(distance, one, method="L-BFGS-B", bounds=np.log(_BOUNDS)) for one in starts[:_POLISHED]]
+    found = [minimize(distance, one, method="L-BFGS-B", bounds=np.log(_BOUNDS)) for one in starts[:POLISHED]]
     best = min(found, key=lambda one: float(one.fun))
     return CrossLaw(constants=tuple(np.exp(best.x).tolist()), unit=unit)
 
@@ -110,16 +108,11 @@ def _columns(beginnings: list[Beginning], domain: npt.NDArray[np.int64]) -> dict
 
 
 def _losses(constants: Vector, tokens: Vector, share: Vector, known: Mapping[str, Vector], unit: float) -> Vector:
-    beta, t, *_ = constants
+    beta, t, most, phi, tau = constants
     towards = np.minimum(known["teacher"], known["first"] - _LEAST)
     whole = known["first"] - towards
-    forgotten = _forgotten(constants, known["tokens"] / unit, known["share"])
-    left = np.clip((known["after"] - forgotten - towards) / whole, _LEFT, 1.0)
+    at_first = most * forgotten(known["tokens"] / unit, known["share"], tau, phi)
+    left = np.clip((known["after"] - at_first - towards) / whole, _LEFT, 1.0)
     speed = (1.0 / left - 1.0) / ((known["share"] + t) * known["tokens"] / unit) ** beta
     learnt = speed * ((share + t) * tokens / unit) ** beta
-    return np.asarray(towards + whole / (1.0 + learnt) + _forgotten(constants, tokens / unit, share))
-
-
-def _forgotten(constants: Vector, tokens: Vector, share: Vector) -> Vector:
-    limit, phi, tau = constants[2:]
-    return np.asarray(limit * (1.0 - share) ** phi * -np.expm1(-tokens / tau))
+    return np.asarray(towards + whole / (1.0 + learnt) + most * forgotten(tokens / unit, share, tau, phi))

@@ -128,6 +128,12 @@ class OwnTokens:
         ]
 
 
+def forgotten(tokens: Vector, share: Vector, tau: float, phi: float) -> Vector:
+    """(1 − r)^φ·(1 − exp(−D/τ)), [n]: what D tokens, of which a domain had the share r, make a student forget of it, as
+    a part of the limit."""
+    return np.asarray(np.maximum(1.0 - share, 1e-12) ** phi * (1.0 - np.exp(-tokens / tau)))
+
+
 class Forgetting:
     """`own_tokens`, and a loss that other domains' tokens add up to a limit, soon after the run began.
 
@@ -151,11 +157,11 @@ class Forgetting:
         columns, slopes = OwnTokens().columns(exponents[:3], at)
         others = np.maximum(1.0 - at.r, 1e-12)
         left = np.exp(-at.tokens / tau)
-        forgotten = others**phi * (1.0 - left)
-        return [*columns, forgotten], [
+        column = forgotten(at.tokens, at.r, tau, phi)
+        return [*columns, column], [
             *([*slope, None] for slope in slopes),
             [None, None, -(others**phi) * left * at.tokens / tau**2],
-            [None, None, forgotten * np.log(others)],
+            [None, None, column * np.log(others)],
         ]
 
 

@@ -16,8 +16,8 @@ from flows.comparing.variants import Request, Variant, planned_runs
 from flows.config import Config, changed
 from flows.costing.estimate import estimate
 from flows.costing.run_size import Assumptions
+from flows.stages import plan_of
 from tasks.comparing.data import Comparison, Measure, difference_of, spread_of
-from tasks.planning.store_plan import plan_stores
 from tasks.predicting.points import student_size
 
 SAMPLE_BLOCKS, SHORT_STEPS = 256, 200
@@ -120,7 +120,7 @@ def refused(config: Config, request: Request) -> Mapping[str, str]:
 def _cannot_be_planned(config: Config | None) -> str | None:
     if config is not None:
         try:
-            plan_stores(config.root, config.domains, config.packing, config.teacher, student=config.student)
+            plan_of(config)
         except UserError as error:
             return str(error)
     return None
