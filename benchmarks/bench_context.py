@@ -5,15 +5,14 @@
     .venv/bin/python benchmarks/bench_context.py --report
 
 On the quickstart's five domains, teacher and student: students trained on equally many tokens, three seeds, as usual
-(*plain*), with `student.context: {target: 2048}` (*context*), and with that and cross-entropy alone on the blocks with
-other positions (*context, CE*). Beside them the student as it was, and position interpolation alone: positions divided
-by length/256, without any training for it.
+(*plain*), with `student.context: {target: 2048}` (*context*), and with other draws. Beside them the student as it was,
+and position interpolation alone: positions divided by length/256, without any training for it.
 
 Perplexity is measured on sequences of 2,048 tokens, cut into windows of 256, 512, 1,024 and 2,048 tokens that are read
 apart, so that every length is measured on the same tokens; the geometric mean over domains. *Packed*: the quickstart's
 validation documents, which are shorter and follow one another. *Whole*: with `--corpora DIR`, long documents of
-`DIR/<domain>/validation.jsonl`, one a sequence. Every run is kept in
-`benchmarks/out/context/runs.json`; the bars are of the student as it is saved, scale 8.
+`DIR/<domain>/validation.jsonl`, one a sequence. Every run is kept in `benchmarks/out/context/runs.json`; the bars are
+of the student as it is saved, scale 8.
 """
 
 from __future__ import annotations
@@ -60,12 +59,19 @@ SEEDS = (0, 1, 2)
 SEQUENCES, LEAST = 8, 8
 LONG_DOMAINS = ("arxiv", "code", "qa")
 """Of `--corpora`, those with enough documents of 2,048 tokens."""
-CONTEXT: dict[str, Any] = {"target": TARGET, "trained": TRAINED, "max_scale": 20, "offset_after": 4}
+CONTEXT: dict[str, Any] = {"target": TARGET, "trained": TRAINED, "max_scale": 20, "offset_after": 4, "saved_share": 0.5}
+CHANGES: dict[str, dict[str, Any]] = {
+    "context": {},
+    "saved_share 0": {"saved_share": 0.0},
+    "saved_share 1": {"saved_share": 1.0},
+    "saved_share 1 without offsets": {"saved_share": 1.0, "offset_after": TRAINED},
+    "saved_share 0 and max_scale 8": {"saved_share": 0.0, "max_scale": TARGET // TRAINED},
+    "saved_share 0 and cross-entropy": {"saved_share": 0.0, "distil": False},
+}
+"""Variants of the setting. Without `saved_share` the draws are those of the paper."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "context": {"student.context": CONTEXT},
-    "context, max_scale 8": {"student.context": {**CONTEXT, "max_scale": TARGET // TRAINED}},
-    "context, CE": {"student.context": {**CONTEXT, "distil": False}},
+    **{name: {"student.context": {**CONTEXT, **change}} for name, change in CHANGES.items()},
 }
 UNTOUCHED = "untouched"
 Figures = dict[str, dict[str, float]]
@@ -185,7 +191,7 @@ def judged() -> Iterator[Row]:
     runs = read_kept(KEPT)
     if UNTOUCHED not in runs:
         return
-    other = {int(name.rsplit("-", 2)[1]) for name in runs if name.startswith("context-")} - {STEPS}
+    other = {int(name.rsplit("-", 2)[1]) for name in runs if name != UNTOUCHED} - {STEPS}
     for group in ("packed", "whole"):
         untouched = mean_losses(runs[UNTOUCHED], group)
         if not untouched:

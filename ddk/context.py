@@ -7,7 +7,8 @@ At every step every block draws a scale g and an offset t; position m of the blo
 where L is the length that the student knows (`trained`), and R the length of a block (`packing.seq_len`), so that no
 position shown lies beyond L. g_min is 1, and ⌈R/L⌉ where blocks are longer than what the student knows. One set of
 weights then reads many densities of positions and many distances; the saved student divides its positions by
-target/L, which transformers and vLLM know as linear scaling.
+target/L, which transformers and vLLM know as linear scaling. `saved_share` departs from the paper: that share of the
+blocks draws g = target/L, the scale that the saved student is read at, and only the rest is uniform.
 
 The teacher's targets are of ordinary positions, whatever the student is shown. Nothing here knows a model:
 `ddk.rotary` shows positions to one.
@@ -84,6 +85,8 @@ class ContextPlan:
     max_scale: int
     offset_after: int
     distil: bool
+    saved_share: float
+    """Share of the blocks that draw the saved student's own scale; the rest is uniform."""
 
     @property
     def factor(self) -> float:
@@ -111,9 +114,12 @@ class ContextPlan:
         scales, offsets = [], []
         for row in rows:
             random = np.random.default_rng([seed, step, row, _STREAM])
-            scale = int(random.integers(self.min_scale, self.max_scale, endpoint=True))
-            scales.append(float(scale))
-            offsets.append(int(random.integers(0, max(0, scale * self.trained - self.block), endpoint=True)))
+            scale = float(random.integers(self.min_scale, self.max_scale, endpoint=True))
+            farthest = int(scale) * self.trained
+            if self.saved_share and random.random() < self.saved_share:
+                scale, farthest = self.factor, self.target
+            scales.append(scale)
+            offsets.append(int(random.integers(0, max(0, farthest - self.block), endpoint=True)))
         return Stretch(scale_B=np.array(scales), offset_B=np.array(offsets, np.int64), after=self.offset_after)
 
 
@@ -157,6 +163,7 @@ def plan_context(config: ContextConfig, declared: int | None, seq_len: int, mode
         max_scale=config.max_scale,
         offset_after=config.offset_after,
         distil=config.distil,
+        saved_share=config.saved_share,
     )
 
 

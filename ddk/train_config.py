@@ -28,8 +28,11 @@ class ContextConfig(Section):
     """Number of positions that the saved student is for. Its config.json declares them, and divides positions by
     target/trained."""
     max_scale: int = Field(default=20, ge=1, le=10**4)
-    """Largest scale G: at each step, each block draws a scale g from 1 to G, by which its positions are divided. At
-    least target/trained."""
+    """Largest scale G: a block's positions are divided by a scale g, which it draws from 1 to G at each step. At least
+    target/trained."""
+    saved_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the blocks that are shown at the scale target/trained, at which the saved student is read. The others
+    draw theirs from 1 to G; with 0, all do, as in the paper."""
     offset_after: int = Field(default=4, ge=0, le=2**24)
     """Number of positions at the start of a block that are not moved; those behind are moved by a random offset."""
     distil: bool = True

@@ -117,12 +117,17 @@ def _context(context: Mapping[str, Any]) -> str:
         if context["distil"]
         else "Blocks at other than ordinary positions were trained on cross-entropy alone."
     )
+    share, factor = float(context["saved_share"]), f"{target / trained:g}"
+    drawn = f"a random number up to {context['max_scale']}"
+    if share:
+        others = f" in {share:.0%} of the blocks and by {drawn} in the others" if share < 1 else ""
+        drawn = factor + others
     measured = f"divided by {block / trained:g}" if block > trained else "as they are, without that scaling"
     return (
         f"For {count(target)} positions, trained on blocks of {count(block)}, after E²-LLM (arXiv 2401.06951): the "
-        f"positions of each block were divided by a random number up to {context['max_scale']}, and those behind the "
+        f"positions of each block were divided by {drawn}, and those behind the "
         f"first {context['offset_after']} moved by a random offset. {divergence} config.json declares {count(target)} "
-        f"positions and divides them by {target / trained:g} (linear scaling of the rotary embedding, from the "
+        f"positions and divides them by {factor} (linear scaling of the rotary embedding, from the "
         f"{count(trained)} that the student knew before). The perplexities below were measured at positions {measured}."
     )
 

@@ -21,7 +21,7 @@ from ddk.student import StudentLoss, layers_of, save_student, student_weights
 from ddk.train_config import ContextConfig, LossConfig, TrainConfig
 from ddk.trainer import StepReport, Trainer, TrainerState
 
-PLAN = ContextPlan(target=64, trained=16, block=L, max_scale=6, offset_after=3, distil=True)
+PLAN = ContextPlan(target=64, trained=16, block=L, max_scale=6, offset_after=3, distil=True, saved_share=0.0)
 SIZES: dict[str, Any] = {
     "vocab_size": PADDED,
     "hidden_size": 32,
@@ -98,7 +98,17 @@ def test_draws_are_uniform_within_what_the_student_knows_and_keyed_by_seed_step_
     assert at_two.max() == 2 * 16 - L
     assert at_two.mean() == pytest.approx((2 * 16 - L) / 2, rel=0.05)
 
-    longer = ContextPlan(target=64, trained=4, block=10, max_scale=16, offset_after=0, distil=True)
+    half = ContextPlan(target=40, trained=16, block=L, max_scale=6, offset_after=3, distil=True, saved_share=0.5)
+    some = half.draw(0, 0, range(12_000))
+    saved = some.scale_B == 2.5
+    assert saved.mean() == pytest.approx(0.5, abs=0.02), "target/trained, which no whole number is"
+    assert set(some.scale_B[~saved]) == set(map(float, range(1, 7)))
+    assert some.offset_B[saved].max() == 40 - L
+    assert (L - 1 + some.offset_B[saved]).max() / 2.5 < half.trained
+    halves = half.draw(0, 0, range(1, 12_000, 2))
+    np.testing.assert_array_equal(halves.scale_B, some.scale_B[1::2])
+
+    longer = ContextPlan(target=64, trained=4, block=10, max_scale=16, offset_after=0, distil=True, saved_share=0.0)
     drawn = longer.draw(0, 0, range(2_000))
     assert set(drawn.scale_B) == set(map(float, range(3, 17)))  # 10 positions fit into 4 from 3 on
     assert ((9 + drawn.offset_B) / drawn.scale_B).max() < 4
@@ -213,8 +223,11 @@ def test_a_resumed_training_draws_the_same(tmp_path: Path) -> None:
 
 
 def test_without_distillation_only_blocks_at_ordinary_positions_have_the_divergence() -> None:
-    plan = ContextPlan(target=64, trained=L, block=L, max_scale=2, offset_after=3, distil=False)
-    apart = trainer(tiny_model(), ContextPlan(target=64, trained=L, block=L, max_scale=2, offset_after=3, distil=True))
+    plan = ContextPlan(target=64, trained=L, block=L, max_scale=2, offset_after=3, distil=False, saved_share=0.0)
+    apart = trainer(
+        tiny_model(),
+        ContextPlan(target=64, trained=L, block=L, max_scale=2, offset_after=3, distil=True, saved_share=0.0),
+    )
     (both,), (alone,) = trained(apart, 1), trained(trainer(tiny_model(), plan), 1)
     assert both.loss == pytest.approx(both.ce + 0.5 * both.kl, rel=1e-5)
     drawn = plan.draw(1, 0, range(4))

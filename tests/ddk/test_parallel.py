@@ -18,7 +18,15 @@ from ddk.parallel import World, join_world, leave_world, spread, synchronise, wh
 
 SCRIPT = REPOSITORY / "tests" / "support" / "train_ranks.py"
 TOLERANCE = 2e-5
-CONTEXT = {"target": 64, "trained": 16, "block": 8, "max_scale": 6, "offset_after": 3, "distil": False}
+CONTEXT = {
+    "target": 64,
+    "trained": 16,
+    "block": 8,
+    "max_scale": 6,
+    "offset_after": 3,
+    "distil": False,
+    "saved_share": 0.5,
+}
 STEPS = 4
 
 

@@ -158,13 +158,18 @@ def test_escape():
 
 
 def test_a_student_for_longer_contexts_says_so(make_summary, summary, records):
-    context = {"target": 2048, "trained": 256, "block": 256, "max_scale": 20, "offset_after": 4, "distil": False}
+    context = {"target": 2048, "trained": 256, "block": 256, "max_scale": 20, "offset_after": 4}
+    context |= {"distil": False, "saved_share": 0.5}
     card = render_model_card(make_summary(context=context), records)
     assert "For 2,048 positions, trained on blocks of 256" in card
     assert "declares 2,048 positions and divides them by 8 (linear scaling" in card
     assert "cross-entropy alone" in card
     assert "measured at positions as they are" in card
+    assert "by 8 in 50% of the blocks and by a random number up to 20 in the others" in card
     assert "## Context" not in render_model_card(summary, records)
-    longer = render_model_card(make_summary(context={**context, "trained": 128, "distil": True}), records)
+    longer = render_model_card(
+        make_summary(context={**context, "trained": 128, "distil": True, "saved_share": 0}), records
+    )
     assert "targets are of ordinary positions" in longer
+    assert "divided by a random number up to 20, and" in longer
     assert "measured at positions divided by 2" in longer
