@@ -50,6 +50,7 @@ def compare(config: Config, request: Request) -> dict[str, str]:
     failures = refusals(config, request)
     for name, reason in failures.items():
         logger.warning("compare: %s cannot be run: %s", name, reason)
+    _check_stores(runs, failures)
     plans = _make_stores(runs, failures)
     for number, run in enumerate(runs):
         if run.run not in failures and run.config is not None:
@@ -64,6 +65,16 @@ def compare(config: Config, request: Request) -> dict[str, str]:
 def refusals(config: Config, request: Request) -> dict[str, str]:
     """Why the configuration cannot run a variant, by the name of the run."""
     return {run.run: run.refusal for run in planned_runs(config, request) if run.refusal is not None}
+
+
+def refusals_before_capture(config: Config, request: Request) -> dict[str, str]:
+    """Why a variant cannot be run, by the name of the run, as far as that is known without packing or capturing.
+
+    Unlike `refusals`, it reads the models and the corpora.
+    """
+    failures = refusals(config, request)
+    _check_stores(planned_runs(config, request), failures)
+    return failures
 
 
 def earlier_failures(config: Config, request: Request) -> dict[str, str]:
@@ -102,17 +113,24 @@ def _attempt(runs: Sequence[str], failures: dict[str, str], work: Callable[[], o
         failures.update(dict.fromkeys(runs, reason))
 
 
-def _make_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> dict[str, Plan]:
-    """Blocks and targets, once for all runs that read the same. Returns the plans of the stores by `_stores_of`."""
-    plans: dict[str, Plan] = {}
+def _check_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> None:
+    """Plan the stores of all runs: whoever cannot be served fails now, and not after hours of capture for others."""
 
-    def make(config: Config, readers: Sequence[PlannedRun]) -> None:
+    def check(config: Config, readers: Sequence[PlannedRun]) -> None:
         plan = plan_of(config)
         for run in readers:
             if run.config is not None:
                 _attempt([run.run], failures, partial(check_run, run.config.settings, plan))
-        if all(run.run in failures for run in readers):
-            return  # nobody would read them
+
+    for config, readers in _by_stores(runs):
+        _attempt([run.run for run in readers], failures, partial(check, config, readers))
+
+
+def _make_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> dict[str, Plan]:
+    """Blocks and targets, once for all runs that read the same. Returns the plans of the stores by `_stores_of`."""
+    plans: dict[str, Plan] = {}
+
+    def make(config: Config) -> None:
         for stage in (pack_corpus, cache_teacher):
             stage(config.root, config.domains, config.teacher, config.packing, student=config.student)
         if selects_blocks(config.domains):
@@ -120,7 +138,9 @@ def _make_stores(runs: Sequence[PlannedRun], failures: dict[str, str]) -> dict[s
         plans[_stores_of(config)] = plan_of(config)
 
     for config, readers in _by_stores(runs):
-        _attempt([run.run for run in readers], failures, partial(make, config, readers))
+        left = [run.run for run in readers if run.run not in failures]
+        if left:
+            _attempt(left, failures, partial(make, config))
     return plans
 
 

@@ -7,16 +7,16 @@ student can do after it, not by the gap, which is small beside a weak teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ddk.errors import UserError
+from flows.comparing.compare import refusals_before_capture
 from flows.comparing.variants import Request, Variant, planned_runs
 from flows.config import Config, changed
 from flows.costing.estimate import estimate
 from flows.costing.run_size import Assumptions
-from flows.stages import plan_of
 from tasks.comparing.data import Comparison, Measure, difference_of, spread_of
 from tasks.predicting.points import student_size
 
@@ -107,23 +107,10 @@ def hint(ranked: Sequence[RankedTeacher]) -> str:
     )
 
 
-def refused(config: Config, request: Request) -> Mapping[str, str]:
+def refused(config: Config, request: Request) -> dict[str, str]:
     """Why the configuration cannot run with a teacher, by the teacher's label; known before anything is captured."""
-    reasons = {
-        run.variant.name: run.refusal or _cannot_be_planned(run.config)
-        for run in planned_runs(config, request)
-        if run.seed == request.seeds[0]
-    }
-    return {label: reason for label, reason in reasons.items() if reason is not None}
-
-
-def _cannot_be_planned(config: Config | None) -> str | None:
-    if config is not None:
-        try:
-            plan_of(config)
-        except UserError as error:
-            return str(error)
-    return None
+    failures = refusals_before_capture(config, request)
+    return {run.variant.name: failures[run.run] for run in planned_runs(config, request) if run.run in failures}
 
 
 def _label(teacher: str, teachers: Sequence[str]) -> str:

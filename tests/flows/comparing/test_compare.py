@@ -22,7 +22,8 @@ pytestmark = pytest.mark.timeout(1500)  # the first test waits for five runs
 
 RUNS = [f"small-{method}-s{seed}" for seed in (0, 1) for method in ("kd", "ddk")]
 BROKEN = "code only: mixture.weights={code: 1, math: 1}; method=kd"
-CALL = ("--methods", "kd,ddk", "--seeds", "0,1", "--variant", BROKEN)
+TOO_LONG = "too long: packing.seq_len=2048"
+CALL = ("--methods", "kd,ddk", "--seeds", "0,1", "--variant", BROKEN, "--variant", TOO_LONG)
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,16 @@ def test_a_variant_that_fails_is_said_and_loses_no_other(compared: Compared) -> 
     assert compared.output.code == 1
     assert "failed    small-kd-code-only-s0, small-kd-code-only-s1: variant 'code only'" in compared.output.out
     assert "domain 'zh_books' has no weight" in compared.output.out
-    assert {run.variant for run in compared.comparison.failed} == {"code only"}
+    assert {run.variant for run in compared.comparison.failed} == {"code only", "too long"}
     page = (compared.folder / "index.html").read_text(encoding="utf-8")
-    assert "2 of 6 runs failed" in page
+    assert "4 of 8 runs failed" in page
+
+
+def test_stores_that_cannot_be_had_are_refused_before_any_work_for_others(compared: Compared) -> None:
+    output = compared.output.err
+    refused = output.index("small-ddk-too-long-s0, small-ddk-too-long-s1 failed: ")
+    assert "takes at most 1023" in output[refused:].splitlines()[0]
+    assert refused < output.index("pack code"), "the variants before it had not begun"
 
 
 def matrices(role: str) -> int:
