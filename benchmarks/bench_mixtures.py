@@ -38,7 +38,7 @@ from tasks.reporting.plots import as_png
 CHECKOUT = Path(__file__).resolve().parents[1]
 RETAIN = {
     f"mixture.{name}": MixtureConfig.model_fields[name].default
-    for name in ("retain_alpha", "retain_temperature", "retain_weight")
+    for name in ("retain_alpha", "retain_temperature", "retain_weight", "retain_tolerance")
 }
 """Spelt out, so that runs with other defaults are run again."""
 RULES: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ RULES: dict[str, dict[str, Any]] = {
     "retain γ=1": {"method": "ddk_retain", "loss.gamma": 1.0, **RETAIN},
     "velocity": {"method": "ddk", "trial": "velocity"},
     "slope": {"method": "ddk", "trial": "slope"},
-    "kept slope": {"method": "ddk", "trial": "kept slope"},
+    "kept slope γ=1": {"method": "ddk", "trial": "kept slope", "loss.gamma": 1.0, **RETAIN},
     "equal γ=1": {"method": "ddk_equal", "loss.gamma": 1.0},
     "equal KL>0.5 nats": {"method": "ddk_equal", "loss.min_entropy": 0.5},
 }

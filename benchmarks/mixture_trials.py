@@ -4,7 +4,7 @@
                arXiv 2411.14318): a domain that has come less far than others towards its goal is drawn more
     slope      (1 − ε)·slope + ε·softmax(g/τ): what a token brings on a domain, as measured over the last interval
                (after ADO, arXiv 2410.11820), beside a weight on the domains that lag
-    kept slope the same with ddk_retain's weight on what was lost: (1 − ε)·slope + ε·softmax(g/τ + κ·p·f)
+    kept slope half of what a token brings, and half of ddk_retain's mixture: (1 − ε)·slope + ε·retain
 
 g_i = ln ℓ_S[i] − ln ℓ_T[i]. The goal g*_i is the gap that a power law through the run so far foretells for the last
 step; before there are four measurements, 0.4 of the first gap. Both keep (1 − α)/N for every domain.
@@ -19,12 +19,12 @@ import numpy as np
 from scipy.optimize import curve_fit
 
 from ddk.methods.base import Measured
+from ddk.methods.retain import DDK_RETAIN
 from ddk.mixture import MixtureConfig, equal_mixture, exponentiated_mixture, weighted_mixture
 from ddk.values import Mixture
 
 ENOUGH, FIRST_GOAL = 4, 0.4
 EPSILON, TEMPERATURE = 0.5, 0.25
-KEPT_ALPHA, KEPT_TEMPERATURE, KEPT_WEIGHT = 0.8, 0.5, 30.0
 
 
 def velocity(now: Measured, config: MixtureConfig) -> Mixture:
@@ -38,34 +38,29 @@ def velocity(now: Measured, config: MixtureConfig) -> Mixture:
 
 
 def slope(now: Measured, config: MixtureConfig) -> Mixture:
-    return _sloped(now, {domain: gap / TEMPERATURE for domain, gap in _gaps(now).items()}, config.alpha)
+    gaps = _gaps(now)
+    rise = {domain: gap / TEMPERATURE for domain, gap in gaps.items()}
+    return _sloped(now, exponentiated_mixture(equal_mixture(gaps), rise, config.alpha), config.alpha)
 
 
 def kept_slope(now: Measured, config: MixtureConfig) -> Mixture:
-    start = {gap.domain: gap.student_ppl for gap in now.past[0].gaps} if now.past else now.student_ppl
-    lost = {domain: max(0.0, math.log(ppl) - math.log(start[domain])) for domain, ppl in now.student_ppl.items()}
-    rise = {
-        domain: gap / KEPT_TEMPERATURE + KEPT_WEIGHT * now.progress * lost[domain] for domain, gap in _gaps(now).items()
-    }
-    return _sloped(now, rise, KEPT_ALPHA)
+    return _sloped(now, DDK_RETAIN.next_mixture(now, config), config.retain_alpha)
 
 
-def _sloped(now: Measured, rise: Mapping[str, float], alpha: float) -> Mixture:
-    """Half by slope, half by softmax(rise)."""
-    gaps = _gaps(now)
-    lagging = exponentiated_mixture(equal_mixture(gaps), rise, alpha)
+def _sloped(now: Measured, lagging: Mixture, alpha: float) -> Mixture:
+    """Half by slope, half by the mixture that is given."""
     if now.previous is None:
         return lagging
     before = {gap.domain: math.log(gap.student_ppl) for gap in now.past[-1].gaps}
     gains = {
-        domain: max(0.0, before[domain] - math.log(now.student_ppl[domain])) / now.previous.probabilities[domain]
-        for domain in gaps
+        domain: max(0.0, before[domain] - math.log(ppl)) / now.previous.probabilities[domain]
+        for domain, ppl in now.student_ppl.items()
     }
     total = math.fsum(gains.values())
-    share = {domain: gain / total if total > 0.0 else 1.0 / len(gaps) for domain, gain in gains.items()}
-    uniform = (1.0 - alpha) / len(gaps)
+    share = {domain: gain / total if total > 0.0 else 1.0 / len(gains) for domain, gain in gains.items()}
+    uniform = (1.0 - alpha) / len(gains)
     return weighted_mixture(
-        {d: (1.0 - EPSILON) * (alpha * share[d] + uniform) + EPSILON * lagging.probabilities[d] for d in gaps}
+        {d: (1.0 - EPSILON) * (alpha * share[d] + uniform) + EPSILON * lagging.probabilities[d] for d in gains}
     )
 
 

@@ -55,12 +55,16 @@ class MixtureConfig(Section):
     values follow the weakest concepts more closely."""
     retain_alpha: float = Field(default=0.8, ge=0.0, le=1.0)
     """With ddk_retain, in place of `alpha`: every domain keeps at least (1 − α)/N."""
-    retain_temperature: float = Field(default=0.5, ge=1e-3, le=1e3)
+    retain_temperature: float = Field(default=0.4, ge=1e-3, le=1e3)
     """With ddk_retain: gap τ, in nats, by which a domain must lag further to be drawn e times as much. Smaller values
     follow the largest gap more closely."""
-    retain_weight: float = Field(default=20.0, ge=0.0, le=1e6)
-    """With ddk_retain: weight κ of what the student has lost on a domain since the start of the run, per nat. 0 lets
-    domains be forgotten."""
+    retain_weight: float = Field(default=3.5, ge=0.0, le=1e3)
+    """With ddk_retain: weight κ of what the student has lost since the start of the run. At the end of the run, the
+    domain on which it has lost most is drawn exp(κ) times as much as if it had lost nothing, before normalisation; the
+    others in proportion to their losses. 0 lets domains be forgotten."""
+    retain_tolerance: float = Field(default=0.015, ge=1e-6, le=1e3)
+    """With ddk_retain: loss f₀, in nats, from which the domain that lost most has that whole weight; smaller losses
+    have less."""
     initial: Literal["gap", "proportional"] = "gap"
     """Mixture of the first interval, for methods that follow the gap: 'gap' is the method's own (Eq. 1; uniform with
     cpt_doremi); 'proportional' draws uniformly over all blocks, as Algorithm 1 of the paper does before its first

@@ -6,11 +6,16 @@ the start of the run, both in nats,
 
     g[i] = ln ℓ_S[i] − ln ℓ_T[i]
     f[i] = max(0, ln ℓ_S[i] − ln ℓ_S[i] at the start)
-    s[i] = g[i]/τ + κ·p·f[i]                            p: share of the run's steps that are done
+    s[i] = g[i]/τ + κ·p·f[i]/max(f₀, max_j f[j])        p: share of the run's steps that are done
     r[i] = α·exp(s[i])/Σ_j exp(s[j]) + (1 − α)/N
 
 from the first interval on: no domain is ever drawn less than (1 − α)/N, unlike under Eq. 1, whose first interval may
 leave out all domains but a few.
+
+The domain that has lost most is raised by κ·p, and the others in proportion. How much it has lost does not matter:
+where two domains have lost 2%, the weight is enough to bring them back; where four have lost 10%, they cannot all be
+brought back, and must not take all that the lagging domains need. A loss below f₀ counts for less, so that noise in the
+measurements changes little.
 
 What was lost counts more the later it is. While the learning rate is high, every domain that is drawn little loses
 some, most of which comes back by itself as the rate falls; and blocks that are drawn late, at a low rate, keep more of
@@ -38,6 +43,7 @@ def retaining_mixture(
     alpha: float,
     temperature: float,
     retention: float,
+    tolerance: float,
     progress: float,
 ) -> Mixture:
     """The mixture above.
@@ -48,17 +54,19 @@ def retaining_mixture(
         first_ppl: ℓ_S at the start of the run.
         alpha: α in [0, 1].
         temperature: τ > 0, in nats.
-        retention: κ ≥ 0, per nat.
+        retention: κ ≥ 0, in units of the exponent.
+        tolerance: f₀ > 0, in nats.
         progress: p in [0, 1].
 
     Raises:
         ValueError: the domains differ, or a perplexity is not a positive finite number.
     """
     check_perplexities(student=student_ppl, teacher=teacher_ppl, start=first_ppl)
+    lost = {d: max(0.0, math.log(student) - math.log(first_ppl[d])) for d, student in student_ppl.items()}
+    scale = retention * progress / max(tolerance, *lost.values())
     rise = {
-        domain: (math.log(student) - math.log(teacher_ppl[domain])) / temperature
-        + retention * progress * max(0.0, math.log(student) - math.log(first_ppl[domain]))
-        for domain, student in student_ppl.items()
+        d: (math.log(student) - math.log(teacher_ppl[d])) / temperature + scale * lost[d]
+        for d, student in student_ppl.items()
     }
     return exponentiated_mixture(equal_mixture(student_ppl), rise, alpha)
 
@@ -72,6 +80,7 @@ def _next(now: Measured, config: MixtureConfig) -> Mixture:
         alpha=config.retain_alpha,
         temperature=config.retain_temperature,
         retention=config.retain_weight,
+        tolerance=config.retain_tolerance,
         progress=now.progress,
     )
 

@@ -31,6 +31,7 @@ RECIPE: Mapping[str, str] = {
     "retain_alpha": "share of the mixture that follows the gap (α)",
     "retain_temperature": "temperature of the gap in the mixture (τ)",
     "retain_weight": "weight of what was lost in the mixture (κ)",
+    "retain_tolerance": "loss that has the whole weight (f₀, nats)",
     "interval": "steps in an interval",
     "learning_rate": "learning rate",
     "min_learning_rate": "learning rate at the end",
@@ -167,7 +168,7 @@ def _recipe(summary: RunSummary) -> list[tuple[str, str]]:
     # What the configuration holds but the method does not use would be a false statement here.
     unused = set() if distils(summary.method) else set(_OF_THE_DIVERGENCE)
     unused |= set() if summary.method == "ddk" else {"alpha"}
-    unused |= set() if summary.method == "ddk_retain" else {"retain_alpha", "retain_temperature", "retain_weight"}
+    unused |= set() if summary.method == "ddk_retain" else {name for name in RECIPE if name.startswith("retain_")}
     given = list(flat_settings(summary.settings))
     settings = [(key, key.rsplit(".", 1)[-1], value) for key, value in given if not key.startswith(_GAMMA_OF)]
     names = [name for _, name, _ in settings]

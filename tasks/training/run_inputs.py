@@ -16,6 +16,7 @@ from ddk.data import TrainData
 from ddk.domain_tree import depth
 from ddk.errors import UserError
 from ddk.methods.registry import METHODS, check_method, effective_loss
+from ddk.mixture import MixtureConfig
 from ddk.train_config import StudentConfig
 from storage.blocks import open_blocks
 from storage.files.digests import DigestCache
@@ -38,6 +39,7 @@ _OPERATIONAL = {
     *("processes", "nodes", "rendezvous", "parallel", "compile"),
 }
 _FOLLOWED = {"follow", "accuracy_run", "accuracy_model", "accuracy_temperature"}
+_RETAINED = {name for name in MixtureConfig.model_fields if name.startswith("retain_")}
 # The same, where no more than words follows from an alarm.
 _ALARMS = {"overtrained", "epoch_limit"}
 _WSD = {"schedule", "decay_share"}
@@ -134,6 +136,7 @@ class RunInputs:
             # Where accuracies are not followed, a run is what it was before they could be; and so with what follows.
             "mixture": settings.mixture.model_dump(
                 exclude=(_FOLLOWED if settings.mixture.follow == "gap" else set())
+                | (_RETAINED if settings.method != "ddk_retain" else set())
                 | ({"domain_stop_ratio"} if settings.mixture.domain_stop_ratio is None else set())
             ),
             **({"ted": settings.ted.model_dump()} if METHODS[settings.method].needs_teacher else {}),

@@ -20,10 +20,11 @@ SETTINGS = st.fixed_dictionaries(
         "alpha": st.floats(0.0, 1.0),
         "temperature": st.floats(0.05, 10.0),
         "retention": st.floats(0.0, 100.0),
+        "tolerance": st.floats(1e-6, 10.0),
         "progress": st.floats(0.0, 1.0),
     }
 )
-USUAL = {"alpha": 0.5, "temperature": 0.25, "retention": 40.0, "progress": 0.5}
+USUAL = {"alpha": 0.5, "temperature": 0.25, "retention": 4.0, "tolerance": 0.2, "progress": 0.5}
 
 
 def by_domain(values) -> dict[str, float]:
@@ -39,11 +40,10 @@ def test_against_sixty_digits(student, teacher, first, settings) -> None:
     with localcontext() as context:
         context.prec = 60
         tau, kappa, p, alpha = (Decimal(settings[name]) for name in ("temperature", "retention", "progress", "alpha"))
+        lost = {d: max(Decimal(0), (Decimal(student[d]) / Decimal(first[d])).ln()) for d in DOMAINS}
+        most = max(Decimal(settings["tolerance"]), *lost.values())
         psi = {
-            d: (
-                (Decimal(student[d]) / Decimal(teacher[d])).ln() / tau
-                + kappa * p * max(Decimal(0), (Decimal(student[d]) / Decimal(first[d])).ln())
-            ).exp()
+            d: ((Decimal(student[d]) / Decimal(teacher[d])).ln() / tau + kappa * p * lost[d] / most).exp()
             for d in DOMAINS
         }
         total = sum(psi.values())
@@ -70,6 +70,21 @@ def test_what_was_lost_counts_and_the_more_the_later() -> None:
     assert shares[0] == retaining_mixture(student, teacher, kept, **USUAL).probabilities["books"] < shares[1]
 
 
+def test_the_domain_that_lost_most_is_raised_by_the_same_whatever_it_lost_and_the_others_in_proportion() -> None:
+    start = by_domain([20.0, 20.0, 20.0])
+    whole = {**USUAL, "alpha": 1.0, "progress": 1.0}
+    for most in (0.2, 0.4, 2.0):
+        losses = by_domain([most, most / 2, 0.0])
+        student = {domain: 20.0 * math.exp(loss) for domain, loss in losses.items()}
+        level = {domain: ppl / 2 for domain, ppl in student.items()}
+        found = retaining_mixture(student, level, start, **whole).probabilities
+        assert math.log(found["books"] / found["math"]) == pytest.approx(4.0)
+        assert math.log(found["code"] / found["math"]) == pytest.approx(2.0)
+    little = {"books": 20.0 * math.exp(0.05), "code": 20.0, "math": 20.0}
+    found = retaining_mixture(little, little, start, **whole).probabilities
+    assert math.log(found["books"] / found["math"]) == pytest.approx(4.0 * 0.05 / 0.2), "below the tolerance, less"
+
+
 def test_a_gain_since_the_start_is_no_reason_to_draw_less() -> None:
     student, teacher = by_domain([22.0, 40.0, 30.0]), by_domain([10.0, 10.0, 10.0])
     same = [retaining_mixture(student, teacher, by_domain([50.0, 90.0, first]), **USUAL) for first in (30.0, 3000.0)]
@@ -88,7 +103,7 @@ def test_the_start_of_the_run_is_its_first_measurement() -> None:
         Interval(step=0, gaps=gaps(20.0, 90.0, 80.0), mixture=mixture),
         Interval(step=10, gaps=gaps(25.0, 60.0, 50.0), mixture=mixture),
     ]
-    config = MixtureConfig(retain_alpha=0.7, retain_temperature=0.5, retain_weight=10.0)
+    config = MixtureConfig(retain_alpha=0.7, retain_temperature=0.5, retain_weight=2.0, retain_tolerance=0.5)
     found = mixture_after("ddk_retain", past, gaps(22.0, 40.0, 30.0), config, by_domain([1, 1, 1]), progress=0.4)
     assert found == retaining_mixture(
         by_domain([22.0, 40.0, 30.0]),
@@ -96,7 +111,8 @@ def test_the_start_of_the_run_is_its_first_measurement() -> None:
         by_domain([20.0, 90.0, 80.0]),
         alpha=0.7,
         temperature=0.5,
-        retention=10.0,
+        retention=2.0,
+        tolerance=0.5,
         progress=0.4,
     )
     first = mixture_after("ddk_retain", [], gaps(20.0, 90.0, 80.0), config, by_domain([1, 1, 1]))

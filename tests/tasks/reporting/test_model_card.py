@@ -106,9 +106,18 @@ def test_a_gamma_that_is_not_the_same_everywhere_is_said(make_summary, records):
 
 
 def test_what_retains_is_said_of_ddk_retain_alone(make_summary, records):
-    settings = {"mixture": {"alpha": 0.5, "retain_alpha": 0.8, "retain_temperature": 0.25, "retain_weight": 40.0}}
+    settings = {
+        "mixture": {
+            "alpha": 0.5,
+            "retain_alpha": 0.8,
+            "retain_temperature": 0.25,
+            "retain_weight": 4.0,
+            "retain_tolerance": 0.1,
+        }
+    }
     card = render_model_card(make_summary(method="ddk_retain", settings=settings), records)
-    assert "| weight of what was lost in the mixture (κ) | 40.0 |" in card
+    assert "| weight of what was lost in the mixture (κ) | 4.0 |" in card
+    assert "| loss that has the whole weight (f₀, nats) | 0.1 |" in card
     assert "| share of the mixture that follows the gap (α) | 0.8 |" in card
     assert "smoothing of the mixture" not in card
     assert "κ" not in render_model_card(make_summary(method="ddk", settings=settings), records)
