@@ -46,6 +46,7 @@ RULES: dict[str, dict[str, Any]] = {
     **{f"ddk {alpha:g}": {"method": "ddk", "mixture.alpha": alpha} for alpha in (0.1, 0.25, 0.5, 0.75)},
     "retain": {"method": "ddk_retain", **RETAIN},
     "retain γ=1": {"method": "ddk_retain", "loss.gamma": 1.0, **RETAIN},
+    "retain γ=1 κ=8": {"method": "ddk_retain", "loss.gamma": 1.0, **RETAIN, "mixture.retain_weight": 8.0},
     "velocity": {"method": "ddk", "trial": "velocity"},
     "slope": {"method": "ddk", "trial": "slope"},
     "kept slope γ=1": {"method": "ddk", "trial": "kept slope", "loss.gamma": 1.0, **RETAIN},

@@ -194,7 +194,7 @@ def test_ddk_retain_knows_the_start_of_the_run_and_how_far_it_is(small_run: Smal
         assert record.probabilities == pytest.approx(dict(expected.probabilities), abs=1e-12)
     whole, other = (folder.identity() or {} for folder in (run, RunFolder(str(small_run.root), "small")))
     assert whole["mixture"]["retain_tolerance"] == MixtureConfig().retain_tolerance
-    assert not [name for name in other["mixture"] if name.startswith("retain_")], "no other method's student rests on it"
+    assert not [name for name in other["mixture"] if name.startswith("retain_")], "no other method has them"
     rows = run.metrics()
     assert [row["kl"] > 0 for row in rows] == [True] * 4 + [False] * 2
     usual = sum(row["ce"] + 0.2 * row["kl"] for row in rows[:4])
