@@ -73,8 +73,9 @@ def cache_teacher(root: str) -> None:
 def capture(root: str, domain: str) -> None:
     with meter(f"capture {domain}", 500, "blocks", positions=256, artifact=f"ddk-bench-capture-{domain}") as progress:
         _work(50, 0.1, lambda: progress.advance(10))
-    with Board(artifact_key("root", "targets"), "table") as board:
-        board.show(table([{"domain": domain, "retained mass": "99.9%"}]), "what is kept of the teacher")
+    Board(artifact_key("root", "targets"), "table").show(
+        table([{"domain": domain, "retained mass": "99.9%"}]), "what is kept of the teacher"
+    )
     logger.info("capture %s: complete in %s", domain, root)
 
 

@@ -73,21 +73,22 @@ has_torch() {
 }
 
 install_all() {
+    # Python compiles what it imports, once. Where it may not write that down, every start would compile anew (24 s
+    # instead of 9 s for vLLM's imports): there it is done now, for a minute, as pip does anyway.
+    local compiled=${uv:+${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}}
     # The default index holds the CUDA build of torch under this version (and gigabytes of libraries with it).
     # The CPU build is tried from wherever pip is configured to look, then from PyTorch's own index, which uv knows.
     if [ "$accelerator" = cpu ] && [ "$(uname -s)" = Linux ] && ! has_torch "$torch+cpu"; then
-        install "torch==$torch+cpu" 2>/dev/null || {
+        install $compiled "torch==$torch+cpu" 2>/dev/null || {
             if [ -z "$uv" ]; then
                 echo "The CPU build of torch ($torch+cpu) is at no index that pip knows: have uv on the PATH, which finds" \
                     "it by itself, or name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL." >&2
                 return 1
             fi
-            install --torch-backend cpu "torch==$torch+cpu" || return
+            install $compiled --torch-backend cpu "torch==$torch+cpu" || return
         }
     fi
-    # Python compiles what it imports, once. Where it may not write that down, every start would compile anew (24 s
-    # instead of 9 s for vLLM's imports): there it is done now, for a minute, as pip does anyway.
-    install ${uv:+${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}} --requirement "$lock" &&
+    install $compiled --requirement "$lock" &&
         install --no-build-isolation --editable .
 }
 

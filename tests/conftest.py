@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -38,6 +39,14 @@ MARKS = {
     "browser": "browser",
 }
 """Of whoever takes a fixture. Others that start an engine, a server or a browser are marked by hand."""
+
+
+gc.disable()  # until everything is imported: there is nothing to be found among modules
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # nor among those later on
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

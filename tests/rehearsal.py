@@ -42,7 +42,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import AwaitingRetry, Crashed
 from repository import REPOSITORY
-from site_of_operation import Site
+from site_of_operation import ASKING, Site
 from small_run import files_below
 
 from flows.operating import postgres
@@ -92,13 +92,13 @@ class Rehearsal:
         soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5)
         schedule = IntervalSchedule(interval=datetime.timedelta(days=1), anchor_date=soon)
         client.create_deployment_schedules(deployment.id, [(schedule, True)])
-        run = self.wait(lambda: self._running("distill"), "distill runs by its schedule", PATIENCE)
+        run = self.wait(lambda: self._running("distill"), "distill runs by its schedule", PATIENCE, ASKING)
         self.say("`distill` was started by its schedule")
         return run
 
     def kill_in_capture(self) -> dict[str, int]:
         """Returns the objects of shards that were committed at the kill, with their times of writing."""
-        self.wait(lambda: self._running("cache-teacher", part=2), "a second run captures", PATIENCE)
+        self.wait(lambda: self._running("cache-teacher", part=2), "a second run captures", PATIENCE, ASKING)
         helper = self._worker_of(part=2)
         self.wait(lambda: self._owners() >= 2 and len(self._commits()) >= 8, "both capture", PATIENCE)
         committed = self._commits()
@@ -117,7 +117,7 @@ class Rehearsal:
         before = self._step()
         self.site.start_server()
         self.say(f"kill -9 of the server at step {before} of the training, and a new server")
-        self.wait(lambda: self._step() > before or self._final(run), "the training goes on", PATIENCE)
+        self.wait(lambda: self._step() > before or self._final(run), "the training goes on", PATIENCE, ASKING)
         if self._final(run):
             # Prefect ends a run whose concurrency slot it could not renew, so that no two share one.
             self._retry(run)
@@ -156,7 +156,7 @@ class Rehearsal:
         return state is not None and state.is_final()
 
     def ended(self, run: UUID, timeout: float) -> None:
-        self.wait(lambda: self._final(run), "the run ends", timeout)
+        self.wait(lambda: self._final(run), "the run ends", timeout, ASKING)
         state = self.site.client.read_flow_run(run).state
         assert state is not None
         assert state.type == StateType.COMPLETED, f"{state}\n{self.site.logs()[-8000:]}"
@@ -208,8 +208,8 @@ class Rehearsal:
         assert not on_postgres or not any(found.values()), found
         self.say("errors of locks in the server's log: " + ", ".join(f"{found[one]} '{one}'" for one in found))
 
-    def wait(self, condition: Callable[[], object], what: str, timeout: float) -> UUID:
-        return self.site.wait_until(condition, what, timeout)  # type: ignore[no-any-return]
+    def wait(self, condition: Callable[[], object], what: str, timeout: float, every: float = 0.05) -> UUID:
+        return self.site.wait_until(condition, what, timeout, every)  # type: ignore[no-any-return]
 
     def _running(self, flow: str, part: int = 1) -> UUID | None:
         client = self.site.client

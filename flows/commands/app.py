@@ -7,8 +7,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -113,11 +113,14 @@ def run_flow(name: str, config: Any, module: str = "flows.stages", **options: An
     return interruptible(lambda: flow(**{key: value for key, value in parameters.items() if key in taken}, **options))
 
 
-def loading_libraries() -> AbstractContextManager[None]:
+@contextmanager
+def loading_libraries() -> Iterator[None]:
     """Around imports of torch, transformers and Prefect, which take several seconds: it says so."""
+    from tasks.running.uncollected import uncollected
     from tasks.showing.waiting import said_if_slow
 
-    return said_if_slow("loading torch, transformers and Prefect")
+    with said_if_slow("loading torch, transformers and Prefect"), uncollected():
+        yield
 
 
 def reach_prefect() -> None:

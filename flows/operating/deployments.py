@@ -29,13 +29,16 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from ddk.errors import UserError
-from flows import clean as cleaning
-from flows import evaluate as evaluating
-from flows import stages
 from flows.config import Config, load_config
 from flows.operating.schedules import warn_of_schedules
 from tasks.evaluation.names import EvaluationConfig
 from tasks.running.descendants import end_with_parent
+from tasks.running.uncollected import uncollected
+
+with uncollected():  # a worker's process has loaded neither torch nor transformers yet
+    from flows import clean as cleaning
+    from flows import evaluate as evaluating
+    from flows import stages
 
 
 class EveryField:

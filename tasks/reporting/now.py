@@ -36,8 +36,8 @@ def show_stage(folder: RunFolder, stages: Sequence[str], at: int) -> None:
         return
     line = " → ".join(f"✓ {one}" if i < at else f"**{one}**" if i == at else one for i, one in enumerate(stages))
     said = f"{stages[at]} is running" if at < len(stages) else "complete"
-    with showing(f"where run '{folder.name}' stands"), Board(key_of(folder, "now"), "markdown") as board:
-        board.change(lambda old: _BETWEEN.join([line, *_parts(old)[1:]]), said)
+    with showing(f"where run '{folder.name}' stands"):
+        Board(key_of(folder, "now"), "markdown").change(lambda old: _BETWEEN.join([line, *_parts(old)[1:]]), said)
 
 
 def show_training(folder: RunFolder, records: Sequence[IntervalRecord], steps: int, said: str) -> None:
@@ -63,7 +63,8 @@ def show_training(folder: RunFolder, records: Sequence[IntervalRecord], steps: i
             markdown_table(("", ""), [("run", link(folder.url)), ("report", link(folder.report_url))], left=2),
         ]
     )
-    with showing(f"where run '{folder.name}' stands"), Board(key_of(folder, "now"), "markdown") as board:
+    with showing(f"where run '{folder.name}' stands"):
+        board = Board(key_of(folder, "now"), "markdown")
         board.change(lambda old: _BETWEEN.join([_parts(old)[0] or "**train**", body]), said)
 
 

@@ -6,10 +6,12 @@ thread. A domain has the same colour, line and marker in both plots. Equal recor
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ParamSpec
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,6 +28,9 @@ DPI = 140
 LEGEND_ROWS = 20
 LABEL_LENGTH = 24
 NARROW_LABEL_LENGTH = 36
+KEPT_PICTURES = 16
+"""A report's page has at most twelve, of some 20 kB."""
+P = ParamSpec("P")
 LOG_FROM = 10.0
 """Ratios that span more than this factor are drawn on a logarithmic axis."""
 
@@ -68,6 +73,33 @@ LIGHT = Theme(ground="#ffffff", ink="#24292f", grid="#d9dee3")
 DARK = Theme(ground="#171b21", ink="#d5dae0", grid="#363d47")
 
 
+def drawn_once(plot: Callable[P, bytes]) -> Callable[P, bytes]:
+    """Keeps the newest pictures, since a run's artifact, its report's files and the report's page show the same ones.
+
+    Args:
+        plot: whose arguments say with their `repr` everything that it draws, as dataclasses of numbers and texts do.
+    """
+
+    @functools.wraps(plot)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
+        words = repr((plot.__name__, args, sorted(kwargs.items())))
+        return _draw(_Picture(words, lambda: plot(*args, **kwargs)))
+
+    return drawn
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    words: str
+    draw: Callable[[], bytes] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=KEPT_PICTURES)
+def _draw(picture: _Picture) -> bytes:
+    return picture.draw()
+
+
+@drawn_once
 def ratio_plot(
     records: Sequence[IntervalRecord], *, theme: Theme = LIGHT, domains: Sequence[str] | None = None
 ) -> bytes:
@@ -75,6 +107,7 @@ def ratio_plot(
     return as_png(ratio_figure(records, theme=theme, domains=domains))
 
 
+@drawn_once
 def mixture_plot(records: Sequence[IntervalRecord], *, theme: Theme = LIGHT) -> bytes:
     """PNG of `mixture_figure`."""
     return as_png(mixture_figure(records, theme=theme))
@@ -210,10 +243,10 @@ def drawable(text: str, length: int = LABEL_LENGTH) -> str:
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure in 128 colours, a third of the bytes of full colour, and without metadata (date, version)."""
+    """The figure in 128 colours, two fifths of the bytes of full colour, and without metadata (date, version)."""
     canvas, out = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()  # type: ignore[no-untyped-call]
     pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
     image = Image.fromarray(pixels).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(out, format="PNG", optimize=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(out, format="PNG")
     return out.getvalue()

@@ -58,7 +58,8 @@ def publish_report(
     """
     if current_place() is None:
         return
-    with showing(f"the report of run '{folder.name}'"), Board(key_of(folder, "report"), "markdown") as board:
+    with showing(f"the report of run '{folder.name}'"):
+        board = Board(key_of(folder, "report"), "markdown")
         board.show(report_markdown(summary, records, {**urls, **places(folder)}), measurement_line(records))
 
 
@@ -75,8 +76,8 @@ def publish_targets(domain: str, url: str, manifest: Manifest, teacher_ppl: floa
     root = url.rpartition("/targets/")[0]
     key = artifact_key(name_of(root), "targets")
     kept = f"what is kept of the teacher in the {manifest.dims['k']} stored tokens of a position"
-    with showing(f"the targets of '{domain}'"), Board(key, "table") as board:
-        board.change(with_row, f"{kept}; stores below {link(root)}")
+    with showing(f"the targets of '{domain}'"):
+        Board(key, "table").change(with_row, f"{kept}; stores below {link(root)}")
 
 
 def measurement_rows(records: Sequence[IntervalRecord]) -> list[dict[str, str]]:

@@ -1,7 +1,6 @@
 """Artifacts: what Prefect's UI shows of a run besides its logs.
 
-    with Board("ddk-root-small-report", "markdown") as board:
-        board.show(page, "step 6: …")                         replaces what hung there
+    Board("ddk-root-small-report", "markdown").show(page, "step 6: …")  replaces what hung there
     add_version("ddk-root-small-gap", "table", rows, "step 6: …")  one more; the UI keeps them all
 
 A flow run's page lists only the artifacts of that flow run, so a board is also added to every parent flow run: the page
@@ -13,14 +12,15 @@ and a refusal only causes a warning. A board may therefore miss an update, and t
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from uuid import UUID
 
 import httpx
@@ -73,29 +73,33 @@ def showing(what: str) -> Iterator[None]:
         logger.warning("%s is not shown in Prefect's UI: %s", what, str(error) or type(error).__name__)
 
 
-class _Server(ExitStack):
-    """Prefect's API, asked once and not for long; to be used in a `with`."""
+_CLIENTS: dict[tuple[str | None, str | None], tuple[SyncPrefectClient, Profile, Settings]] = {}
+"""By the server's URL and the key to it. To prepare one takes as long as ten requests, so that a process keeps it."""
+_PREPARING = threading.Lock()
+_OPEN = ExitStack()
+atexit.register(_OPEN.close)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._ready: tuple[SyncPrefectClient, Profile, Settings] | None = None
 
-    def ask(self, request: Callable[[SyncPrefectClient], object], what: str) -> bool:
-        """Whether the request went through; what went wrong is a warning."""
-        with showing(what):
-            # Prepared once, for it takes as long as ten requests.
-            self._ready = self._ready or self._prepare()
-            client, profile, settings = self._ready
-            with SettingsContext(profile=profile, settings=settings):
-                request(client)
-            return True
-        return False
+def _ask(request: Callable[[SyncPrefectClient], object], what: str) -> bool:
+    """Ask Prefect's API once and not for long. Whether the request went through; what went wrong is a warning."""
+    with showing(what):
+        client, profile, settings = _prepared()
+        with SettingsContext(profile=profile, settings=settings):
+            request(client)
+        return True
+    return False
 
-    def _prepare(self) -> tuple[SyncPrefectClient, Profile, Settings]:
-        client = get_client(sync_client=True, httpx_settings={"timeout": SECONDS_TO_WAIT})
-        current = get_settings_context()
-        once = current.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
-        return self.enter_context(client), current.profile, once
+
+def _prepared() -> tuple[SyncPrefectClient, Profile, Settings]:
+    current = get_settings_context()
+    api = current.settings.api
+    server = api.url, api.key.get_secret_value() if api.key is not None else None
+    with _PREPARING:
+        if server not in _CLIENTS:
+            client = get_client(sync_client=True, httpx_settings={"timeout": SECONDS_TO_WAIT})
+            once = current.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
+            _CLIENTS[server] = _OPEN.enter_context(client), current.profile, once
+        return _CLIENTS[server]
 
 
 _KNOWN: dict[tuple[str, Place], dict[Place, UUID]] = {}
@@ -118,17 +122,7 @@ class Board:
         if here is not None and here.flow_run_id is not None and not of_task:
             here = Place(flow_run_id=here.flow_run_id)
         self._here = here
-        self._server = _Server()
         self._hanging: dict[Place, Artifact | None] = {}
-
-    def __enter__(self) -> Self:
-        self._server.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.__exit__(kind, error, trace)
 
     @property
     def known(self) -> bool:
@@ -173,7 +167,7 @@ class Board:
         return self._ask(request, here)
 
     def _ask(self, request: Callable[[SyncPrefectClient], None], here: Place) -> bool:
-        shown = self._server.ask(request, f"'{self._key}'")
+        shown = _ask(request, f"'{self._key}'")
         if not shown:
             self._hanging = {}
             _KNOWN.pop((self._key, here), None)
@@ -204,8 +198,7 @@ def add_version(key: str, kind: Kind, data: Any, description: str) -> bool:
     here = current_place()
     if here is None:
         return False
-    with _Server() as server:
-        return server.ask(lambda client: _create(client, key, kind, data, description, here), f"'{key}'")
+    return _ask(lambda client: _create(client, key, kind, data, description, here), f"'{key}'")
 
 
 def _create(client: SyncPrefectClient, key: str, kind: Kind, data: Any, description: str, place: Place) -> Artifact:

@@ -202,11 +202,11 @@ def _in_prefect(work: Work, root: str | None, artifact: str | None) -> Iterator[
         yield None
         return
     own = artifact_key(*([] if root is None else [uri.name_of(root)]), work.label)
-    with Board(artifact or own, "progress", of_task=artifact is None) as board:
-        published = _Artifact(work, board, goes_on=board.known)
-        yield published
-        if artifact is not None or published.tried:
-            published.show()
+    board = Board(artifact or own, "progress", of_task=artifact is None)
+    published = _Artifact(work, board, goes_on=board.known)
+    yield published
+    if artifact is not None or published.tried:
+        published.show()
 
 
 class _Artifact:

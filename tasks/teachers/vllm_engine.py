@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ddk.errors import LostPartError, UserError
 from tasks.running.descendants import Descendants, changed_environment
+from tasks.running.uncollected import uncollected
 from tasks.showing.waiting import said_if_slow
 from tasks.teachers.config import TeacherConfig, load_model_config, on_gpu, resolved_dtype
 from tasks.teachers.leftovers import EngineFolder
@@ -72,7 +73,8 @@ class Engine:
         try:
             starting = said_if_slow(f"starting vLLM, and loading {config.model}")
             with starting, engine_environment(config, self.folder.path), self._processes.marked():
-                from vllm import LLM
+                with uncollected():
+                    from vllm import LLM
 
                 self.llm = self._watched(
                     LLM,

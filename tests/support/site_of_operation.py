@@ -34,6 +34,9 @@ QUIET = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
 }
 
+ASKING = 0.5
+"""Seconds between two questions to a server, which has little time for its runs when it is asked without a pause."""
+
 
 class Site:
     """Everything lies below one folder; nothing outlives the `with`.
@@ -80,7 +83,7 @@ class Site:
 
     def start_server(self, timeout: float = 90) -> None:
         self._start("server", "server", "start", "--host", "127.0.0.1", "--port", str(self._port))
-        self.wait_until(self._answers, "the server answers", timeout)
+        self.wait_until(self._answers, "the server answers", timeout, every=0.2)
 
     def start_worker(self, name: str, pool: str) -> None:
         self._start(name, "worker", "start", "--pool", pool, "--name", name, "--limit", "1", "--type", "process")
@@ -144,14 +147,18 @@ class Site:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float) -> Any:
-        """Returns what the condition gave, once it is truthy."""
+    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float, every: float = 0.05) -> Any:
+        """Returns what the condition gave, once it is truthy.
+
+        Args:
+            every: seconds between two looks. Where a look asks the server, `ASKING`.
+        """
         deadline = time.monotonic() + timeout
         while not (found := condition()):
             for name, process in self._processes.items():
                 assert process.poll() is None, f"{name} ended with {process.returncode}:\n{self.log(name)[-5000:]}"
             assert time.monotonic() < deadline, f"not within {timeout:.0f} s: {what}"
-            time.sleep(0.05)
+            time.sleep(every)
         return found
 
     def _start(self, name: str, *arguments: str) -> None:

@@ -18,7 +18,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.states import Cancelling
 from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
-from site_of_operation import Site
+from site_of_operation import ASKING, Site
 from small_run import small_config, write_config
 
 from flows.config import load_config
@@ -72,6 +72,8 @@ class Run:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._id = site.start("distill")
+        self._ended = False
+        self._asked = 0.0
 
     def processes(self, part_of_command: str = "") -> list[psutil.Process]:
         found = []
@@ -104,8 +106,11 @@ class Run:
         assert self.state == state, self._site.logs()[-5000:]
 
     def _has_ended(self) -> bool:
-        state = self._site.run_of(self._id).state
-        return state is not None and state.is_final()
+        """As the server said within the last half second."""
+        if not self._ended and time.monotonic() > self._asked + ASKING:
+            state = self._site.run_of(self._id).state
+            self._ended, self._asked = state is not None and state.is_final(), time.monotonic()
+        return self._ended
 
     @property
     def state(self) -> str | None:

@@ -113,7 +113,9 @@ def test_an_infinite_perplexity_is_left_out(make_records):
 def test_png_has_the_same_bytes_each_time_and_no_metadata(records, plot, theme):
     png = plot(records, theme=theme)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    assert png == plot(records, theme=theme)
+    assert png is plot(list(records), theme=theme), "drawn once"
+    assert png == plot.__wrapped__(records, theme=theme), "and drawn again it is the same"
+    assert png != plot(records[:-1], theme=theme)
     with Image.open(io.BytesIO(png)) as image:
         assert image.width > 900
         assert not image.info.keys() & {"Software", "Creation Time", "date"}

@@ -70,12 +70,12 @@ def test_what_shows_it_never_stops_it(
 ) -> None:
     asked = []
 
-    def fail(**options: object) -> None:
-        asked.append(options)
+    def fail() -> None:
+        asked.append("for a client")
         raise ConnectionError("no server")
 
     monkeypatch.setattr(progress, "SECONDS_TO_FIRST_UPDATE", 0.0)
-    monkeypatch.setattr(artifacts, "get_client", fail)
+    monkeypatch.setattr(artifacts, "_prepared", fail)
 
     @flow
     def run() -> None:
@@ -92,7 +92,7 @@ def test_what_shows_it_never_stops_it(
 
 def test_outside_of_a_run_there_is_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(artifacts, "get_client", None)  # whoever calls it fails
+    monkeypatch.setattr(artifacts, "_prepared", None)  # whoever calls it fails
     with (
         caplog.at_level(logging.INFO, logger="ddk"),
         progress.meter("pack math", 200, "bytes") as meter,
