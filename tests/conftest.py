@@ -140,10 +140,12 @@ def teacher_folder() -> str:
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """A Prefect server of its own, with an empty database; flows called within it report to it. Yields its URL."""
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        with prefect_test_harness(server_startup_timeout=120):
+        # Where runs send heartbeats, each of them waits at its end for up to a second, and so does each run within it.
+        silent = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with prefect_test_harness(server_startup_timeout=120), temporary_settings(silent):
             yield str(PREFECT_API_URL.value())

@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -255,7 +256,7 @@ def _student(folder: RunFolder) -> Any:
         return None
     if faults := folder.student_faults():
         return UserError(faults[0])  # it is saved again from its checkpoint
-    return {name: _sha(Path(folder.student_url) / name) for name in folder.student_listing.read() or {}}
+    return {name: _content(Path(folder.student_url) / name) for name in folder.student_listing.read() or {}}
 
 
 def _answers(folder: EvaluationFolder) -> Any:
@@ -267,13 +268,14 @@ def _checkpoints(url: str) -> dict[int, Any]:
     checkpoints, found = CheckpointFolder(url), {}
     for step in checkpoints.steps():
         with checkpoints.folder(step) as folder:
-            tensors = {path.name: _sha(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+            tensors = {path.name: _content(path) for path in sorted(Path(folder).glob("*.safetensors"))}
         found[step] = (checkpoints.state(step), tensors)
     return found
 
 
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _content(path: Path) -> int:
+    """What tells a fault's content from the one before; megabytes of it, hundreds of times."""
+    return zlib.crc32(path.read_bytes())
 
 
 # Trials

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from foreign_rows import topk_rows
 from small_run import Ddk, write_config
 
 from ddk.values import DomainGap, Mixture
+from storage.runs.checkpoints import CheckpointFolder
 from storage.runs.evaluations import EvaluationFolder
 from storage.runs.folder import RunFolder
 from storage.runs.mixtures import MixtureHistory, make_record
@@ -37,7 +39,10 @@ def make_root(folder: Path) -> tuple[Path, Path]:
 
 
 def enrich(root: Path) -> None:
-    """What a single run lacks: a second run, an evaluation, a comparison."""
+    """What a single run lacks: a second run, an evaluation, a comparison. Two checkpoints can be exchanged already."""
+    checkpoints = CheckpointFolder(RunFolder(str(root), "small").url)
+    for step in checkpoints.steps()[:-2]:
+        shutil.rmtree(root / "runs" / "small" / "checkpoints" / f"step-{step:08}")
     other = RunFolder(str(root), "other")
     other.claim({"seed": 1}, {"run": "other", "seed": 1})
     gaps = [DomainGap(domain=domain, student_ppl=30.5, teacher_ppl=12.25) for domain in DOMAINS]
