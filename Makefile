@@ -17,15 +17,15 @@ quickstart: setup ## Distil a small student from a small teacher, five domains, 
 postgres: setup   ## Start a PostgreSQL for Prefect's server in a folder of yours, without a service (FOLDER=…)
 	@.venv/bin/python -m flows.operating.postgres start $(FOLDER)
 
-# Two at a time: much of the time goes by with one process waiting for another. Files stay whole, as their tests share
-# servers and runs; in their own order, as the longest come early in it. A test's training takes one core, and threads
-# that wait for each other let others have theirs. Python keeps what it has compiled, also where it is told not to: most of
-# the hundreds of processes that are started import all of ours.
+# Three at a time on two cores: much of the time goes by with one process waiting for another. Files stay whole, as their
+# tests share servers and runs; in their own order, as the longest come early in it. A test's training takes one core, and
+# threads that wait for each other let others have theirs. Python keeps what it has compiled of ours, also where it is told
+# not to: hundreds of processes that are started import it.
 test: setup       ## Run every test, including the end-to-end run with the real engine
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-quick: setup ## Run the tests that need no engine, server or browser, for daily work
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not server and not browser"
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not engine and not server and not browser"
 
 rehearsal: setup  ## Kill a real server and two workers in capture and in training, and check the stores
 	@.venv/bin/python tests/rehearsal.py

@@ -18,7 +18,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
@@ -31,6 +31,7 @@ from prefect.client.schemas.objects import Artifact
 from prefect.context import FlowRunContext, SettingsContext, TaskRunContext, get_settings_context
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, Profile, Settings
+from pydantic import SecretStr
 
 logger = logging.getLogger("ddk")
 SECONDS_TO_WAIT = 5.0
@@ -73,33 +74,49 @@ def showing(what: str) -> Iterator[None]:
         logger.warning("%s is not shown in Prefect's UI: %s", what, str(error) or type(error).__name__)
 
 
-_CLIENTS: dict[tuple[str | None, str | None], tuple[SyncPrefectClient, Profile, Settings]] = {}
-"""By the server's URL and the key to it. To prepare one takes as long as ten requests, so that a process keeps it."""
+_Server = tuple[str | None, SecretStr | None]
+"""Its URL, or None where Prefect has started one for this process; and the key to it."""
+_CLIENTS: dict[_Server, tuple[SyncPrefectClient, Profile, Settings]] = {}
+"""To prepare one takes as long as ten requests, so that a process keeps it."""
 _PREPARING = threading.Lock()
-_OPEN = ExitStack()
-atexit.register(_OPEN.close)
 
 
 def _ask(request: Callable[[SyncPrefectClient], object], what: str) -> bool:
     """Ask Prefect's API once and not for long. Whether the request went through; what went wrong is a warning."""
     with showing(what):
-        client, profile, settings = _prepared()
-        with SettingsContext(profile=profile, settings=settings):
-            request(client)
+        api = get_settings_context().settings.api
+        server = api.url, api.key
+        client, profile, settings = _prepared(server)
+        try:
+            with SettingsContext(profile=profile, settings=settings):
+                request(client)
+        except httpx.ConnectError:
+            _forget(server)  # the next may be elsewhere, where Prefect starts it
+            raise
         return True
     return False
 
 
-def _prepared() -> tuple[SyncPrefectClient, Profile, Settings]:
-    current = get_settings_context()
-    api = current.settings.api
-    server = api.url, api.key.get_secret_value() if api.key is not None else None
+def _prepared(server: _Server) -> tuple[SyncPrefectClient, Profile, Settings]:
     with _PREPARING:
         if server not in _CLIENTS:
             client = get_client(sync_client=True, httpx_settings={"timeout": SECONDS_TO_WAIT})
+            current = get_settings_context()
             once = current.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
-            _CLIENTS[server] = _OPEN.enter_context(client), current.profile, once
+            _CLIENTS[server] = client.__enter__(), current.profile, once
         return _CLIENTS[server]
+
+
+def _forget(server: _Server) -> None:
+    with _PREPARING:
+        if (kept := _CLIENTS.pop(server, None)) is not None:
+            kept[0].__exit__(None, None, None)
+
+
+@atexit.register
+def _forget_all() -> None:
+    for server in list(_CLIENTS):
+        _forget(server)
 
 
 _KNOWN: dict[tuple[str, Place], dict[Place, UUID]] = {}

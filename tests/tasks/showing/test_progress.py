@@ -70,8 +70,8 @@ def test_what_shows_it_never_stops_it(
 ) -> None:
     asked = []
 
-    def fail() -> None:
-        asked.append("for a client")
+    def fail(server: object) -> None:
+        asked.append(server)
         raise ConnectionError("no server")
 
     monkeypatch.setattr(progress, "SECONDS_TO_FIRST_UPDATE", 0.0)
