@@ -42,7 +42,7 @@ def enrich(root: Path) -> None:
     """What a single run lacks: a second run, an evaluation, a comparison. Two checkpoints can be exchanged already."""
     checkpoints = CheckpointFolder(RunFolder(str(root), "small").url)
     for step in checkpoints.steps()[:-2]:
-        shutil.rmtree(root / "runs" / "small" / "checkpoints" / f"step-{step:08}")
+        shutil.rmtree(checkpoints.url(step))
     other = RunFolder(str(root), "other")
     other.claim({"seed": 1}, {"run": "other", "seed": 1})
     gaps = [DomainGap(domain=domain, student_ppl=30.5, teacher_ppl=12.25) for domain in DOMAINS]
